@@ -1,0 +1,740 @@
+"""Where the data is and how it is read: counts, labels, gene alignment, split, pseudobulks.
+
+Cells travel through the project as an ``anndata.AnnData`` with raw integer counts in ``.X``
+(cells x genes, CSR, int32) and, once labelled, ``.obs["cell_type"]`` as a categorical whose
+categories are the one name-to-code map of the run: code k is mixture component k.
+"""
+
+import csv
+import gzip
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.io
+import scipy.sparse as sp
+import tyro
+
+EMBEDDED = "pbmc68k_reduced"  # the dataset that ships inside scanpy; needs no download
+EMBEDDED_LABELS = "bulk_labels"  # its column of cell types
+LABEL_FILE = "barcode_to_celltype.csv"  # what scType.R writes
+LABEL_COLUMN = "cell_type"  # looked for in .obs when --labels is not given
+# Cells with one of these names (in any case) are unlabelled.
+NO_LABEL = {"", "unknown", "unassigned", "nan", "na", "n/a", "none", "null"}
+
+
+@dataclass
+class DatasetSettings:
+    """What every script needs to know about the dataset; edit here for a custom one."""
+
+    data: str = EMBEDDED
+    """Reference cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
+    labels: str | None = None
+    """Cell types: a barcode,cell_type csv or a column of .obs. Default: barcode_to_celltype.csv
+    beside the data, the column cell_type, or the embedded dataset's own labels."""
+    weights: Path = Path("weights")
+    """Folder the models are read from and written to."""
+    seed: int = 0
+    """Seed of every random draw; on CPU the same seed gives the same result."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
+
+
+@dataclass
+class TrainingSettings(DatasetSettings):
+    """What the three trainings share; each adds its own epochs, batch size and learning rate."""
+
+    n_genes: int = 2000
+    """Highly variable genes that scGMVAE and the Bulk Encoder read (scDecoder writes all genes)."""
+    held_out: float | None = None
+    """Fraction of the cells of each type kept out of all training. Chosen once, by the first
+    training (0.2 if not given), saved with the models, and read back by the later ones."""
+    epochs: int = 1
+    batch_size: int = 128
+    lr: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_genes", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                found = getattr(self, name)
+                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"--lr: found {self.lr}, expected a positive number")
+        if self.held_out is not None and not 0 <= self.held_out < 1:
+            raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is the one line the user sees."""
+
+
+def flag(field_name):
+    """The command-line spelling of a settings field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def run_script(main, settings_class):
+    """Parse the command line, then run ``main(settings)``; bad input ends in one line, status 1."""
+    try:
+        main(tyro.cli(settings_class))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # no such file, no permission, disk full: the system's own words do
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")
+
+
+def plain_settings(settings):
+    """Settings as a dict of plain values, to be saved with a model or a result."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def some(names, limit=3):
+    """A few of many names, for a message."""
+    names = [str(n) for n in names]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+# ---------------------------------------------------------------------------- reading counts
+
+
+def check_counts(X, where, cells, genes):
+    """Return a CSR matrix as int32 after checking that every stored value is a raw count.
+
+    All values are checked, not a sample: one log-normalised layer read as counts spoils
+    everything downstream without another sign.
+
+    Args:
+        X: sparse or dense matrix (cells x genes).
+        where: what the message names, usually the file.
+        cells, genes: names of the rows and columns, for the message.
+
+    Raises:
+        InputError: a value is not finite, negative, not an integer, or over 2^31 - 1.
+    """
+    if not (np.issubdtype(X.dtype, np.number) or X.dtype == bool):
+        raise InputError(f"{where}: found values of type {X.dtype}, expected numbers")
+    X = sp.csr_matrix(X)
+    values = X.data
+    for wrong, what in (
+        (~np.isfinite(values), "not finite"),
+        (values < 0, "negative"),
+        (values != np.rint(values), "not an integer"),
+        (values > np.iinfo(np.int32).max, "over 2147483647"),
+    ):
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
+            cell = cells[np.searchsorted(X.indptr, first, side="right") - 1]
+            gene = genes[X.indices[first]]
+            raise InputError(
+                f"{where}: found {values[first]:g} (cell {cell}, gene {gene}), which is {what}, "
+                f"as are {wrong.sum():,} of {values.size:,} stored values; expected raw counts "
+                "(integers, 0 or more), not normalised or transformed ones"
+            )
+    X = X.astype(np.int32)
+    X.sum_duplicates()
+    X.eliminate_zeros()
+    return X
+
+
+def read_counts(path=EMBEDDED):
+    """Read raw counts: the embedded set, a 10x folder, a 10x ``.h5`` or an ``.h5ad``.
+
+    Gene symbols that occur more than once get the suffixes -1, -2, ... as scanpy does, so that
+    no gene is lost.
+
+    Returns:
+        AnnData (cells x genes), ``.X`` CSR int32.
+
+    Raises:
+        InputError: the file is missing, unreadable, of an unknown kind, or holds no raw counts.
+    """
+    import anndata
+
+    if str(path) == EMBEDDED:
+        return read_embedded()
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected counts for --data")
+    read = (
+        read_10x_folder
+        if path.is_dir()
+        else {".h5": read_10x_h5, ".h5ad": read_h5ad}.get(path.suffix)
+    )
+    if read is None:
+        raise InputError(f"{path}: expected a 10x folder, a 10x .h5 or an .h5ad file")
+    with warnings.catch_warnings():  # repeated names are reported and mended below
+        warnings.filterwarnings("ignore", message=".*names are not unique")
+        adata = read(path)
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise InputError(f"{path}: found {adata.n_obs} cells x {adata.n_vars} genes, expected some")
+    if not adata.obs_names.is_unique:
+        twice = adata.obs_names[adata.obs_names.duplicated()]
+        raise InputError(
+            f"{path}: {len(twice)} barcodes occur more than once ({some(twice)}), expected one "
+            "cell per barcode; add the sample's name to the barcodes when joining samples"
+        )
+    if "feature_types" in adata.var:  # antibodies, guides and the like are not genes
+        gene = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+        if not gene.all():
+            print(f"{path}: {np.sum(~gene)} features that are not gene expression left out")
+            adata = adata[:, gene].copy()
+    repeated = int(adata.var_names.duplicated().sum())
+    if repeated:
+        print(f"{path}: {repeated} repeated gene symbols told apart by a suffix (-1, -2, ...)")
+        adata.var_names = anndata.utils.make_index_unique(adata.var_names)
+    return adata
+
+
+def read_embedded():
+    """The 700 PBMCs of 10x's 68k set that ship inside scanpy, with their integer counts restored.
+
+    The file keeps log1p(counts / n_counts * 1e4); the inverse is exact up to float32 rounding,
+    which is checked for every value before it is rounded away.
+
+    Raises:
+        InputError: a restored value is not an integer, so the installed file is another one.
+    """
+    import anndata
+    import scanpy
+
+    source = scanpy.datasets.pbmc68k_reduced()
+    X = sp.csr_matrix(source.raw.X, dtype=np.float64)
+    X.data = np.expm1(X.data)
+    X = sp.diags(source.obs["n_counts"].to_numpy(float) / 1e4) @ X
+    X = sp.csr_matrix(X)
+    counts = np.rint(X.data)
+    error = np.abs(X.data - counts)
+    if error.max() > 0.1 or (error > 1e-3 * X.data).any():
+        raise InputError(f"{EMBEDDED}: the counts in the installed scanpy could not be restored")
+    X.data = counts
+    obs = source.obs[[EMBEDDED_LABELS]].copy()
+    var = pd.DataFrame(index=source.raw.var_names.astype(str))
+    X = check_counts(X, EMBEDDED, obs.index, var.index)
+    return anndata.AnnData(X, obs=obs, var=var)
+
+
+def find_one(folder, names):
+    """The first of several file names, plain or gzipped, that exists in a folder."""
+    for name in names:
+        for candidate in (folder / f"{name}.gz", folder / name):
+            if candidate.is_file():
+                return candidate
+    raise InputError(f"{folder}: no {' or '.join(names)} (plain or .gz), expected a 10x folder")
+
+
+def read_10x_folder(folder):
+    """Read a 10x folder: ``genes.tsv`` (Cell Ranger 2) or ``features.tsv.gz`` (3 and later)."""
+    import anndata
+
+    folder = Path(folder)
+    matrix_file = find_one(folder, ["matrix.mtx"])
+    barcode_file = find_one(folder, ["barcodes.tsv"])
+    gene_file = find_one(folder, ["features.tsv", "genes.tsv"])
+    barcodes = read_table(barcode_file, sep="\t", header=None)
+    genes = read_table(gene_file, sep="\t", header=None)
+    try:
+        X = scipy.io.mmread(matrix_file)
+    except (ValueError, TypeError, EOFError, OSError, OverflowError, gzip.zlib.error) as error:
+        raise InputError(f"{matrix_file}: not a readable Matrix Market file ({error})") from error
+    if X.shape != (len(genes), len(barcodes)):
+        raise InputError(
+            f"{matrix_file}: found {X.shape[0]} x {X.shape[1]}, expected {len(genes)} genes "
+            f"({gene_file.name}) x {len(barcodes)} barcodes ({barcode_file.name})"
+        )
+    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # the second column, if there are two
+    var = pd.DataFrame(index=pd.Index(symbols.to_list()))
+    var["gene_ids"] = genes.iloc[:, 0].to_numpy()
+    if genes.shape[1] > 2:
+        var["feature_types"] = genes.iloc[:, 2].to_numpy()
+    obs = pd.DataFrame(index=pd.Index(barcodes.iloc[:, 0].to_list()))
+    X = check_counts(X.T, matrix_file, obs.index, var.index)
+    return anndata.AnnData(X, obs=obs, var=var)
+
+
+def read_10x_h5(path):
+    """Read a 10x ``.h5`` of Cell Ranger 2 or later."""
+    import scanpy
+
+    try:
+        adata = scanpy.read_10x_h5(path, gex_only=False)
+    except Exception as error:  # h5py and scanpy raise many kinds on a broken or foreign file
+        raise InputError(f"{path}: not a readable 10x .h5 file ({one_line(error)})") from error
+    adata.X = check_counts(adata.X, path, adata.obs_names, adata.var_names)
+    return adata
+
+
+def read_h5ad(path):
+    """Read an ``.h5ad``; counts are taken from ``layers["counts"]``, else ``X``, else ``raw.X``."""
+    import anndata
+
+    try:
+        source = anndata.read_h5ad(path)
+    except Exception as error:  # as above
+        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+    places = []
+    if "counts" in source.layers:
+        places.append(("layers['counts']", source.layers["counts"], source.var))
+    if source.X is not None:
+        places.append(("X", source.X, source.var))
+    if source.raw is not None:
+        places.append(("raw.X", source.raw.X, source.raw.var))
+    if not places:
+        raise InputError(f"{path}: found no matrix in it, expected raw counts in X")
+    problem = None
+    for name, X, var in places:
+        try:
+            X = check_counts(X, f"{path} ({name})", source.obs_names, var.index)
+        except InputError as error:
+            problem = problem or error
+            continue
+        if name != "X" or problem:
+            print(f"{path}: raw counts taken from {name}")
+        return anndata.AnnData(X, obs=source.obs.copy(), var=pd.DataFrame(index=var.index))
+    raise problem
+
+
+def one_line(error):
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_table(path, **options):
+    """``pandas.read_csv`` with text columns by default, and one-line errors that name the file."""
+    options = {"dtype": str, "keep_default_na": False} | options
+    try:
+        return pd.read_csv(path, **options)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (ValueError, pd.errors.ParserError, EOFError, OSError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+
+
+# ------------------------------------------------------------------------------------ labels
+
+
+def library_size(X):
+    """Total counts of each cell (N) of a sparse matrix (N x G)."""
+    return np.asarray(X.sum(axis=1)).ravel()
+
+
+def natural_order(names):
+    """Sort names so that '2' comes before '10', as people number their clusters.
+
+    Regression: sorted as strings, codes came out as '0', '1', '10', '2'.
+    """
+
+    def key(name):
+        parts = re.split(r"(\d+)", name)  # odd positions are the runs of digits
+        return [(int(p), "") if i % 2 else (-1, p) for i, p in enumerate(parts)], name
+
+    return sorted(set(names), key=key)
+
+
+def clean_label(label):
+    """A label as text without outer blanks, or None for missing, Unknown and their like."""
+    if label is None or (isinstance(label, float) and np.isnan(label)) or label is pd.NA:
+        return None
+    label = str(label).strip()
+    return None if label.lower() in NO_LABEL else label
+
+
+def read_label_csv(path, barcodes):
+    """Read ``barcode,cell_type`` with or without a header line.
+
+    Args:
+        path: the csv; further columns are allowed when the header names ``barcode`` and
+            ``cell_type``.
+        barcodes: the data's barcodes.
+
+    Returns:
+        Series of labels (str or None) indexed by the data's barcodes; None where there is none.
+
+    Raises:
+        InputError: no barcode of the file is in the data, or one has two different labels.
+    """
+    table = read_table(path, header=None)
+    head = [str(c).strip().lower() for c in table.iloc[0]]
+    if "barcode" in head and "cell_type" in head:
+        table = table.iloc[1:, [head.index("barcode"), head.index("cell_type")]]
+    elif table.shape[1] == 2:
+        # Any other header is a row whose "barcode" no cell has, so it labels nothing.
+        header = head[0] in ("barcode", "barcodes", "cell", "cell_id", "index", "")
+        table = table.iloc[int(header) :]
+    else:
+        raise InputError(
+            f"{path}: found {table.shape[1]} columns ({some(head)}), expected two, or a header "
+            "with barcode and cell_type"
+        )
+    table.columns = ["barcode", "cell_type"]
+    table = table.drop_duplicates()
+    twice = table["barcode"][table["barcode"].duplicated()]
+    if len(twice):
+        raise InputError(f"{path}: {len(twice)} barcodes have two different labels ({some(twice)})")
+    given = table.set_index("barcode")["cell_type"]
+    found = pd.Index(barcodes).isin(given.index)
+    if not found.any():
+        raise InputError(
+            f"{path}: none of its {len(given)} barcodes ({some(given.index, 2)}) is in the data "
+            f"({some(barcodes, 2)}); expected the barcodes of --data"
+        )
+    if not found.all():
+        print(f"{path}: no label for {np.sum(~found):,} of {len(barcodes):,} cells")
+    foreign = int((~given.index.isin(barcodes)).sum())
+    if foreign:
+        print(f"{path}: {foreign:,} labels are for barcodes that the data does not have")
+    return given.reindex(barcodes)
+
+
+def read_labels(adata, data, labels):
+    """Cell-type labels of every cell, by the rules in :class:`DatasetSettings`.
+
+    Returns:
+        Series (str or None) in the order of ``adata.obs_names``, or None when ``labels`` is None
+        and there are none to be found.
+
+    Raises:
+        InputError: ``labels`` is neither a file nor a column of ``.obs``.
+    """
+    if labels is None:
+        beside = Path(data) / LABEL_FILE if Path(data).is_dir() else Path(data).parent / LABEL_FILE
+        if str(data) == EMBEDDED:
+            labels = EMBEDDED_LABELS
+        elif beside.is_file():
+            labels = str(beside)
+        elif LABEL_COLUMN in adata.obs:
+            labels = LABEL_COLUMN
+        else:
+            return None
+    if labels in adata.obs:
+        series = adata.obs[labels].astype(object)
+    elif Path(labels).is_file():
+        series = read_label_csv(Path(labels), adata.obs_names)
+    else:
+        columns = f"has {some(adata.obs.columns, 8)}" if len(adata.obs.columns) else "is empty"
+        raise InputError(f"--labels {labels}: neither a file nor a column of .obs, which {columns}")
+    return series.map(clean_label).astype(object)
+
+
+def load_cells(settings, need_labels=True):
+    """Read the reference: counts, and cell types in ``.obs["cell_type"]``.
+
+    Unlabelled cells are counted and left out; so are cells without a single count. Without
+    ``need_labels`` all cells with counts stay, and labels may be absent altogether.
+
+    Returns:
+        AnnData; ``.obs["cell_type"]`` is categorical, its categories in natural order, code k =
+        mixture component k. ``.uns["source"]`` holds the path.
+
+    Raises:
+        InputError: see :func:`read_counts` and :func:`read_labels`; or no cell has a label.
+    """
+    adata = read_counts(settings.data)
+    empty = library_size(adata.X) == 0
+    if empty.any():
+        print(f"{settings.data}: {empty.sum():,} cells without a single count left out")
+        adata = adata[~empty].copy()
+    if adata.n_obs == 0:
+        raise InputError(f"{settings.data}: every count is zero, expected raw counts")
+    labels = read_labels(adata, settings.data, settings.labels) if need_labels else None
+    adata.uns["source"] = str(settings.data)
+    if not need_labels:
+        print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+        return adata
+    if labels is None:
+        raise InputError(
+            f"{settings.data}: no cell types found; give --labels (a {LABEL_FILE} or a column of "
+            ".obs); scType.R makes such a file from counts"
+        )
+    labelled = labels.notna().to_numpy()
+    if not labelled.any():
+        raise InputError(f"{settings.labels or settings.data}: found no cell with a cell type")
+    if not labelled.all():
+        print(
+            f"{settings.data}: {np.sum(~labelled):,} of {adata.n_obs:,} cells are Unknown or "
+            "unlabelled and left out"
+        )
+        adata = adata[labelled].copy()
+    cell_types = natural_order(labels[labelled])
+    adata.obs["cell_type"] = pd.Categorical(labels[labelled], categories=cell_types)
+    print(
+        f"{settings.data}: {adata.n_obs:,} labelled cells x {adata.n_vars:,} genes, "
+        f"{len(cell_types)} cell types"
+    )
+    return adata
+
+
+def codes_of(adata):
+    """Cell-type codes (N,) int64 and the names they stand for (K strings)."""
+    cell_type = adata.obs["cell_type"].cat
+    return cell_type.codes.to_numpy().astype(np.int64), list(cell_type.categories)
+
+
+# ------------------------------------------------------------------ genes, split, pseudobulks
+
+
+def align_genes(X, genes, wanted, where, report=True):
+    """Reorder the columns of a matrix to a model's genes, by name; absent genes become zero.
+
+    Args:
+        X: CSR or dense (n x G).
+        genes: names of X's columns (G).
+        wanted: the model's genes (M).
+        where: what messages name.
+
+    Returns:
+        ``(X', present)``: CSR (n x M) and a boolean mask (M) of the genes that X has.
+
+    Raises:
+        InputError: not one gene is shared.
+    """
+    at = pd.Index(genes).get_indexer(wanted)  # -1 where absent
+    present = at >= 0
+    if not present.any():
+        raise InputError(
+            f"{where}: none of its {len(genes):,} genes ({some(genes)}) is known to the model "
+            f"({some(wanted)}); expected the gene names that the model was trained on"
+        )
+    if report and not present.all():
+        print(
+            f"{where}: has {present.sum():,} of the model's {len(wanted):,} genes "
+            f"({present.mean():.1%})"
+        )
+    # A selection matrix keeps sparse sparse: column j of S picks gene at[j].
+    S = sp.csr_matrix(
+        (np.ones(present.sum(), X.dtype), (at[present], np.flatnonzero(present))),
+        shape=(len(genes), len(wanted)),
+    )
+    return sp.csr_matrix(sp.csr_matrix(X) @ S), present
+
+
+def choose_genes(adata, n_genes):
+    """Names of the ``n_genes`` most variable genes, in the data's order (all, if there are fewer).
+
+    scanpy's default (dispersion in bins of mean expression; Satija et al., Nature Biotechnology
+    2015) on log-normalised counts. Give it training cells only.
+    """
+    import scanpy
+
+    if adata.n_vars <= n_genes:
+        return list(adata.var_names)
+    log = adata.copy()
+    log.X = log.X.astype(np.float32)
+    scanpy.pp.normalize_total(log, target_sum=1e4)
+    scanpy.pp.log1p(log)
+    scanpy.pp.highly_variable_genes(log, n_top_genes=n_genes)
+    # Ties at the threshold can select a few more; ranking by dispersion keeps the number exact.
+    rank = log.var["dispersions_norm"].fillna(-np.inf).to_numpy()
+    top = np.sort(np.argsort(-rank, kind="stable")[:n_genes])
+    return list(adata.var_names[top])
+
+
+def split_cells(codes, held_out, seed):
+    """Boolean mask (N) of held-out cells: a fraction of each type, never a type's last cell."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(len(codes), bool)
+    for k in np.unique(codes):
+        cells = rng.permutation(np.flatnonzero(codes == k))
+        mask[cells[: min(round(held_out * len(cells)), len(cells) - 1)]] = True
+    return mask
+
+
+def apply_split(adata, held_out_barcodes, where):
+    """Mask (N) of the cells whose barcodes a model lists as held out.
+
+    Raises:
+        InputError: some of them are not in the data, so the model belongs to another dataset.
+    """
+    missing = pd.Index(held_out_barcodes).difference(adata.obs_names)
+    if len(missing):
+        raise InputError(
+            f"{where}: {len(missing)} of its {len(held_out_barcodes)} held-out cells "
+            f"({some(missing)}) are not in {adata.uns['source']}; expected weights of this dataset"
+        )
+    return adata.obs_names.isin(held_out_barcodes)
+
+
+def choose_held_out(cells, codes, settings, card=None, where=None):
+    """Mask (N) of held-out cells and the fraction: as an earlier stage saved it, else drawn now.
+
+    Args:
+        cells: AnnData (N cells). codes: cell types (N). settings: with ``held_out`` and ``seed``.
+        card: what an earlier stage's file says besides its weights, or None. where: that file.
+
+    Raises:
+        InputError: the file belongs to other cells, or ``--held-out`` contradicts it.
+    """
+    if card is None:
+        fraction = 0.2 if settings.held_out is None else settings.held_out
+        return split_cells(codes, fraction, settings.seed), fraction
+    fraction = card["held_out_fraction"]
+    if settings.held_out not in (None, fraction):
+        raise InputError(
+            f"--held-out {settings.held_out:g}: {where} was trained with {fraction:g} of the cells "
+            "held out; expected the same, or none given, or stage 1 trained again"
+        )
+    return apply_split(cells, card["held_out"], where), fraction
+
+
+def draw_pseudobulks(X, codes, proportions, n_cells, rng):
+    """Sum randomly drawn cells into bulks of given expected composition.
+
+    Cells of a type are drawn with replacement, so a rare type can fill a bulk.
+
+    Args:
+        X: counts (N x G), CSR.
+        codes: cell-type code of each cell (N).
+        proportions: expected cell-type proportions of each bulk (n x K), rows summing to 1; a
+            type with a positive proportion must have a cell.
+        n_cells: cells per bulk (n).
+        rng: numpy Generator.
+
+    Returns:
+        ``(bulk, drawn)``: summed counts (n x G), float32, and the proportions of the cells that
+        were really drawn (n x K), float32.
+    """
+    n, K = proportions.shape
+    order = np.argsort(codes, kind="stable")
+    size = np.bincount(codes, minlength=K)
+    start = np.cumsum(size) - size
+    drawn = rng.multinomial(n_cells, proportions)  # (n, K) cells of each type
+    bulk_of = np.repeat(np.repeat(np.arange(n), K), drawn.ravel())
+    type_of = np.repeat(np.tile(np.arange(K), n), drawn.ravel())
+    cell = order[start[type_of] + (rng.random(len(type_of)) * size[type_of]).astype(np.int64)]
+    S = sp.csr_matrix((np.ones(len(cell), np.float32), (bulk_of, cell)), shape=(n, len(codes)))
+    bulk = np.asarray((S @ X.astype(np.float32)).todense())
+    return bulk, (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+
+
+def batch_bulks(X, batch_size, n, rng):
+    """Sum batches of reference cells into bulks, reshuffling as often as ``n`` bulks need.
+
+    Args:
+        X: counts (N x G), CSR. batch_size: cells per bulk, at most N. n: number of bulks.
+
+    Returns:
+        ``(bulk, members)``: summed counts (n x G) float32, and the cells of each (n x batch_size).
+    """
+    per_pass = X.shape[0] // batch_size  # a last, smaller batch is left for the next shuffle
+    passes = [
+        rng.permutation(X.shape[0])[: per_pass * batch_size].reshape(per_pass, batch_size)
+        for _ in range(-(-n // per_pass))
+    ]
+    members = np.concatenate(passes)[:n] if passes else np.zeros((0, batch_size), np.int64)
+    bulk = np.zeros((n, X.shape[1]), np.float32)
+    for first in range(0, n, 256):  # bounds the memory of the selection matrix
+        part = members[first : first + 256]
+        rows = np.repeat(np.arange(len(part)), batch_size)
+        ones = np.ones(part.size, np.float32)
+        S = sp.csr_matrix((ones, (rows, part.ravel())), shape=(len(part), X.shape[0]))
+        bulk[first : first + 256] = (S @ X.astype(np.float32)).todense()
+    return bulk, members
+
+
+# ------------------------------------------------------------------------------ bulk samples
+
+
+def read_bulk(path, known_genes):
+    """Read bulk samples: csv/tsv (plain or .gz; genes in rows or in columns) or ``.h5ad``.
+
+    The orientation is the one in which more names are ``known_genes``. Values may be counts, TPM
+    or CPM: only ratios within a sample matter. Repeated gene names are summed.
+
+    Returns:
+        ``(X, samples, genes)``: CSR float64 (samples x genes) and the two lists of names.
+
+    Raises:
+        InputError: unreadable, no known gene, a value that is negative or not a number, or a
+            sample without a single count.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected bulk samples for --bulk")
+    if path.suffix == ".h5ad":
+        import anndata
+
+        try:
+            adata = anndata.read_h5ad(path)
+        except Exception as error:  # h5py and anndata raise many kinds on a broken file
+            raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+        table = pd.DataFrame(
+            adata.X.toarray() if sp.issparse(adata.X) else adata.X, adata.obs_names, adata.var_names
+        )
+    else:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8-sig") as lines:
+                first = lines.readline()
+        except (UnicodeDecodeError, OSError, EOFError, gzip.zlib.error) as error:
+            raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+        separator = max("\t,;", key=first.count)
+        table = read_table(path, sep=separator, index_col=0, dtype=None, encoding="utf-8-sig")
+    known = pd.Index(known_genes)
+    by_row, by_column = (known.isin(names).sum() for names in (table.index, table.columns))
+    if by_row == by_column == 0:
+        raise InputError(
+            f"{path}: neither its rows ({some(table.index)}) nor its columns "
+            f"({some(table.columns)}) are genes known to the model ({some(known)})"
+        )
+    if by_row > by_column:
+        table = table.T
+    table.index, table.columns = table.index.map(str), table.columns.map(str)
+    try:
+        X = table.to_numpy(dtype=np.float64)
+    except (ValueError, TypeError):
+        numeric = table.apply(pd.to_numeric, errors="coerce")
+        sample, gene = (int(i[0]) for i in np.nonzero(numeric.isna().to_numpy()))
+        raise InputError(
+            f"{path}: found {table.iloc[sample, gene]!r} (sample {table.index[sample]}, gene "
+            f"{table.columns[gene]}), expected a number"
+        ) from None
+    wrong = ~np.isfinite(X) | (X < 0)
+    if wrong.any():
+        sample, gene = (int(i[0]) for i in np.nonzero(wrong))
+        raise InputError(
+            f"{path}: found {X[sample, gene]:g} (sample {table.index[sample]}, gene "
+            f"{table.columns[gene]}), expected counts, TPM or CPM, 0 or more"
+        )
+    if not table.index.is_unique:
+        raise InputError(
+            f"{path}: sample names occur more than once ({some(table.index[table.index.duplicated()])})"
+        )
+    empty = table.index[X.sum(axis=1) == 0]
+    if len(empty) or not len(table):
+        raise InputError(
+            f"{path}: {len(empty)} of {len(table)} samples are empty ({some(empty)}), expected "
+            "counts in every sample"
+        )
+    genes = table.columns
+    if not genes.is_unique:
+        print(f"{path}: {int(genes.duplicated().sum()):,} repeated gene names summed")
+        codes, genes = pd.factorize(genes)
+        S = sp.csr_matrix((np.ones(len(codes)), (np.arange(len(codes)), codes)))
+        X = X @ S
+    return sp.csr_matrix(X), list(table.index), list(genes)
+
+
+def write_whole(path, write):
+    """Call ``write(temporary path)``, then move the file into place: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: some writers choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

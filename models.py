@@ -1,0 +1,568 @@
+"""The three networks, the count distributions they use, and how they are saved.
+
+Notation in shape comments: B batch, G genes, K cell types, D latent dimensions, S bulk samples.
+
+- ``scGMVAE`` (stage 1): a cell's counts -> q(z|x), a Gaussian mixture over z whose component k is
+  cell type k, and a decoder back to counts. The role autoCell plays in the paper (Xu et al., Cell
+  Reports Methods 2023).
+- ``scDecoder`` (stage 2; genVAE in the paper): z -> counts of every gene.
+- ``BulkEncoder`` (stage 3): bulk profile -> mean and variance of every cell type, and proportions.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import InputError, plain_settings, some, write_whole
+
+LIKELIHOODS = ("nb", "zinb", "mse_l1")
+FORMAT_VERSION = 1
+DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
+
+# ---------------------------------------------------------------------------- seed and device
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch; returns a NumPy generator for the data side."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def pick_device(name):
+    """``auto`` is CUDA if there is one, else CPU; anything else is taken as torch names it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here, expected auto or cpu") from error
+    return device
+
+
+def mean_profile(X):
+    """Expression profile (G) of all cells of a CSR matrix together: positive, sums to 1.
+
+    Half a count is added to each gene, so that one never seen keeps a finite logarithm.
+    """
+    total = torch.from_numpy(np.asarray(X.sum(axis=0), dtype=np.float64).ravel()) + 0.5
+    return (total / total.sum()).float()
+
+
+def to_dense(X, rows, device):
+    """Rows of a CSR count matrix as a float32 tensor (B, G); the only place sparse ends."""
+    return torch.from_numpy(X[rows].toarray().astype(np.float32)).to(device)
+
+
+# ------------------------------------------------------------------------ count distributions
+
+
+def nb_log_prob(x, mean, theta):
+    """Log-probability of counts under the negative binomial, variance mean + mean² / theta.
+
+        log p(x) = lnΓ(x+θ) - lnΓ(θ) - lnΓ(x+1) - θ ln(1+μ/θ) + x ln(μ/(μ+θ))
+
+    Holds in float32 from theta = 1e-6 to 1e8: the difference of two log-gammas loses all its
+    digits once theta is large, so from theta = 30 on it comes from Stirling's series with
+    ``log1p`` of the small ratios instead. mean = 0 gives 0 at x = 0 and -inf elsewhere.
+
+    Args:
+        x: counts. mean, theta: > = 0 and > 0. All broadcast together.
+
+    Returns:
+        Tensor of the broadcast shape.
+    """
+    small = theta.clamp(max=30.0)  # each branch sees safe values only, so neither's gradient is NaN
+    large = theta.clamp(min=30.0)
+    by_gamma = (
+        torch.lgamma(x + small) - torch.lgamma(small) - small * torch.log1p(mean / small)
+    ) + torch.where(x > 0, x * (torch.log(mean) - torch.log(small + mean)), 0.0)
+
+    def tail(z):  # Stirling: lnΓ(z) = (z - 1/2) ln z - z + ln(2π)/2 + tail(z)
+        return (1 / 12 - 1 / (360 * z * z)) / z
+
+    # With lnΓ(x+θ) - lnΓ(θ) written out, everything of order θ cancels on paper, not in float32.
+    by_series = (
+        (large - 0.5) * torch.log1p(x / large)
+        + tail(x + large)
+        - tail(large)
+        - x
+        - large * torch.log1p(mean / large)
+    ) + torch.where(x > 0, x * (torch.log1p((x - mean) / (large + mean)) + torch.log(mean)), 0.0)
+    return torch.where(theta > 30.0, by_series, by_gamma) - torch.lgamma(x + 1.0)
+
+
+def zinb_log_prob(x, mean, theta, dropout_logits):
+    """Log-probability under the zero-inflated negative binomial.
+
+    p(x) = π [x = 0] + (1 - π) NB(x; μ, θ),   π = sigmoid(dropout_logits)
+    """
+    nb = nb_log_prob(x, mean, theta)
+    log_pi, log_not_pi = F.logsigmoid(dropout_logits), F.logsigmoid(-dropout_logits)
+    return torch.where(x > 0, log_not_pi + nb, torch.logaddexp(log_pi, log_not_pi + nb))
+
+
+def sample_nb(mean, theta, generator=None):
+    """Draw negative binomial counts with variance mean + mean² / theta.
+
+    On CUDA by gamma and Poisson draws. On CPU, where those cost three times as much, by inversion
+    for means up to 8, which is nearly all of a cell: one uniform decides at once whether the
+    count is zero, and only the others climb the distribution function.
+
+    Args:
+        mean: (B, G), 0 or more. theta: broadcastable to it, positive. generator: torch Generator.
+
+    Returns:
+        Tensor (B, G) of whole numbers, in mean's dtype.
+    """
+    theta = theta.expand_as(mean)
+
+    def gamma_poisson(mean, theta):
+        rate = torch._standard_gamma(theta, generator=generator) * (mean / theta)
+        return torch.poisson(rate, generator=generator)
+
+    if mean.is_cuda:
+        return gamma_poisson(mean, theta)
+    uniform = torch.rand(mean.shape, generator=generator)
+    zero = torch.exp(-theta * torch.log1p(mean / theta))  # p(0)
+    high = mean > 8
+    counts = torch.zeros_like(mean).flatten()
+    at = torch.nonzero(((uniform > zero) & ~high).flatten()).squeeze(1)
+    # p(k) = p(k-1) (k-1+θ)/k μ/(μ+θ), climbed in double precision by the entries still below
+    # their uniform; the shrinking set keeps it cheap.
+    m, t = mean.flatten()[at].double(), theta.flatten()[at].double()
+    ratio = m / (m + t)
+    p = torch.exp(-t * torch.log1p(m / t))
+    left = uniform.flatten()[at].double() - p
+    k = 0
+    while len(at):
+        p = p * (k + t) / (k + 1) * ratio
+        left = left - p
+        k += 1
+        # The second test ends a climb whose remaining mass is below the uniform's resolution.
+        done = (left <= 0) | ((p < 1e-10) & (k > m))
+        counts[at[done]] = float(k)
+        at, m, t, ratio, p, left = (v[~done] for v in (at, m, t, ratio, p, left))
+    at = torch.nonzero(high.flatten()).squeeze(1)
+    counts[at] = gamma_poisson(mean.flatten()[at], theta.flatten()[at])
+    return counts.view_as(mean)
+
+
+def sample_zinb(mean, theta, dropout_logits, generator=None):
+    """Draw zero-inflated negative binomial counts; arguments as in :func:`sample_nb`."""
+    counts = sample_nb(mean, theta, generator)
+    keep = torch.rand(mean.shape, generator=generator, device=mean.device)
+    return counts * (keep >= torch.sigmoid(dropout_logits))
+
+
+# ----------------------------------------------------------------------------------- networks
+
+
+def hidden_layers(sizes, dropout):
+    """Linear -> LayerNorm -> ReLU -> Dropout for each step of ``sizes``."""
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        # LayerNorm, not BatchNorm: a generated cell must not depend on the cells beside it.
+        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class CountDecoder(nn.Module):
+    """z (B, D) and library size (B) -> the distribution of counts (B, G).
+
+    ``nb`` and ``zinb``: mean = library x softmax over genes, one dispersion per gene. ``mse_l1``
+    is the published regression: a plain ReLU network whose ReLU output is the cell itself.
+    """
+
+    def __init__(self, n_latent, n_hidden, n_genes, likelihood="nb", dropout=0.0):
+        super().__init__()
+        self.likelihood = likelihood
+        sizes = [n_latent, *n_hidden]
+        if likelihood == "mse_l1":
+            layers = []
+            for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+                layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+            self.hidden = nn.Sequential(*layers)
+        else:
+            self.hidden = hidden_layers(sizes, dropout)
+            self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        self.out = nn.Linear(sizes[-1], n_genes)
+        if likelihood == "zinb":
+            self.dropout_logits = nn.Linear(sizes[-1], n_genes)
+
+    @torch.no_grad()
+    def start_at(self, profile):
+        """Let the untrained decoder give the mean profile (G, positive, sums to 1) for any z.
+
+        Starting from uniform expression, most steps would go into finding the mean again.
+        """
+        if self.likelihood != "mse_l1":
+            self.out.weight.mul_(0.1)
+            self.out.bias.copy_(profile.log())
+
+    @property
+    def theta(self):
+        """Dispersion of each gene (G), positive; variance = mean + mean² / theta."""
+        return self.log_theta.exp()
+
+    def forward(self, z, library):
+        """Returns mean (B, G), and dropout logits (B, G) for ``zinb``, else None."""
+        h = self.hidden(z)  # (B, H)
+        if self.likelihood == "mse_l1":
+            return F.relu(self.out(h)), None
+        mean = library[:, None] * torch.softmax(self.out(h), dim=-1)  # (B, G)
+        return mean, self.dropout_logits(h) if self.likelihood == "zinb" else None
+
+    def loss(self, x, z, library):
+        """Reconstruction loss of each cell (B), summed over genes.
+
+        nb, zinb:  -Σ_g log p(x_g | z, library)
+        mse_l1:     Σ_g (x_g - x̂_g)² + |x_g - x̂_g|      (the published loss)
+        """
+        mean, dropout_logits = self(z, library)
+        if self.likelihood == "nb":
+            return -nb_log_prob(x, mean, self.theta).sum(dim=1)
+        if self.likelihood == "zinb":
+            return -zinb_log_prob(x, mean, self.theta, dropout_logits).sum(dim=1)
+        return ((x - mean) ** 2 + (x - mean).abs()).sum(dim=1)
+
+    def sample(self, z, library, generator=None):
+        """Draw whole-number counts (B, G); ``mse_l1`` has no distribution and is rounded."""
+        mean, dropout_logits = self(z, library)
+        if self.likelihood == "nb":
+            return sample_nb(mean, self.theta, generator)
+        if self.likelihood == "zinb":
+            return sample_zinb(mean, self.theta, dropout_logits, generator)
+        return mean.round()
+
+
+class scGMVAE(nn.Module):
+    """Variational autoencoder whose prior is a Gaussian mixture with one component per cell type.
+
+        q(z|x) = N(mean(x), diag var(x)),   p(z|k) = N(μ_k, diag σ_k²),   x ~ NB or ZINB(decoder(z))
+
+    Args:
+        n_genes: G. n_types: K. n_latent: D; K and D are independent.
+        n_hidden: width of both hidden layers on either side (autoCell: 128-128).
+        likelihood: ``nb`` or ``zinb``.
+        dropout: in the hidden layers of encoder and decoder.
+    """
+
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, likelihood, dropout):
+        super().__init__()
+        self.config = dict(
+            n_genes=n_genes,
+            n_types=n_types,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            likelihood=likelihood,
+            dropout=dropout,
+        )
+        self.encoder = hidden_layers([n_genes, n_hidden, n_hidden], dropout)
+        self.encode_mean = nn.Linear(n_hidden, n_latent)
+        self.encode_var = nn.Linear(n_hidden, n_latent)
+        self.decoder = CountDecoder(n_latent, [n_hidden] * 2, n_genes, likelihood, dropout)
+        self.mu = nn.Parameter(torch.zeros(n_types, n_latent))
+        self.log_var = nn.Parameter(torch.zeros(n_types, n_latent))
+
+    @property
+    def var(self):
+        """σ_k² (K, D), positive by construction."""
+        return self.log_var.exp()
+
+    def encode(self, x):
+        """q(z|x) of counts (B, G): mean and variance, each (B, D)."""
+        library = x.sum(dim=1, keepdim=True).clamp(min=1.0)
+        h = self.encoder(torch.log1p(x / library * DEPTH))  # (B, H)
+        # Softplus grows linearly, so one odd cell cannot blow the variance up as exp would.
+        return self.encode_mean(h), F.softplus(self.encode_var(h)) + 1e-4
+
+    def kl(self, mean, var, codes=None):
+        """KL(q(z|x) || prior) of each cell (B).
+
+            KL = ½ Σ_d [ ln(σ²_kd / v_d) + (v_d + (m_d - μ_kd)²) / σ²_kd - 1 ]
+
+        with k the cell's own type; without codes the prior is the standard normal.
+        """
+        if codes is None:
+            prior_mean, prior_var = torch.zeros_like(mean), torch.ones_like(var)
+        else:
+            prior_mean, prior_var = self.mu[codes], self.var[codes]  # (B, D)
+        ratio = var / prior_var
+        return 0.5 * (ratio - ratio.log() + (mean - prior_mean) ** 2 / prior_var - 1).sum(dim=1)
+
+    @torch.no_grad()
+    def fit_mixture(self, mean, var, codes):
+        """Set μ_k, σ_k² to the moments of the cells' posteriors: the closed-form best prior.
+
+            μ_k = E[m],   σ_k² = E[v] + Var[m]   over the cells of type k
+
+        A type without cells keeps what it has. mean, var (N, D); codes (N).
+        """
+        for k in codes.unique():
+            m, v = mean[codes == k], var[codes == k]
+            self.mu[k] = m.mean(dim=0)
+            self.log_var[k] = (v.mean(dim=0) + m.var(dim=0, unbiased=False)).log()
+
+
+class scDecoder(CountDecoder):
+    """Stage 2: z -> counts of all genes; carries the mixture and the library sizes it was made for.
+
+    Published shape: D -> h/2 -> h -> G. Library sizes are kept per cell type as quantiles of their
+    logarithm, from which :meth:`sample_library` draws by interpolation.
+    """
+
+    def __init__(self, n_latent, n_hidden, n_genes, n_types, likelihood, dropout, n_quantiles=64):
+        super().__init__(n_latent, [n_hidden // 2, n_hidden], n_genes, likelihood, dropout)
+        self.config = dict(
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_genes=n_genes,
+            n_types=n_types,
+            likelihood=likelihood,
+            dropout=dropout,
+            n_quantiles=n_quantiles,
+        )
+        self.register_buffer("mu", torch.zeros(n_types, n_latent))
+        self.register_buffer("var", torch.ones(n_types, n_latent))
+        self.register_buffer("log_library", torch.zeros(n_types, n_quantiles))
+
+    @torch.no_grad()
+    def fit_library(self, library, codes):
+        """Keep the quantiles of log library size of each type; library (N) > 0, codes (N).
+
+        A type without cells gets the quantiles of all cells.
+        """
+        at = torch.linspace(0, 1, self.log_library.shape[1], dtype=torch.float64)
+        log_library = library.double().log().cpu()
+        for k in range(self.log_library.shape[0]):
+            own = log_library[codes.cpu() == k]
+            self.log_library[k] = torch.quantile(own if len(own) else log_library, at)
+
+    def sample_library(self, codes, generator=None):
+        """Draw a library size (B) for cells of types ``codes`` (B)."""
+        n = self.log_library.shape[1] - 1
+        u = torch.rand(codes.shape, generator=generator, device=codes.device) * n
+        low = u.floor().clamp(max=n - 1).long()
+        a, b = self.log_library[codes, low], self.log_library[codes, low + 1]
+        return torch.exp(a + (u - low) * (b - a))
+
+
+class BulkEncoder(nn.Module):
+    """Stage 3: bulk profile (S, G) -> μ̂_k, σ̂_k² (S, K, D) and proportions π̂ (S, K).
+
+    Published shape: G -> 700 -> three heads. Before the network the bulk is depth-normalised and
+    standardised gene by gene with moments of the training bulks, so its scale does not matter.
+    """
+
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout):
+        super().__init__()
+        self.config = dict(
+            n_genes=n_genes,
+            n_types=n_types,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            dropout=dropout,
+        )
+        self.hidden = hidden_layers([n_genes, n_hidden], dropout)
+        self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
+        self.var_head = nn.Linear(n_hidden, n_types * n_latent)
+        self.pi_head = nn.Linear(n_hidden, n_types)
+        self.register_buffer("mu", torch.zeros(n_types, n_latent))  # of the mixture it was made for
+        self.register_buffer("var", torch.ones(n_types, n_latent))
+        self.register_buffer("profile", torch.full((n_genes,), 1 / n_genes))
+        self.register_buffer("center", torch.zeros(n_genes))
+        self.register_buffer("scale", torch.ones(n_genes))
+
+    def log_normalise(self, bulk, present):
+        """log1p of counts per 10,000 (S, G), of which the absent genes would have had their share.
+
+        Without the share, a bulk that lacks strong genes would read too high in all others.
+        """
+        present = present.to(bulk.dtype)  # (G,)
+        share = (self.profile * present).sum()
+        total = (bulk * present).sum(dim=1, keepdim=True)
+        return torch.log1p(bulk / total * share * DEPTH)
+
+    @torch.no_grad()
+    def fit_input(self, bulk):
+        """Take mean profile, centre and spread of each gene from training bulks (S, G)."""
+        self.profile.copy_((bulk / bulk.sum(dim=1, keepdim=True)).mean(dim=0))
+        x = self.log_normalise(bulk, torch.ones_like(self.profile))
+        self.center.copy_(x.mean(dim=0))
+        # The floor keeps genes that hardly vary in training from shouting in a foreign bulk.
+        self.scale.copy_(x.std(dim=0).clamp(min=0.1))
+
+    def forward(self, bulk, present=None):
+        """Args: bulk (S, G), any scale, positive sums; present (G) bool, default all.
+
+        Returns:
+            ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
+        """
+        present = torch.ones_like(self.profile) if present is None else present
+        x = (self.log_normalise(bulk, present) - self.center) / self.scale
+        # An absent gene reads as average; nothing reads beyond what training has seen.
+        x = x.clamp(-6, 6) * present
+        h = self.hidden(x)  # (S, H)
+        shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
+        mu = self.mu_head(h).view(shape)
+        # Regression: unconstrained, a negative variance became NaN under the square root.
+        var = F.softplus(self.var_head(h)).view(shape) + 1e-6
+        return mu, var, torch.softmax(self.pi_head(h), dim=-1)
+
+
+# ---------------------------------------------------------------------------- files of weights
+
+
+def save_model(path, model, settings, **card):
+    """Save a model so that the file alone rebuilds it: state, shape, settings and ``card``.
+
+    ``card`` holds what else the file should know: genes, cell_types, held_out (barcodes), epoch.
+    Only tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it.
+    """
+    card = {
+        "format": "bulk2sc",
+        "version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "config": model.config,
+        "state": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "settings": plain_settings(settings),
+        "seed": settings.seed,
+        **card,
+    }
+    write_whole(path, lambda temporary: torch.save(card, temporary))
+
+
+def load_tensors(path, made_by):
+    """``torch.load`` onto the CPU without unpickling code; one-line errors that name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {made_by} makes it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a broken zip, a foreign pickle, a cut-off record: many kinds
+        raise InputError(
+            f"{path}: not a readable weights file, expected one by {made_by}"
+        ) from error
+
+
+MADE_BY = {
+    "scGMVAE": "train_gmvae.py",
+    "scDecoder": "train_decoder.py",
+    "BulkEncoder": "train_encoder.py",
+}
+
+
+def load_model(path, model_class, device="cpu"):
+    """Rebuild a saved model in eval mode.
+
+    Returns:
+        ``(model, card)``: the module on ``device``, and the rest of the file as a dict.
+
+    Raises:
+        InputError: missing, truncated, another kind of file or version, or a state that does not
+            fit its own description.
+    """
+    name = model_class.__name__
+    card = load_tensors(path, MADE_BY[name])
+    if not isinstance(card, dict) or card.get("format") != "bulk2sc" or card.get("model") != name:
+        found = (
+            card.get("model", "something else") if isinstance(card, dict) else type(card).__name__
+        )
+        raise InputError(f"{path}: found {found}, expected a {name} by {MADE_BY[name]}")
+    if card.get("version") != FORMAT_VERSION:
+        found = card.get("version")
+        raise InputError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
+    try:
+        model = model_class(**card["config"])
+        model.load_state_dict(card.pop("state"))
+        if len(card["genes"]) != card["config"]["n_genes"]:
+            raise ValueError("genes")
+        if len(card["cell_types"]) != card["config"]["n_types"]:
+            raise ValueError("cell types")
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: its parts do not fit together, expected a whole {name}"
+        ) from error
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise InputError(f"{path}: holds values that are not finite, expected trained weights")
+    return model.to(device).eval(), card
+
+
+MIXTURE_FILES = ("gmm_mu_c.pt", "gmm_var_c.pt")
+
+
+def save_mixture(folder, mu, var):
+    """Write μ_k and σ_k² in autoCell's layout, 1 x D x K; mu and var are (K, D)."""
+    for name, value in zip(MIXTURE_FILES, (mu, var), strict=True):
+        layout = value.detach().cpu().T.unsqueeze(0).contiguous()  # (1, D, K)
+        write_whole(Path(folder) / name, lambda temporary, v=layout: torch.save(v, temporary))
+
+
+def load_mixture(folder, n_types):
+    """Read μ_k and σ_k², from this project or from autoCell: 1 x D x K, or K x D.
+
+    Args:
+        folder: with ``gmm_mu_c.pt`` and ``gmm_var_c.pt``. n_types: K of the labels.
+
+    Returns:
+        mu, var: (K, D) float32.
+
+    Raises:
+        InputError: shapes disagree with each other or with K, or a value is not finite, or a
+            variance not positive.
+    """
+    tensors = []
+    for name in MIXTURE_FILES:
+        path = Path(folder) / name
+        value = load_tensors(path, MADE_BY["scGMVAE"])
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise InputError(f"{path}: expected a tensor of 1 x D x K or K x D numbers")
+        shape = tuple(value.shape)
+        if value.dim() == 3 and shape[0] == 1:
+            value = value[0].T
+        if value.dim() != 2 or value.shape[0] != n_types:
+            raise InputError(
+                f"{path}: found shape {shape}, expected 1 x D x {n_types} or {n_types} x D "
+                f"for the {n_types} cell types of the labels"
+            )
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: holds values that are not finite")
+        tensors.append(value.detach().float().contiguous())
+    mu, var = tensors
+    if mu.shape != var.shape:
+        raise InputError(f"{folder}: mu is {tuple(mu.shape)}, var is {tuple(var.shape)} (K x D)")
+    if not (var > 0).all():
+        found = var.min().item()
+        raise InputError(f"{path}: found a variance of {found:g}, expected positive ones")
+    return mu, var
+
+
+def check_cell_types(path, card, cell_types):
+    """The one name-to-code map must be the same in a model and in the labels at hand."""
+    if card["cell_types"] != list(cell_types):
+        raise InputError(
+            f"{path}: knows {len(card['cell_types'])} cell types ({some(card['cell_types'])}), the "
+            f"labels have {len(cell_types)} ({some(cell_types)}); expected weights of this dataset"
+        )
+
+
+def check_mixture(path, model, mu, var, other):
+    """A model must have been made for the mixture μ_k, σ_k² (K, D) that ``other`` holds."""
+    same = model.mu.shape == mu.shape
+    for own, given in ((model.mu, mu), (model.var, var)):
+        # Not to the bit: exp of the same number may differ between machines in the last place.
+        same = same and torch.allclose(own.detach().cpu(), given.detach().cpu(), rtol=1e-4)
+    if not same:
+        raise InputError(
+            f"{path}: made for another Gaussian mixture than {other}; expected weights of one "
+            "run, so train the later stage again"
+        )

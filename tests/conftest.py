@@ -1,0 +1,119 @@
+"""Synthetic cells small enough to train on in seconds, and a way to run the real scripts."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]  # slash, two blanks: real names
+
+
+def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
+    """Negative binomial cells of three types, each with a block of marker genes of its own."""
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(len(n_per_type)), n_per_type)
+    profile = rng.gamma(1.0, 1.0, (len(n_per_type), n_genes))
+    block = n_genes // len(n_per_type)
+    for k in range(len(n_per_type)):
+        profile[k, k * block : k * block + block // 2] *= 8
+    profile /= profile.sum(axis=1, keepdims=True)
+    mean = profile[codes] * rng.lognormal(6, 0.3, len(codes))[:, None]
+    X = rng.poisson(mean * rng.gamma(5, 1 / 5, mean.shape)).astype(np.int32)
+    obs = pd.DataFrame(index=[f"CELL{i:03d}-1" for i in range(len(codes))])
+    obs["cell_type"] = np.array(CELL_TYPES)[codes]
+    order = rng.permutation(len(codes))  # types are not sorted, as in real data
+    var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
+    return anndata.AnnData(sp.csr_matrix(X), obs=obs, var=var)[order].copy()
+
+
+def write_10x(folder, adata, layout="new"):
+    """Write a 10x folder by hand, so that the reader is not tested against a writer of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"ENSG{i:011d}\t{g}" for i, g in enumerate(adata.var_names)]
+    if layout == "new":
+        rows = [r + "\tGene Expression" for r in rows]
+    names = {
+        "matrix.mtx": None,
+        "barcodes.tsv": "\n".join(adata.obs_names) + "\n",
+        ("features.tsv" if layout == "new" else "genes.tsv"): "\n".join(rows) + "\n",
+    }
+    for name, text in names.items():
+        if text is None:
+            scipy.io.mmwrite(folder / name, sp.coo_matrix(adata.X.T).astype(np.int32))
+            text = (folder / name).read_text()
+            (folder / name).unlink()
+        if layout == "new":
+            with gzip.open(folder / f"{name}.gz", "wt") as file:
+                file.write(text)
+        else:
+            (folder / name).write_text(text)
+    return folder
+
+
+def write_labels(path, adata, header=True):
+    lines = ["barcode,cell_type"] * header
+    lines += [f"{b},{t}" for b, t in zip(adata.obs_names, adata.obs["cell_type"], strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(script, *arguments, cwd=ROOT, check=True):
+    """Run one of the project's scripts as a user does; returns the finished process."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def assert_one_line_error(done, *words):
+    """The process failed with a single line on stderr that names what is wrong."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+TINY = {
+    "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--n-hidden", 32, "--n-latent", 5],
+    "train_decoder.py": ["--epochs", 30, "--n-hidden", 32],
+    "train_encoder.py": ["--epochs", 150, "--n-hidden", 64, "--batch-size", 32],
+}
+
+
+@pytest.fixture
+def cells():
+    return make_cells()
+
+
+@pytest.fixture(scope="session")
+def h5ad(tmp_path_factory):
+    """A file of synthetic cells with labels in .obs["cell_type"]."""
+    path = tmp_path_factory.mktemp("data") / "cells.h5ad"
+    make_cells().write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, h5ad):
+    """A weights folder made by the three real scripts with tiny settings."""
+    weights = tmp_path_factory.mktemp("weights")
+    for script, settings in TINY.items():
+        run(script, "--data", h5ad, "--weights", weights, *settings)
+    return weights

@@ -1,0 +1,332 @@
+"""Reading counts and labels, aligning genes, splitting cells, making bulks."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from conftest import CELL_TYPES, make_cells, write_10x, write_labels
+
+import data
+from data import (
+    DatasetSettings,
+    InputError,
+    align_genes,
+    batch_bulks,
+    check_counts,
+    choose_genes,
+    codes_of,
+    draw_pseudobulks,
+    load_cells,
+    natural_order,
+    read_bulk,
+    read_counts,
+    split_cells,
+)
+
+# ------------------------------------------------------------------------------------ counts
+
+
+def test_embedded_counts_are_the_published_integers():
+    adata = load_cells(DatasetSettings())
+    assert adata.shape == (700, 765)
+    assert adata.X.dtype == np.int32 and sp.issparse(adata.X)
+    assert adata.X.max() == 259 and adata.X.min() == 0
+    assert len(codes_of(adata)[1]) == 10
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_10x_folder_both_layouts(tmp_path, cells, layout):
+    read = read_counts(write_10x(tmp_path / "10x", cells, layout))
+    assert list(read.obs_names) == list(cells.obs_names)
+    assert list(read.var_names) == list(cells.var_names)
+    assert (read.X != cells.X).nnz == 0
+
+
+def write_10x_h5(path, adata):
+    """The layout of Cell Ranger 3, written with h5py."""
+    import h5py
+
+    X = sp.csc_matrix(adata.X.T)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(X, name)
+        group["shape"] = np.array(X.shape)
+        group["barcodes"] = np.array(adata.obs_names, dtype="S")
+        features = group.create_group("features")
+        features["name"] = np.array(adata.var_names, dtype="S")
+        features["id"] = np.array([f"ENSG{i}" for i in range(adata.n_vars)], dtype="S")
+        features["feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
+        features["genome"] = np.array(["GRCh38"] * adata.n_vars, dtype="S")
+
+
+def test_10x_h5(tmp_path, cells):
+    write_10x_h5(tmp_path / "cells.h5", cells)
+    read = read_counts(tmp_path / "cells.h5")
+    assert list(read.obs_names) == list(cells.obs_names)
+    assert (read.X != cells.X).nnz == 0
+
+
+def test_h5ad_takes_counts_from_where_they_are(tmp_path, cells, capsys):
+    counts = cells.X.copy()
+    cells.layers["counts"] = counts
+    cells.X = np.log1p(cells.X.toarray())
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    read = read_counts(tmp_path / "a.h5ad")
+    assert (counts != read.X).nnz == 0
+    assert "layers['counts']" in capsys.readouterr().out
+
+
+def test_features_that_are_not_genes_are_left_out_and_reported(tmp_path, cells, capsys):
+    folder = write_10x(tmp_path / "10x", cells)
+    features = pd.read_csv(folder / "features.tsv.gz", sep="\t", header=None)
+    features.loc[57:, 2] = "Antibody Capture"
+    features.to_csv(folder / "features.tsv.gz", sep="\t", header=False, index=False)
+    assert read_counts(folder).n_vars == 57
+    assert "3 features that are not gene expression" in capsys.readouterr().out
+
+
+def test_repeated_symbols_are_told_apart_and_reported(tmp_path, cells, capsys):
+    cells.var_names = ["SAME", "SAME", *cells.var_names[2:]]
+    read = read_counts(write_10x(tmp_path / "10x", cells))
+    assert list(read.var_names[:2]) == ["SAME", "SAME-1"] and read.n_vars == cells.n_vars
+    assert "1 repeated gene symbols" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(-1.0, "negative"), (1.386, "not an integer"), (np.nan, "not finite"), (3e9, "2147483647")],
+)
+def test_every_value_is_checked_and_the_bad_one_named(value, words):
+    X = sp.random(200, 50, 0.2, format="csr", random_state=0)
+    X.data[:] = 3
+    at = X.nnz - 2  # near the end: a check of the first values only would miss it
+    X.data[at] = value
+    cell = np.searchsorted(X.indptr, at, side="right") - 1
+    with pytest.raises(InputError, match=words) as error:
+        check_counts(X, "file.h5ad", [f"c{i}" for i in range(200)], [f"g{i}" for i in range(50)])
+    assert f"cell c{cell}, gene g{X.indices[at]})" in str(error.value)
+    assert "file.h5ad" in str(error.value)
+
+
+def test_duplicated_barcodes_are_an_error(tmp_path, cells):
+    cells.obs_names = ["TWICE", "TWICE", *cells.obs_names[2:]]
+    with pytest.raises(InputError, match="TWICE"):
+        read_counts(write_10x(tmp_path / "10x", cells))
+
+
+def test_cells_without_counts_are_left_out_and_reported(tmp_path, cells, capsys):
+    X = cells.X.tolil()
+    X[3] = 0
+    cells.X = X.tocsr()
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    assert load_cells(DatasetSettings(data=tmp_path / "a.h5ad")).n_obs == cells.n_obs - 1
+    assert "1 cells without a single count left out" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ labels
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_labels_from_csv_with_and_without_header(tmp_path, cells, header):
+    folder = write_10x(tmp_path / "10x", cells)
+    labels = write_labels(tmp_path / "labels.csv", cells, header)
+    read = load_cells(DatasetSettings(data=folder, labels=str(labels)))
+    assert list(read.obs["cell_type"]) == list(cells.obs["cell_type"])
+    assert codes_of(read)[1] == CELL_TYPES  # the double blank survives
+
+
+def test_label_order_in_the_file_does_not_matter(tmp_path, cells):
+    folder = write_10x(tmp_path / "10x", cells)
+    labels = write_labels(tmp_path / "labels.csv", cells[::-1].copy())
+    read = load_cells(DatasetSettings(data=folder, labels=str(labels)))
+    assert list(read.obs["cell_type"]) == list(cells.obs["cell_type"])
+
+
+def test_label_csv_beside_the_data_is_found(tmp_path, cells):
+    folder = write_10x(tmp_path / "10x", cells)
+    write_labels(folder / "barcode_to_celltype.csv", cells)
+    assert load_cells(DatasetSettings(data=folder)).n_obs == cells.n_obs
+
+
+def test_label_csv_of_r_with_row_names(tmp_path, cells):
+    folder = write_10x(tmp_path / "10x", cells)
+    table = pd.DataFrame({"barcode": cells.obs_names, "cell_type": cells.obs["cell_type"].values})
+    table.index += 1
+    table.to_csv(tmp_path / "labels.csv")
+    read = load_cells(DatasetSettings(data=folder, labels=str(tmp_path / "labels.csv")))
+    assert list(read.obs["cell_type"]) == list(cells.obs["cell_type"])
+
+
+def test_unknown_and_missing_labels_are_counted_and_left_out(tmp_path, cells, capsys):
+    """Regression: a NaN label silently became the last type."""
+    labels = cells.obs["cell_type"].astype(object)
+    labels.iloc[:5] = ["Unknown", np.nan, "", None, "unassigned"]
+    cells.obs["cell_type"] = labels.astype(str).where(labels.notna(), None)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    read = load_cells(DatasetSettings(data=tmp_path / "a.h5ad"))
+    assert read.n_obs == cells.n_obs - 5
+    assert "5 of 90 cells are Unknown or unlabelled and left out" in capsys.readouterr().out
+    assert codes_of(read)[1] == CELL_TYPES
+    assert list(read.obs["cell_type"]) == list(labels[read.obs_names])
+
+
+def test_labels_for_other_barcodes_are_an_error(tmp_path, cells):
+    folder = write_10x(tmp_path / "10x", cells)
+    (tmp_path / "labels.csv").write_text("barcode,cell_type\nACGT-1,B\nTTTT-1,T\n")
+    with pytest.raises(InputError, match="none of its 2 barcodes"):
+        load_cells(DatasetSettings(data=folder, labels=str(tmp_path / "labels.csv")))
+
+
+def test_two_labels_for_one_barcode_are_an_error(tmp_path, cells):
+    folder = write_10x(tmp_path / "10x", cells)
+    labels = write_labels(tmp_path / "labels.csv", cells)
+    labels.write_text(labels.read_text() + f"{cells.obs_names[0]},Other\n")
+    with pytest.raises(InputError, match="two different labels"):
+        load_cells(DatasetSettings(data=folder, labels=str(labels)))
+
+
+def test_codes_follow_numbers_not_strings():
+    """Regression: with more than ten clusters, codes came out as '0', '1', '10', '2'."""
+    assert natural_order(str(i) for i in range(12)) == [str(i) for i in range(12)]
+    assert natural_order(["T10", "T9", "B"]) == ["B", "T9", "T10"]
+
+
+# ---------------------------------------------------------------------- genes, split and bulks
+
+
+def test_align_genes_reorders_by_name_and_reports_the_share(cells, capsys):
+    wanted = [cells.var_names[7], "NOT THERE", cells.var_names[0]]
+    X, present = align_genes(cells.X, cells.var_names, wanted, "cells")
+    assert present.tolist() == [True, False, True]
+    expected = cells.X[:, [7, 0]].toarray()
+    assert (X.toarray()[:, [0, 2]] == expected).all() and X[:, 1].nnz == 0
+    assert "2 of the model's 3 genes (66.7%)" in capsys.readouterr().out
+
+
+def test_align_genes_without_overlap_is_an_error(cells):
+    with pytest.raises(InputError, match="none of its 60 genes"):
+        align_genes(cells.X, cells.var_names, ["X1", "X2"], "cells")
+
+
+def test_choose_genes_keeps_the_variable_ones():
+    cells = make_cells(n_genes=60)
+    assert choose_genes(cells, 100) == list(cells.var_names)
+    chosen = choose_genes(cells, 30)
+    assert len(chosen) == 30 and set(chosen) < set(cells.var_names)
+    markers = {f"GENE{k * 20 + i}" for k in range(3) for i in range(10)}
+    assert len(markers & set(chosen)) > 20
+
+
+def test_split_is_stratified_repeatable_and_leaves_every_type_a_cell():
+    codes = np.repeat([0, 1, 2, 3], [100, 50, 1, 2])
+    mask = split_cells(codes, 0.2, seed=3)
+    assert [mask[codes == k].sum() for k in range(4)] == [20, 10, 0, 0]
+    assert (mask == split_cells(codes, 0.2, seed=3)).all()
+    assert (mask != split_cells(codes, 0.2, seed=4)).any()
+    assert split_cells(codes, 0, seed=3).sum() == 0
+    assert [split_cells(codes, 0.99, 0)[codes == k].all() for k in range(4)] == [False] * 4
+
+
+def test_pseudobulks_are_sums_of_the_cells_they_say(cells):
+    """With one distinct cell per type the sum is known exactly from the proportions."""
+    codes, _ = codes_of(load_labels(cells))
+    one = np.array([np.flatnonzero(codes == k)[0] for k in range(3)])
+    proportions = np.array([[1.0, 0, 0], [0.2, 0.3, 0.5]])
+    rng = np.random.default_rng(0)
+    bulk, drawn = draw_pseudobulks(
+        cells.X[one], np.arange(3), proportions, np.array([7, 1000]), rng
+    )
+    assert drawn[0].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(drawn[1], proportions[1], atol=0.06)
+    expected = (drawn * [[7], [1000]]) @ cells.X[one].toarray()
+    np.testing.assert_allclose(bulk, expected, rtol=1e-4)
+
+
+def load_labels(cells):
+    cells.obs["cell_type"] = pd.Categorical(cells.obs["cell_type"])
+    return cells
+
+
+def test_batch_bulks_use_every_cell_once_per_pass(cells):
+    bulk, members = batch_bulks(cells.X, 30, 7, np.random.default_rng(0))
+    assert bulk.shape == (7, 60) and members.shape == (7, 30)
+    assert sorted(members[:3].ravel()) == list(range(90))
+    np.testing.assert_array_equal(bulk[4], cells.X[members[4]].toarray().sum(axis=0))
+
+
+# -------------------------------------------------------------------------------- bulk files
+
+
+@pytest.fixture
+def bulk_table():
+    rng = np.random.default_rng(0)
+    genes = [f"GENE{i}" for i in range(20)]
+    return pd.DataFrame(rng.gamma(1, 50, (3, 20)), ["s1", "s 2", "s,3"], genes)
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
+def test_bulk_in_either_orientation(tmp_path, bulk_table, genes_in_rows, suffix):
+    table = bulk_table.T if genes_in_rows else bulk_table
+    path = tmp_path / f"bulk.{suffix}"
+    table.to_csv(path, sep="\t" if suffix == "tsv" else ",")
+    X, samples, genes = read_bulk(path, bulk_table.columns[:12])
+    assert samples == list(bulk_table.index) and genes == list(bulk_table.columns)
+    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
+
+
+def test_bulk_h5ad(tmp_path, bulk_table):
+    import anndata
+
+    anndata.AnnData(bulk_table).write_h5ad(tmp_path / "bulk.h5ad")
+    X, samples, _ = read_bulk(tmp_path / "bulk.h5ad", bulk_table.columns)
+    assert samples == list(bulk_table.index)
+    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
+
+
+def test_repeated_genes_of_a_bulk_are_summed(tmp_path, bulk_table, capsys):
+    bulk_table.columns = ["GENE1", *bulk_table.columns[1:]]
+    bulk_table.T.to_csv(tmp_path / "bulk.csv")
+    X, _, genes = read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+    assert "1 repeated gene names summed" in capsys.readouterr().out
+    expected = bulk_table["GENE1"].sum(axis=1)
+    np.testing.assert_allclose(X[:, [genes.index("GENE1")]].toarray().ravel(), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(-3, "-3"), (np.nan, "found ''"), ("n.d.", "n.d."), (np.inf, "inf")],
+)
+def test_bad_values_in_a_bulk_are_named(tmp_path, bulk_table, value, words):
+    bulk_table = bulk_table.astype(object)
+    bulk_table.loc["s 2", "GENE4"] = value
+    bulk_table.T.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(InputError, match=words) as error:
+        read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+    assert "s 2" in str(error.value) and "GENE4" in str(error.value)
+
+
+def test_empty_bulk_sample_is_an_error(tmp_path, bulk_table):
+    bulk_table.loc["s1"] = 0
+    bulk_table.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(InputError, match="empty"):
+        read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+
+
+def test_bulk_without_known_genes_is_an_error(tmp_path, bulk_table):
+    bulk_table.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(InputError, match="genes known to the model"):
+        read_bulk(tmp_path / "bulk.csv", ["ENSG1", "ENSG2"])
+
+
+# ------------------------------------------------------------------------------- real data
+
+
+def test_pbmc1k_reads_as_described():
+    folder = data.Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
+    if not folder.is_dir():
+        pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
+    cells = load_cells(DatasetSettings(data=folder))
+    assert cells.shape == (863, 14688) and len(codes_of(cells)[1]) == 8
+    assert cells.var_names.is_unique

@@ -1,0 +1,279 @@
+"""The networks' shapes and invariances, and the files they are saved in."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_cells
+
+from data import DatasetSettings, InputError
+from models import (
+    BulkEncoder,
+    load_mixture,
+    load_model,
+    mean_profile,
+    save_mixture,
+    save_model,
+    scDecoder,
+    scGMVAE,
+)
+
+G, K, D = 40, 3, 7  # all different, so that a mix-up of axes cannot pass
+
+
+def decoder(likelihood="nb"):
+    return scDecoder(D, 32, G, K, likelihood, dropout=0.1).eval()
+
+
+def encoder():
+    return BulkEncoder(G, K, D, 16, dropout=0.1).eval()
+
+
+def save(path, model):
+    card = dict(
+        genes=[f"g{i}" for i in range(G)],
+        cell_types=["a", "b", "c"],
+        held_out=["cell 1"],
+        held_out_fraction=0.2,
+        epoch=3,
+    )
+    save_model(path, model, DatasetSettings(seed=5), **card)
+    return card
+
+
+# ---------------------------------------------------------------------------------- scGMVAE
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_gmvae_with_more_latents_than_types_and_fewer(likelihood):
+    """Regression: the published code works only when K = D."""
+    for n_types, n_latent in ((3, 7), (12, 2), (1, 1)):
+        model = scGMVAE(G, n_types, n_latent, 16, likelihood, 0.1)
+        x = torch.poisson(torch.full((5, G), 3.0))
+        mean, var = model.encode(x)
+        assert mean.shape == var.shape == (5, n_latent) and (var > 0).all()
+        codes = torch.arange(5) % n_types
+        assert model.kl(mean, var, codes).shape == (5,)
+        assert model.decoder.loss(x, mean, x.sum(1)).shape == (5,)
+        assert model.mu.shape == model.var.shape == (n_types, n_latent)
+
+
+def test_kl_matches_torch_distributions():
+    torch.manual_seed(0)
+    model = scGMVAE(G, K, D, 16, "nb", 0.0)
+    model.mu.data.normal_()
+    model.log_var.data.normal_()
+    mean, var, codes = torch.randn(6, D), torch.rand(6, D) + 0.1, torch.tensor([0, 1, 2, 2, 1, 0])
+    q = torch.distributions.Normal(mean, var.sqrt())
+    for given, prior in (
+        (codes, torch.distributions.Normal(model.mu[codes], model.var[codes].sqrt())),
+        (None, torch.distributions.Normal(torch.zeros(6, D), torch.ones(6, D))),
+    ):
+        expected = torch.distributions.kl_divergence(q, prior).sum(1)
+        torch.testing.assert_close(model.kl(mean, var, given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fitted_mixture_is_the_best_prior():
+    """The closed form must beat any nearby mixture in mean KL."""
+    torch.manual_seed(0)
+    model = scGMVAE(G, K, D, 16, "nb", 0.0)
+    mean, var, codes = torch.randn(90, D) * 3, torch.rand(90, D), torch.arange(90) % K
+    model.fit_mixture(mean, var, codes)
+    best = model.kl(mean, var, codes).mean()
+    for parameter in (model.mu, model.log_var):
+        for step in (-0.05, 0.05):
+            parameter.data += step
+            assert model.kl(mean, var, codes).mean() > best
+            parameter.data -= step
+
+
+def test_encoding_does_not_depend_on_the_cells_beside_it():
+    model = scGMVAE(G, K, D, 16, "nb", 0.1).eval()
+    x = torch.poisson(torch.full((5, G), 3.0))
+    torch.testing.assert_close(model.encode(x)[0][2], model.encode(x[2:3])[0][0])
+
+
+# -------------------------------------------------------------------------------- scDecoder
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "mse_l1"])
+def test_decoder_draws_counts(likelihood):
+    """Regression: the published output was the ReLU of a regression, not counts."""
+    x = decoder(likelihood).sample(torch.randn(9, D), torch.full((9,), 500.0))
+    assert x.shape == (9, G) and (x >= 0).all() and torch.equal(x, x.round())
+
+
+def test_decoder_mean_adds_up_to_the_library_size():
+    """Regression: generated cells had about 40 counts where real ones have thousands."""
+    model = decoder()
+    mean, _ = model(torch.randn(4, D), torch.tensor([10.0, 500.0, 6000.0, 1e5]))
+    torch.testing.assert_close(mean.sum(1), torch.tensor([10.0, 500.0, 6000.0, 1e5]))
+    draws = model.sample(torch.randn(4000, D), torch.full((4000,), 6000.0))
+    assert draws.sum(1).mean().item() == pytest.approx(6000, rel=0.05)
+
+
+def test_published_loss_is_sums_of_squares_and_absolutes():
+    model = decoder("mse_l1")
+    x, z = torch.poisson(torch.full((3, G), 2.0)), torch.randn(3, D)
+    error = x - model(z, x.sum(1))[0]
+    expected = (error.pow(2) + error.abs()).sum(1)
+    torch.testing.assert_close(model.loss(x, z, x.sum(1)), expected)
+
+
+def test_library_sizes_follow_their_own_cell_type():
+    torch.manual_seed(0)
+    codes = torch.arange(3000) % K
+    library = torch.exp(torch.randn(3000) * 0.4 + torch.tensor([5.0, 7.0, 9.0])[codes])
+    model = decoder()
+    model.fit_library(library, codes)
+    drawn = model.sample_library(codes, torch.Generator().manual_seed(0))
+    for k in range(K):
+        for q in (0.1, 0.5, 0.9):
+            ours, real = drawn[codes == k].quantile(q), library[codes == k].quantile(q)
+            assert ours.item() == pytest.approx(real.item(), rel=0.1)
+    assert drawn.max() <= library.max() * 1.001 and drawn.min() >= library.min() * 0.999
+
+
+def test_untrained_decoder_starts_at_the_mean_profile():
+    cells = make_cells(n_genes=G)
+    model = decoder()
+    profile = mean_profile(cells.X)
+    model.start_at(profile)
+    mean, _ = model(torch.zeros(1, D), torch.ones(1))
+    assert np.corrcoef(mean[0].detach().log(), profile.log())[0, 1] > 0.99
+
+
+# ------------------------------------------------------------------------------ Bulk Encoder
+
+
+def test_encoder_shapes_positive_variance_and_proportions():
+    """Regression: an unconstrained variance gave NaN under the square root."""
+    model = encoder()
+    for scale in (1e-3, 1.0, 1e9):
+        bulk = torch.rand(5, G) * scale
+        bulk[0, 1:] = 0  # all mass on one gene
+        mu, var, pi = model(bulk)
+        assert mu.shape == var.shape == (5, K, D) and pi.shape == (5, K)
+        assert (var > 0).all() and torch.isfinite(mu).all() and torch.isfinite(var.sqrt()).all()
+        torch.testing.assert_close(pi.sum(1), torch.ones(5))
+
+
+def test_encoder_ignores_the_scale_of_a_bulk():
+    """Regression: the published encoder read raw sums, so twice the cells was another bulk."""
+    model = encoder()
+    bulk = torch.rand(4, G) * 100
+    model.fit_input(bulk)
+    for a, b in zip(model(bulk), model(bulk * 1e4), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_absent_genes_leave_the_others_as_they_were():
+    """Cutting a gene from the bulk must read like that gene at its average, not like zeros."""
+    torch.manual_seed(0)
+    model = encoder()
+    bulk = torch.rand(200, G) + torch.linspace(0, 30, G)
+    model.fit_input(bulk)
+    present = torch.ones(G, dtype=torch.bool)
+    present[-8:] = False  # the strongest genes: a third of all counts
+    cut = bulk * present
+    whole = model.log_normalise(bulk, torch.ones(G))[:, :-8]
+    torch.testing.assert_close(model.log_normalise(cut, present)[:, :-8], whole, rtol=0, atol=0.03)
+    assert not torch.equal(model(cut)[2], model(cut, present)[2])
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("make", [decoder, encoder, lambda: scGMVAE(G, K, D, 16, "zinb", 0.1)])
+def test_saved_model_rebuilds_itself(tmp_path, make):
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    card = save(tmp_path / "model.pt", model)
+    torch.load(tmp_path / "model.pt", weights_only=True)  # plain tensors, numbers and strings
+    again, read = load_model(tmp_path / "model.pt", type(model))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert {k: read[k] for k in card} == card and read["seed"] == 5
+    assert not again.training
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]  # no temporary file left
+
+
+def test_loaded_decoder_draws_the_same_cells(tmp_path):
+    model = decoder()
+    save(tmp_path / "m.pt", model)
+    again, _ = load_model(tmp_path / "m.pt", scDecoder)
+    draws = [
+        m.sample(torch.ones(5, D), torch.full((5,), 300.0), torch.Generator().manual_seed(1))
+        for m in (model, again)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_unusable_weights_are_one_line_errors(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(InputError, match="no such file; train_decoder.py"):
+        load_model(path, scDecoder)
+    save(path, decoder())
+    whole = path.read_bytes()
+    for part in (0, 10, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:part])
+        with pytest.raises(InputError, match="not a readable weights file"):
+            load_model(path, scDecoder)
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="found scDecoder, expected a BulkEncoder"):
+        load_model(path, BulkEncoder)
+    card = torch.load(path, weights_only=True)
+    for key, value, words in (
+        ("version", 99, "format version 99"),
+        ("genes", ["g0"], "do not fit together"),
+        ("config", card["config"] | {"n_genes": G + 1}, "do not fit together"),
+        ("state", card["state"] | {"out.bias": torch.full((G,), torch.nan)}, "not finite"),
+    ):
+        torch.save(card | {key: value}, path)
+        with pytest.raises(InputError, match=words):
+            load_model(path, scDecoder)
+
+
+def test_weights_never_run_code(tmp_path):
+    """A pickle that would execute on load is refused."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match="not a readable weights file"):
+        load_model(tmp_path / "model.pt", scDecoder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mixture_in_autocell_layout_and_as_k_by_d(tmp_path):
+    mu, var = torch.randn(K, D), torch.rand(K, D) + 0.1
+    save_mixture(tmp_path, mu, var)
+    assert torch.load(tmp_path / "gmm_mu_c.pt", weights_only=True).shape == (1, D, K)
+    for read, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
+        torch.testing.assert_close(read, written)
+    # As autoCell saves it: a parameter, on whatever device
+    torch.save(torch.nn.Parameter(mu.T[None]), tmp_path / "gmm_mu_c.pt")
+    torch.save(var, tmp_path / "gmm_var_c.pt")
+    for read, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
+        torch.testing.assert_close(read, written)
+        assert not read.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mu", "var", "words"),
+    [
+        (torch.randn(K + 1, D), torch.ones(K + 1, D), "4 x 7|\\(4, 7\\)"),
+        (torch.randn(K, D), torch.ones(K, D + 1), "mu is"),
+        (torch.randn(K, D), -torch.ones(K, D), "variance of -1"),
+        (torch.full((K, D), torch.nan), torch.ones(K, D), "not finite"),
+        ([1, 2], torch.ones(K, D), "expected a tensor"),
+    ],
+)
+def test_unusable_mixtures_are_one_line_errors(tmp_path, mu, var, words):
+    torch.save(mu, tmp_path / "gmm_mu_c.pt")
+    torch.save(var, tmp_path / "gmm_var_c.pt")
+    with pytest.raises(InputError, match=words):
+        load_mixture(tmp_path, K)

@@ -1,0 +1,415 @@
+"""The real scripts in a subprocess: the whole pipeline, its defects of old, and bad input."""
+
+import shutil
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import (
+    CELL_TYPES,
+    TINY,
+    assert_one_line_error,
+    make_cells,
+    run,
+    write_10x,
+    write_labels,
+)
+
+TRAININGS = list(TINY)
+SCRIPTS = [*TRAININGS, "bulk2sc.py", "evaluate.py"]
+
+
+def card(weights, name):
+    return torch.load(weights / f"{name}_model.pt", weights_only=True)
+
+
+def generate(out, *arguments):
+    run("bulk2sc.py", "--out", out, *arguments)
+    return anndata.read_h5ad(out)
+
+
+# ---------------------------------------------------------------------------- the whole way
+
+
+def test_trainings_write_what_they_say(trained):
+    names = {p.name for p in trained.iterdir()}
+    expected = {"gmm_mu_c.pt", "gmm_var_c.pt"}
+    for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
+        expected |= {f"{model}_model.pt", f"{model}_loss.csv", f"{model}_loss.png"}
+    assert names == expected
+    assert torch.load(trained / "gmm_mu_c.pt", weights_only=True).shape == (1, 5, 3)  # D = 5, K = 3
+    for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
+        assert card(trained, model)["cell_types"] == CELL_TYPES
+    for model in ("scGMVAE", "scDecoder"):
+        curve = pd.read_csv(trained / f"{model}_loss.csv")
+        assert curve["epoch"].tolist() == list(range(1, 31))  # not one epoch too many
+        assert curve["reconstruction"].iloc[-1] < curve["reconstruction"].iloc[0]
+
+
+def test_encoder_reports_three_losses_that_fall(trained):
+    curve = pd.read_csv(trained / "bulkEncoder_loss.csv")
+    for name in ("mu", "var", "pi", "held_out_mu", "held_out_var", "held_out_pi"):
+        assert curve[name].iloc[-1] < curve[name].iloc[0]
+    assert curve["held_out_pi"].iloc[-1] < 0.02
+
+
+def test_no_stage_trains_on_a_held_out_cell(trained):
+    """One split, chosen by stage 1, stratified, the same in all three files."""
+    cells = make_cells()
+    cards = [card(trained, m) for m in ("scGMVAE", "scDecoder", "bulkEncoder")]
+    assert cards[0]["held_out"] == cards[1]["held_out"] == cards[2]["held_out"]
+    held_out = cells.obs.loc[cards[0]["held_out"], "cell_type"].value_counts()
+    assert held_out[CELL_TYPES].tolist() == [8, 6, 4]
+
+
+def test_generated_file(trained, h5ad, tmp_path):
+    out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 50)
+    assert out.shape == (50, 60) and list(out.var_names) == [f"GENE{i}" for i in range(60)]
+    assert sp.issparse(out.X) and out.X.format == "csr" and out.X.dtype == np.int32
+    assert out.X.min() >= 0 and out.X.sum() > 0
+    assert out.obs["sample"].nunique() == 50  # each batch yields one cell
+    assert list(out.obs["cell_type"].cat.categories) == list(out.uns["cell_types"]) == CELL_TYPES
+    assert out.obsm["X_latent"].shape == (50, 5)
+    proportions = out.uns["proportions"]
+    assert proportions.shape == (50, 3)
+    np.testing.assert_allclose(proportions.sum(axis=1), 1, rtol=1e-5)
+    assert out.uns["settings"]["n_cells"] == "50"
+
+
+def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
+    """save -> load -> identical output, through the files and processes a user has."""
+    a, b, c = (
+        generate(tmp_path / f"{i}.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 40,
+                 "--batch-size", 30, "--seed", seed)
+        for i, seed in enumerate((1, 1, 2))
+    )  # fmt: skip
+    assert (a.X != b.X).nnz == 0 and (a.obsm["X_latent"] == b.obsm["X_latent"]).all()
+    assert list(a.obs["cell_type"]) == list(b.obs["cell_type"])
+    assert (a.X != c.X).nnz > 0
+
+
+def test_training_repeats_to_the_bit(h5ad, trained, tmp_path):
+    for script, settings in TINY.items():
+        run(script, "--data", h5ad, "--weights", tmp_path, *settings)
+    for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
+        first, second = card(trained, model)["state"], card(tmp_path, model)["state"]
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 499, 1500])
+def test_every_cell_is_saved_whatever_their_number(trained, h5ad, tmp_path, n_cells):
+    """Regression: only every 500th generated cell was saved, and fewer than 500 crashed."""
+    out = generate(
+        tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained,
+        "--n-cells", n_cells, "--batch-size", 20,
+    )  # fmt: skip
+    assert out.n_obs == n_cells == len(out.obs_names.unique())
+
+
+def test_batch_size_is_used(trained, h5ad, tmp_path):
+    """Regression: --batch_size was ignored."""
+    spread = []
+    for size in (2, 60):
+        out = generate(
+            tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained,
+            "--n-cells", 60, "--batch-size", size,
+        )  # fmt: skip
+        spread.append(out.uns["proportions"].std(axis=0).mean())
+    assert spread[0] > 2 * spread[1]  # bulks of two cells differ more than bulks of sixty
+
+
+def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path):
+    """Samples of one pure type each come back as that type; names are kept."""
+    cells = make_cells()
+    table = pd.DataFrame(
+        {t: cells[cells.obs["cell_type"] == t].X.sum(axis=0).A1 for t in CELL_TYPES},
+        index=cells.var_names,
+    )
+    table.columns = ["donor B", "donor T", "donor NK"]
+    table.to_csv(tmp_path / "bulk.tsv", sep="\t")
+    out = generate(
+        tmp_path / "g.h5ad", "--bulk", tmp_path / "bulk.tsv", "--weights", trained, "--n-cells", 70
+    )
+    assert out.obs["sample"].value_counts(sort=False).to_dict() == dict.fromkeys(table.columns, 70)
+    assert list(out.uns["samples"]) == list(table.columns)
+    counts = pd.crosstab(out.obs["sample"], out.obs["cell_type"])
+    assert (np.diag(counts.loc[table.columns, CELL_TYPES]) > 50).all(), counts
+    again = generate(
+        tmp_path / "h.h5ad", "--bulk", tmp_path / "bulk.tsv", "--weights", trained, "--n-cells", 70
+    )
+    assert (out.X != again.X).nnz == 0
+
+
+def test_generated_cells_vary_within_a_type(trained, h5ad, tmp_path):
+    """Regression: with z unrelated to x, every generated cell of a type was the same cell."""
+    out = generate(
+        tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained,
+        "--n-cells", 600, "--batch-size", 60,
+    )  # fmt: skip
+    real = make_cells()
+    for cell_type in CELL_TYPES[:2]:
+        a, b = (x[x.obs["cell_type"] == cell_type].X.toarray().astype(float) for x in (out, real))
+        a, b = (np.log1p(v / v.sum(1, keepdims=True) * 1e4) for v in (a, b))
+        assert 0.5 < a.var(axis=0).sum() / b.var(axis=0).sum() < 2
+        assert np.median(out.X.sum(axis=1).A1) == pytest.approx(
+            np.median(real.X.sum(1).A1), rel=0.2
+        )
+
+
+def test_labels_follow_their_cells_however_the_data_is_ordered(trained, h5ad, tmp_path):
+    """Regression: batch positions indexed unshuffled labels while the loader shuffled."""
+    weights = anndata.read_h5ad(h5ad)
+    state = card(trained, "scGMVAE")
+    from models import load_model, scGMVAE
+
+    model, _ = load_model(trained / "scGMVAE_model.pt", scGMVAE)
+    mean, _ = model.encode(torch.from_numpy(weights[:, state["genes"]].X.toarray()).float())
+    codes = weights.obs["cell_type"].map(CELL_TYPES.index).to_numpy()
+    # Were labels shuffled against cells, the three components would coincide.
+    nearest = torch.cdist(mean, model.mu).argmin(dim=1).numpy()
+    assert (nearest == codes).mean() > 0.9
+
+
+def test_more_than_ten_types_given_as_numbers(tmp_path):
+    """Regression: codes followed sorted strings, '0', '1', '10', '2'."""
+    cells = make_cells(n_per_type=(12,) * 12, n_genes=72)
+    cells.obs["leiden"] = (cells.obs_names.str[4:7].astype(int) // 12).astype(str)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    for script, settings in TINY.items():
+        run(script, "--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w",
+            *settings)  # fmt: skip
+    for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
+        assert card(tmp_path / "w", model)["cell_types"] == [str(i) for i in range(12)]
+    out = generate(tmp_path / "g.h5ad", "--data", tmp_path / "a.h5ad", "--weights", tmp_path / "w",
+                   "--n-cells", 30, "--batch-size", 50)  # fmt: skip
+    assert out.uns["proportions"].shape == (30, 12)
+
+
+def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
+    folder = write_10x(tmp_path / "10x", make_cells(), "old")
+    labels = write_labels(tmp_path / "labels.csv", make_cells(), header=False)
+    for script, settings in TINY.items():
+        run(script, "--data", folder, "--labels", labels, "--weights", tmp_path / "w", *settings)
+    out = generate(tmp_path / "g.h5ad", "--data", folder, "--weights", tmp_path / "w",
+                   "--n-cells", 5, "--batch-size", 20)  # fmt: skip
+    assert out.n_obs == 5
+    done = run("evaluate.py", "--data", folder, "--labels", labels, "--weights", tmp_path / "w",
+               "--n-draws", 2, "--n-pseudobulks", 5)  # fmt: skip
+    table = pd.read_csv(tmp_path / "w" / "evaluation.csv")
+    assert "within-type variance ratio" in done.stdout
+    assert set(table["method"]) == {"bulk2sc", "other real cells", "NNLS"}
+    assert np.isfinite(table["mean"]).all() and (table["count"] == 2).all()
+
+
+# ------------------------------------------------------------------------- autoCell and names
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--pairing", "prior", "--loss", "mse_l1"], ["--loss", "zinb"]]
+)
+def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
+    """autoCell leaves two files, 1 x D x K, and D need not be K."""
+    for name, low in (("gmm_mu_c.pt", 0.0), ("gmm_var_c.pt", 0.5)):
+        torch.save(torch.rand(1, 4, 3) + low, tmp_path / name)
+    settings = [*TINY["train_decoder.py"], "--data", h5ad, "--weights", tmp_path]
+    done = run("train_decoder.py", *settings, *arguments)
+    assert "component k is taken as type k (0 = B cells" in done.stdout
+    run("train_encoder.py", *TINY["train_encoder.py"], "--data", h5ad, "--weights", tmp_path)
+    out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 30,
+                   "--batch-size", 20)  # fmt: skip
+    assert out.obsm["X_latent"].shape == (30, 4)
+    assert card(tmp_path, "scDecoder")["pairing"] == "prior"
+    assert len(card(tmp_path, "scDecoder")["held_out"]) == 18
+
+
+def test_posterior_pairing_needs_the_gmvae(tmp_path, h5ad):
+    for name in ("gmm_mu_c.pt", "gmm_var_c.pt"):
+        torch.save(torch.rand(1, 4, 3) + 0.5, tmp_path / name)
+    done = run("train_decoder.py", "--data", h5ad, "--weights", tmp_path, "--pairing", "posterior",
+               check=False)  # fmt: skip
+    assert_one_line_error(done, "scGMVAE_model.pt", "train_gmvae.py")
+
+
+@pytest.mark.parametrize("likelihood", ["zinb"])
+def test_zinb_from_end_to_end(tmp_path, h5ad, likelihood):
+    for script, settings in TINY.items():
+        extra = {
+            "train_gmvae.py": ["--likelihood", likelihood],
+            "train_decoder.py": ["--loss", likelihood],
+        }
+        run(script, "--data", h5ad, "--weights", tmp_path, *settings, *extra.get(script, []))
+    out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 20,
+                   "--batch-size", 20)  # fmt: skip
+    assert out.X.sum() > 0
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def broken(tmp_path, cells, kind):
+    X = cells.X.astype(np.float64)
+    if kind == "normalised":
+        X.data = np.log1p(X.data)
+    elif kind == "negative":
+        X.data[-1] = -2
+    else:
+        X.data[-1] = np.nan
+    cells.X = X
+    cells.write_h5ad(tmp_path / f"{kind}.h5ad")
+    return tmp_path / f"{kind}.h5ad"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_missing_data_is_a_one_line_error(script, trained, tmp_path):
+    done = run(script, "--data", tmp_path / "nowhere", "--weights", trained, check=False)
+    assert_one_line_error(done, tmp_path / "nowhere", "no such file")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", ["normalised", "negative", "not finite"])
+def test_counts_that_are_not_counts(script, kind, trained, tmp_path):
+    path = broken(tmp_path, make_cells(), kind)
+    before = sorted(p.name for p in trained.iterdir())
+    done = run(script, "--data", path, "--weights", trained, check=False, cwd=tmp_path)
+    assert_one_line_error(done, path, "expected raw counts")
+    assert sorted(p.name for p in trained.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_wrong_barcodes_are_a_one_line_error(tmp_path, h5ad):
+    (tmp_path / "labels.csv").write_text("barcode,cell_type\nAAA-1,B\nCCC-1,T\n")
+    done = run("train_gmvae.py", "--data", h5ad, "--labels", tmp_path / "labels.csv",
+               "--weights", tmp_path / "w", check=False)  # fmt: skip
+    assert_one_line_error(done, "labels.csv", "AAA-1", "CELL")
+    assert not (tmp_path / "w").exists()
+
+
+def test_labels_that_are_nowhere(tmp_path, h5ad):
+    done = run("train_gmvae.py", "--data", h5ad, "--labels", "leiden", check=False)
+    assert_one_line_error(done, "leiden", "neither a file nor a column")
+
+
+def test_no_shared_genes(trained, tmp_path):
+    cells = make_cells()
+    cells.var_names = [f"MOUSE{i}" for i in range(cells.n_vars)]
+    cells.write_h5ad(tmp_path / "m.h5ad")
+    out = tmp_path / "g.h5ad"
+    done = run("bulk2sc.py", "--data", tmp_path / "m.h5ad", "--weights", trained, "--out", out,
+               check=False)  # fmt: skip
+    assert_one_line_error(done, "m.h5ad", "none of its 60 genes")
+    pd.DataFrame({"s1": [1, 2]}, index=["MOUSE1", "MOUSE2"]).to_csv(tmp_path / "bulk.csv")
+    done = run("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained, "--out", out,
+               check=False)  # fmt: skip
+    assert_one_line_error(done, "bulk.csv", "MOUSE1")
+    assert not out.exists()
+
+
+def test_empty_bulk(trained, tmp_path):
+    table = pd.DataFrame({"s1": [1, 2], "void": [0, 0]}, index=["GENE1", "GENE2"])
+    table.to_csv(tmp_path / "bulk.csv")
+    done = run("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained, check=False,
+               cwd=tmp_path)  # fmt: skip
+    assert_one_line_error(done, "bulk.csv", "void", "empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["bulk.csv"]
+
+
+@pytest.mark.parametrize("name", ["bulkEncoder_model.pt", "scDecoder_model.pt"])
+def test_truncated_weights(trained, h5ad, tmp_path, name):
+    shutil.copytree(trained, tmp_path / "w")
+    file = tmp_path / "w" / name
+    file.write_bytes(file.read_bytes()[:5000])
+    done = run("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", "--out",
+               tmp_path / "g.h5ad", check=False)  # fmt: skip
+    assert_one_line_error(done, name, "not a readable weights file")
+    assert not (tmp_path / "g.h5ad").exists()
+
+
+def test_weights_of_another_dataset(trained, h5ad, tmp_path):
+    """Other cell types, other cells, or parts of two runs: each is said, none is generated from."""
+    cells = make_cells()
+    cells.obs["cell_type"] = cells.obs["cell_type"].replace("B cells", "A new name")
+    cells.write_h5ad(tmp_path / "types.h5ad")
+    for script in TRAININGS[1:]:
+        done = run(script, "--data", tmp_path / "types.h5ad", "--weights", trained, check=False)
+        assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
+    cells = make_cells()
+    cells.obs_names = "OTHER" + cells.obs_names
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for script in (*TRAININGS[1:], "evaluate.py"):
+        done = run(script, "--data", tmp_path / "cells.h5ad", "--weights", trained, check=False)
+        assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
+    shutil.copytree(trained, tmp_path / "w")
+    run("train_gmvae.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_gmvae.py"],
+        "--seed", 9)  # fmt: skip
+    run("train_decoder.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_decoder.py"])
+    done = run("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", check=False, cwd=tmp_path)
+    assert_one_line_error(done, "bulkEncoder_model.pt", "another Gaussian mixture")
+
+
+def test_held_out_cannot_change_between_stages(trained, h5ad):
+    done = run(
+        "train_decoder.py", "--data", h5ad, "--weights", trained, "--held-out", 0.5, check=False
+    )
+    assert_one_line_error(done, "--held-out 0.5", "0.2")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train_gmvae.py", ["--epochs", 0], "--epochs: found 0"),
+        ("train_gmvae.py", ["--held-out", 1.5], "--held-out: found 1.5"),
+        ("train_gmvae.py", ["--likelihood", "poisson"], "--likelihood: found poisson"),
+        ("train_gmvae.py", ["--vae-epochs", 999], "--vae-epochs"),
+        ("train_decoder.py", ["--pairing", "none"], "--pairing: found none"),
+        ("train_decoder.py", ["--loss", "l3"], "--loss: found l3"),
+        ("train_decoder.py", ["--lr", 0], "--lr: found 0"),
+        ("train_encoder.py", ["--noise", -1], "--noise: found -1"),
+        ("bulk2sc.py", ["--n-cells", -1], "--n-cells: found -1"),
+        ("bulk2sc.py", ["--out", "cells.csv"], "ends in .h5ad"),
+        ("bulk2sc.py", ["--batch-size", 701], "at most the 700 cells"),
+        ("bulk2sc.py", ["--device", "abacus"], "--device abacus"),
+        ("bulk2sc.py", ["--seed", -1], "--seed: found -1"),
+    ],
+)
+def test_settings_out_of_range(script, arguments, words):
+    assert_one_line_error(run(script, *arguments, check=False), words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_flag_is_an_error_and_help_lists_all(script):
+    done = run(script, "--no-such-flag", 1, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    shown = run(script, "--help").stdout
+    for name in ("--data", "--labels", "--weights", "--seed", "--device"):
+        assert name in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_importable_without_running(script):
+    import importlib
+
+    module = importlib.import_module(script.removesuffix(".py"))
+    assert callable(module.main) and module.Settings()
+
+
+def test_unwritable_output_is_a_one_line_error(trained, h5ad, tmp_path):
+    (tmp_path / "a file").write_text("")
+    done = run("bulk2sc.py", "--data", h5ad, "--weights", trained, "--n-cells", 3, "--batch-size", 20,
+               "--out", tmp_path / "a file" / "g.h5ad", check=False)  # fmt: skip
+    assert "Traceback" not in done.stderr and done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+# -------------------------------------------------------------------------- shipped weights
+
+
+def test_shipped_weights_generate_from_the_default(tmp_path):
+    """README's first command."""
+    done = run("bulk2sc.py", "--out", tmp_path / "generated.h5ad")
+    out = anndata.read_h5ad(tmp_path / "generated.h5ad")
+    assert out.shape == (1000, 765)
+    assert "1,000 cells x 765 genes" in done.stdout
+    assert len(out.uns["cell_types"]) == 10

@@ -1,0 +1,224 @@
+"""Stage 2: scDecoder (genVAE in the paper), from the mixture's latent to counts of every gene.
+
+    python train_decoder.py
+    python train_decoder.py --pairing prior --loss mse_l1      # the published recipe
+
+Reads gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_model.pt from --weights; with the two mixture files
+alone (from autoCell, say) it pairs by prior. Writes scDecoder_model.pt and the loss curves there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+import torch
+from tqdm import trange
+
+from data import (
+    InputError,
+    TrainingSettings,
+    align_genes,
+    choose_held_out,
+    codes_of,
+    load_cells,
+    run_script,
+)
+from models import (
+    LIKELIHOODS,
+    check_cell_types,
+    check_mixture,
+    load_mixture,
+    load_model,
+    mean_profile,
+    pick_device,
+    save_model,
+    scDecoder,
+    scGMVAE,
+    seed_everything,
+    to_dense,
+)
+from plotting import write_losses
+
+
+@dataclass
+class Settings(TrainingSettings):
+    epochs: int = 200
+    """Passes over the training cells."""
+    batch_size: int = 128
+    """Cells per step."""
+    lr: float = 1e-3
+    """Peak learning rate of a one-cycle schedule (published: 5e-3, constant)."""
+    n_hidden: int = 700
+    """h of the published shape D -> h/2 -> h -> G."""
+    pairing: str = "auto"
+    """Where a training cell's z comes from. posterior: q(z|x) of that very cell; prior: its cell
+    type's N(mu_k, sigma_k^2), as published, which leaves no variation within a type; auto:
+    posterior if scGMVAE_model.pt is there, else prior."""
+    gaussianise: bool = True
+    """Doc."""
+    loss: str = "nb"
+    """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
+    dropout: float = 0.2
+    """In the hidden layers; not used by mse_l1."""
+    weight_decay: float = 0.05
+    """AdamW's, on the network only, not on the dispersions."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairing not in ("auto", "posterior", "prior"):
+            raise InputError(f"--pairing: found {self.pairing}, expected auto, posterior or prior")
+        if self.loss not in LIKELIHOODS:
+            raise InputError(f"--loss: found {self.loss}, expected {', '.join(LIKELIHOODS)}")
+        if self.n_hidden < 2:
+            raise InputError(f"--n-hidden: found {self.n_hidden}, expected 2 or more")
+
+
+def gaussianise(fit, other, rng, n_rounds=30):
+    """Carry points to a standard normal by ranks along rotating axes, moving each as little as can be.
+
+    In each round the points are rotated at random, every coordinate is replaced by the normal
+    score of its rank, and the rotation is undone (iterative Gaussianisation; Laparra et al., IEEE
+    Transactions on Neural Networks 2011).
+
+    Args:
+        fit: points that define the ranks (N, D). other: points carried along (M, D). rng: numpy.
+
+    Returns:
+        Both, carried; fit is near N(0, I), whatever shape it had.
+    """
+    scores = scipy.stats.norm.ppf((np.arange(len(fit)) + 0.5) / len(fit))
+    scores /= max(scores.std(), 1e-9)  # few cells have too small a spread of normal scores
+    fit, other = fit.copy(), other.copy()
+    for _ in range(n_rounds):
+        rotation = (
+            scipy.stats.ortho_group.rvs(fit.shape[1], random_state=rng)
+            if fit.shape[1] > 1
+            else np.eye(1)
+        )
+        fit, other = fit @ rotation, other @ rotation
+        for d in range(fit.shape[1]):
+            order = np.argsort(fit[:, d], kind="stable")
+            other[:, d] = np.interp(other[:, d], fit[order, d], scores)
+            fit[order, d] = scores
+        fit, other = fit @ rotation.T, other @ rotation.T
+    return fit, other
+
+
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    genes = list(cells.var_names)
+    mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
+    gmvae_file = cfg.weights / "scGMVAE_model.pt"
+    gmvae, card = None, None
+    if cfg.pairing == "posterior" or gmvae_file.exists():
+        gmvae, card = load_model(gmvae_file, scGMVAE, device)
+        check_cell_types(gmvae_file, card, cell_types)
+        check_mixture(gmvae_file, gmvae, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
+    held_out, fraction = choose_held_out(cells, codes, cfg, card, gmvae_file)
+    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    posterior = gmvae is not None and cfg.pairing != "prior"
+    print(
+        f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes; "
+        f"z from {'the posterior of each cell' if posterior else 'the prior of its cell type'}"
+    )
+    if gmvae is None:
+        names = "; ".join(f"{k} = {name}" for k, name in enumerate(cell_types))
+        print(f"mixture files without scGMVAE_model.pt: component k is taken as type k ({names})")
+
+    # Mean and variance that each cell's z is drawn from, (N, D).
+    codes = torch.as_tensor(codes)
+    z_mean, z_var = mu[codes], var[codes]
+    if posterior:
+        X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
+        with torch.inference_mode():
+            parts = [
+                gmvae.encode(to_dense(X, rows, device))
+                for rows in np.array_split(np.arange(len(codes)), -(-len(codes) // cfg.batch_size))
+            ]
+        z_mean, z_var = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+
+    if posterior and cfg.gaussianise:
+        # Posterior means of a type need not look like a Gaussian, but cells are generated from one.
+        for k in range(len(cell_types)):
+            fit, other = train[codes[train] == k], test[codes[test] == k]
+            noise = z_var[fit].mean(dim=0)  # (D,)
+            spread = (var[k] - noise).clamp(min=0).sqrt()
+            m = ((z_mean - mu[k]) / (var[k] - noise).clamp(min=1e-6).sqrt()).double().numpy()
+            u, v = gaussianise(m[fit], m[other], rng)
+            z_mean[fit] = mu[k] + spread * torch.from_numpy(u).float()
+            z_mean[other] = mu[k] + spread * torch.from_numpy(v).float()
+            z_var[fit] = z_var[other] = noise
+
+    model = scDecoder(
+        mu.shape[1], cfg.n_hidden, len(genes), len(cell_types), cfg.loss, cfg.dropout
+    ).to(device)
+    model.start_at(mean_profile(cells.X[train]).to(device))
+    model.mu.copy_(mu)
+    model.var.copy_(var)
+    library = torch.as_tensor(np.asarray(cells.X.sum(axis=1)).ravel())  # (N,)
+    model.fit_library(library[train], codes[train])
+
+    fast = [p for name, p in model.named_parameters() if name == "log_theta"]
+    slow = [p for name, p in model.named_parameters() if name != "log_theta"]
+    # Dispersions are few and must travel far; weight decay would pull them towards 1.
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": slow, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+            {"params": fast, "lr": 20 * cfg.lr, "weight_decay": 0.0},
+        ][: 2 if fast else 1],
+        fused=True,  # one pass over 10 million weights instead of ten
+    )
+    steps = -(-len(train) // cfg.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=cfg.epochs * steps + 1
+    )
+
+    def losses(rows):
+        """Reconstruction loss of cells (B,), z drawn afresh."""
+        x = to_dense(cells.X, rows, device)  # (B, G)
+        z = z_mean[rows] + z_var[rows].sqrt() * torch.randn(len(rows), z_mean.shape[1])  # (B, D)
+        return model.loss(x, z.to(device), x.sum(dim=1))
+
+    curve = []
+    for epoch in (bar := trange(1, cfg.epochs + 1, desc="scDecoder", unit="epoch")):
+        model.train()
+        total = 0.0
+        for rows in np.array_split(rng.permutation(train), steps):
+            loss = losses(rows)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.sum().item()
+        row = dict(epoch=epoch, reconstruction=total / len(train), held_out_reconstruction=None)
+        if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
+            model.eval()
+            with torch.no_grad():
+                parts = np.array_split(test, -(-len(test) // cfg.batch_size))
+                row["held_out_reconstruction"] = torch.cat([losses(r) for r in parts]).mean().item()
+        curve.append(row)
+        bar.set_postfix(reconstruction=f"{row['reconstruction']:.1f}")
+
+    save_model(
+        cfg.weights / "scDecoder_model.pt",
+        model,
+        cfg,
+        genes=genes,
+        cell_types=cell_types,
+        held_out=list(cells.obs_names[held_out]),
+        held_out_fraction=fraction,
+        pairing="posterior" if posterior else "prior",
+        epoch=cfg.epochs,
+    )
+    write_losses(cfg.weights / "scDecoder", curve)
+    print(
+        f"wrote scDecoder_model.pt and scDecoder_loss.csv/.png to {cfg.weights}: "
+        f"reconstruction {row['reconstruction']:.1f} per cell"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

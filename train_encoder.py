@@ -1,0 +1,204 @@
+"""Stage 3: the Bulk Encoder, from a bulk profile to the mixture and the cell-type proportions.
+
+    python train_encoder.py
+
+Reads gmm_mu_c.pt, gmm_var_c.pt and scDecoder_model.pt from --weights, and draws pseudobulks with
+Dirichlet proportions from training cells. Writes bulkEncoder_model.pt and the loss curves there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import trange
+
+from data import (
+    InputError,
+    TrainingSettings,
+    align_genes,
+    choose_genes,
+    choose_held_out,
+    codes_of,
+    draw_pseudobulks,
+    load_cells,
+    run_script,
+)
+from models import (
+    BulkEncoder,
+    check_cell_types,
+    check_mixture,
+    load_mixture,
+    load_model,
+    pick_device,
+    save_model,
+    scDecoder,
+    seed_everything,
+)
+from plotting import write_losses
+
+
+@dataclass
+class Settings(TrainingSettings):
+    epochs: int = 3000
+    """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
+    batch_size: int = 64
+    """Pseudobulks per step."""
+    lr: float = 1e-3
+    """Peak learning rate of a one-cycle schedule."""
+    n_hidden: int = 700
+    """Width of the hidden layer; published shape G -> 700 -> three heads."""
+    dropout: float = 0.1
+    """In the hidden layer."""
+    weight_decay: float = 1e-2
+    """AdamW's."""
+    min_cells: int = 50
+    """Fewest cells in a training pseudobulk."""
+    max_cells: int = 1000
+    """Most cells in a training pseudobulk; numbers are drawn evenly on a log scale."""
+    noise: float = 0.3
+    """Largest sd of the gene-wise log-normal factor that stands for another platform; each bulk
+    draws its own sd between 0 and this."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.min_cells <= self.max_cells:
+            found = f"{self.min_cells} to {self.max_cells}"
+            raise InputError(
+                f"--min-cells, --max-cells: found {found}, expected 1 or more, in order"
+            )
+        if self.noise < 0:
+            raise InputError(f"--noise: found {self.noise}, expected 0 or more")
+        if self.n_hidden < 1:
+            raise InputError(f"--n-hidden: found {self.n_hidden}, expected 1 or more")
+
+
+def draw_proportions(n, present, reference, rng):
+    """Expected cell-type proportions (n x K) of training bulks, from sparse to even.
+
+    A third each: Dirichlet(1), which covers the simplex evenly; Dirichlet(0.3), a few types
+    dominate; and Dirichlet around the reference's own composition.
+
+    Args:
+        n: bulks. present: types that have cells (K, bool). reference: their proportions (K).
+    """
+    K = len(present)
+    alphas = np.stack([np.ones(K), np.full(K, 0.3), 10 * reference + 0.1])[:, present]
+    proportions = np.zeros((n, K))
+    for i, kind in enumerate(rng.integers(3, size=n)):
+        proportions[i, present] = rng.dirichlet(alphas[kind])
+    return proportions
+
+
+def simulate_bulks(X, codes, n_types, cfg, rng, noise):
+    """Draw a batch of training bulks: cells, platform factor and sequencing depth all vary.
+
+    Args:
+        X: counts of training cells (N x G), CSR. codes: their types (N). noise: largest sd of the
+            log-normal platform factor of a gene.
+
+    Returns:
+        bulk (B, G) float32 counts and the proportions of the cells in it (B, K) float32.
+    """
+    reference = np.bincount(codes, minlength=n_types) / len(codes)
+    proportions = draw_proportions(cfg.batch_size, reference > 0, reference, rng)
+    log_cells = rng.uniform(np.log(cfg.min_cells), np.log(cfg.max_cells), cfg.batch_size)
+    bulk, pi = draw_pseudobulks(X, codes, proportions, np.exp(log_cells).astype(int), rng)
+    sd = rng.uniform(0, noise, (cfg.batch_size, 1))
+    rate = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
+    depth = np.exp(rng.uniform(np.log(3e4), np.log(3e6), (cfg.batch_size, 1)))
+    counts = rng.poisson(rate / np.maximum(rate.sum(axis=1, keepdims=True), 1e-9) * depth)
+    counts[counts.sum(axis=1) == 0] += 1  # a bulk of genes that no drawn cell expresses
+    return counts.astype(np.float32), pi
+
+
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
+    decoder_file = cfg.weights / "scDecoder_model.pt"
+    decoder, card = load_model(decoder_file, scDecoder)
+    check_cell_types(decoder_file, card, cell_types)
+    check_mixture(decoder_file, decoder, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
+    held_out, fraction = choose_held_out(cells, codes, cfg, card, decoder_file)
+    genes = choose_genes(cells[~held_out], cfg.n_genes)
+    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
+    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
+    print(
+        f"pseudobulks of {len(codes_train):,} training cells, {len(genes):,} genes; "
+        f"{len(codes_test):,} cells held out"
+    )
+
+    model = BulkEncoder(len(genes), len(cell_types), mu.shape[1], cfg.n_hidden, cfg.dropout)
+    model.mu.copy_(mu)
+    model.var.copy_(var)
+    first = [
+        simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng, cfg.noise)
+        for _ in range(20)
+    ]
+    model.fit_input(torch.from_numpy(np.concatenate([bulk for bulk, _ in first])))
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.epochs + 1)
+
+    def losses(X, codes, noise):
+        """The three losses on a fresh batch of bulks, means over all entries.
+
+        L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
+        """
+        bulk, true = simulate_bulks(X, codes, len(cell_types), cfg, rng, noise)
+        mu_hat, var_hat, pi_hat = model(torch.from_numpy(bulk).to(device))
+        # Regression: the published variance loss added the L1 of mu.
+        mu_error, var_error = mu_hat - model.mu, var_hat - model.var  # (B, K, D)
+        pi_error = pi_hat - torch.from_numpy(true).to(device)  # (B, K)
+        return {
+            "mu": (mu_error**2 + mu_error.abs()).mean(),
+            "var": (var_error**2 + var_error.abs()).mean(),
+            "pi": (pi_error**2).mean(),
+        }
+
+    curve = []
+    for epoch in (bar := trange(1, cfg.epochs + 1, desc="Bulk Encoder", unit="step")):
+        model.train()
+        loss = losses(X_train, codes_train, cfg.noise)
+        # The squared error of proportions is a hundred times smaller by its very scale.
+        total = loss["mu"] + loss["var"] + 100 * loss["pi"]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        schedule.step()
+        if epoch % 25 == 0 or epoch == cfg.epochs:
+            row = {"epoch": epoch} | {name: value.item() for name, value in loss.items()}
+            row |= {f"held_out_{name}": None for name in loss}
+            if len(codes_test):
+                model.eval()
+                with torch.no_grad():  # clean bulks: what another platform does is not known here
+                    test = losses(X_test, codes_test, 0.0)
+                row |= {f"held_out_{name}": value.item() for name, value in test.items()}
+            curve.append(row)
+            bar.set_postfix({name: f"{value.item():.4f}" for name, value in loss.items()})
+
+    save_model(
+        cfg.weights / "bulkEncoder_model.pt",
+        model,
+        cfg,
+        genes=genes,
+        cell_types=cell_types,
+        held_out=list(cells.obs_names[held_out]),
+        held_out_fraction=fraction,
+        epoch=cfg.epochs,
+    )
+    write_losses(cfg.weights / "bulkEncoder", curve)
+    names = [n for n in row if n != "epoch" and row[n] is not None]
+    print(
+        f"wrote bulkEncoder_model.pt and bulkEncoder_loss.csv/.png to {cfg.weights}: "
+        + ", ".join(f"{n.replace('_', ' ')} {row[n]:.5f}" for n in names)
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
