@@ -524,22 +524,27 @@ def align_genes(X, genes, wanted, where, report=True):
 def choose_genes(adata, n_genes):
     """Names of the ``n_genes`` most variable genes, in the data's order (all, if there are fewer).
 
-    scanpy's default (dispersion in bins of mean expression; Satija et al., Nature Biotechnology
-    2015) on log-normalised counts. Give it training cells only.
+    By the variance of standardised counts around a fitted mean-variance trend (Stuart et al., Cell
+    2019; scanpy's ``seurat_v3``): it works on raw counts and, unlike the older ranking by
+    dispersion, does not favour genes seen in a handful of cells. Give it training cells only.
+
+    Raises:
+        InputError: the trend cannot be fitted.
     """
     import scanpy
 
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
-    log = adata.copy()
-    log.X = log.X.astype(np.float32)
-    scanpy.pp.normalize_total(log, target_sum=1e4)
-    scanpy.pp.log1p(log)
-    scanpy.pp.highly_variable_genes(log, n_top_genes=n_genes)
-    # Ties at the threshold can select a few more; ranking by dispersion keeps the number exact.
-    rank = log.var["dispersions_norm"].fillna(-np.inf).to_numpy()
-    top = np.sort(np.argsort(-rank, kind="stable")[:n_genes])
-    return list(adata.var_names[top])
+    counts = adata.copy()
+    counts.X = counts.X.astype(np.float32)
+    try:
+        scanpy.pp.highly_variable_genes(counts, flavor="seurat_v3", n_top_genes=n_genes)
+    except ValueError as error:  # loess on a handful of cells or genes
+        raise InputError(
+            f"--n-genes {n_genes}: variable genes could not be chosen from {adata.n_obs} cells "
+            f"({one_line(error)}); expected more cells, or --n-genes {adata.n_vars} to use all"
+        ) from error
+    return list(adata.var_names[counts.var["highly_variable"]])
 
 
 def split_cells(codes, held_out, seed):
@@ -589,7 +594,7 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
     return apply_split(cells, card["held_out"], where), fraction
 
 
-def draw_pseudobulks(X, codes, proportions, n_cells, rng):
+def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
     """Sum randomly drawn cells into bulks of given expected composition.
 
     Cells of a type are drawn with replacement, so a rare type can fill a bulk.
@@ -601,6 +606,9 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng):
             type with a positive proportion must have a cell.
         n_cells: cells per bulk (n).
         rng: numpy Generator.
+        pool: how many cells of each type a bulk draws from (n), themselves drawn at random; its
+            types then look a little different from those of the next bulk, as another donor's do.
+            Default: all of them.
 
     Returns:
         ``(bulk, drawn)``: summed counts (n x G), float32, and the proportions of the cells that
@@ -613,7 +621,13 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng):
     drawn = rng.multinomial(n_cells, proportions)  # (n, K) cells of each type
     bulk_of = np.repeat(np.repeat(np.arange(n), K), drawn.ravel())
     type_of = np.repeat(np.tile(np.arange(K), n), drawn.ravel())
-    cell = order[start[type_of] + (rng.random(len(type_of)) * size[type_of]).astype(np.int64)]
+    if pool is None:
+        within = (rng.random(len(type_of)) * size[type_of]).astype(np.int64)
+    else:
+        pools = (rng.random((n, K, max(pool))) * size[:, None]).astype(np.int64)
+        member = (rng.random(len(type_of)) * np.asarray(pool)[bulk_of]).astype(np.int64)
+        within = pools[bulk_of, type_of, member]
+    cell = order[start[type_of] + within]
     S = sp.csr_matrix((np.ones(len(cell), np.float32), (bulk_of, cell)), shape=(n, len(codes)))
     bulk = np.asarray((S @ X.astype(np.float32)).todense())
     return bulk, (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).astype(np.float32)
@@ -709,9 +723,8 @@ def read_bulk(path, known_genes):
             f"{table.columns[gene]}), expected counts, TPM or CPM, 0 or more"
         )
     if not table.index.is_unique:
-        raise InputError(
-            f"{path}: sample names occur more than once ({some(table.index[table.index.duplicated()])})"
-        )
+        twice = table.index[table.index.duplicated()]
+        raise InputError(f"{path}: sample names occur more than once ({some(twice)})")
     empty = table.index[X.sum(axis=1) == 0]
     if len(empty) or not len(table):
         raise InputError(

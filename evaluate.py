@@ -229,8 +229,12 @@ def main(cfg):
     table = pd.DataFrame(rows, columns=["method", "figure", "value"])
     table = table.groupby(["figure", "method"], sort=False)["value"].agg(["mean", "std", "count"])
     write_whole(cfg.weights / "evaluation.csv", table.to_csv)
-    wide = table.apply(lambda r: f"{r['mean']:.4f} ± {r['std']:.4f}", axis=1).unstack(sort=False)
-    print(wide.fillna("").to_string())
+    shown = table.apply(lambda r: f"{r['mean']:.4f} ± {r['std']:.4f}", axis=1).to_dict()
+    figure_names, methods = (list(dict.fromkeys(i)) for i in zip(*shown, strict=True))
+    wide = pd.DataFrame(
+        [[shown.get((f, m), "") for m in methods] for f in figure_names], figure_names, methods
+    )
+    print(wide.to_string())
     print(
         f"wrote {cfg.weights / 'evaluation.csv'}: {len(test)} held-out cells, {cfg.n_draws} draws"
     )

@@ -357,11 +357,16 @@ class scDecoder(CountDecoder):
 class BulkEncoder(nn.Module):
     """Stage 3: bulk profile (S, G) -> μ̂_k, σ̂_k² (S, K, D) and proportions π̂ (S, K).
 
-    Published shape: G -> 700 -> three heads. Before the network the bulk is depth-normalised and
-    standardised gene by gene with moments of the training bulks, so its scale does not matter.
+    Published shape: G -> 700 -> three heads, on a bulk that is depth-normalised and standardised
+    gene by gene, so that its scale does not matter. The head of proportions does not start from
+    nothing: a bulk is a sum of cells, so weighted non-negative least squares on the cell types'
+    mean counts gives a first answer, whose gene weights are learned with the rest, and the
+    network corrects it:
+
+        π̂ = softmax( ln(π_NNLS + ε) + head(h) )
     """
 
-    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout):
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=100):
         super().__init__()
         self.config = dict(
             n_genes=n_genes,
@@ -369,35 +374,66 @@ class BulkEncoder(nn.Module):
             n_latent=n_latent,
             n_hidden=n_hidden,
             dropout=dropout,
+            n_iterations=n_iterations,
         )
         self.hidden = hidden_layers([n_genes, n_hidden], dropout)
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
         self.pi_head = nn.Linear(n_hidden, n_types)
+        nn.init.zeros_(self.pi_head.weight)  # at first, the least squares alone
+        nn.init.zeros_(self.pi_head.bias)
+        self.log_weight = nn.Parameter(torch.zeros(n_genes))
         self.register_buffer("mu", torch.zeros(n_types, n_latent))  # of the mixture it was made for
         self.register_buffer("var", torch.ones(n_types, n_latent))
+        self.register_buffer("signature", torch.full((n_types, n_genes), 1 / n_genes))
         self.register_buffer("profile", torch.full((n_genes,), 1 / n_genes))
         self.register_buffer("center", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
 
-    def log_normalise(self, bulk, present):
-        """log1p of counts per 10,000 (S, G), of which the absent genes would have had their share.
-
-        Without the share, a bulk that lacks strong genes would read too high in all others.
-        """
-        present = present.to(bulk.dtype)  # (G,)
-        share = (self.profile * present).sum()
-        total = (bulk * present).sum(dim=1, keepdim=True)
-        return torch.log1p(bulk / total * share * DEPTH)
-
     @torch.no_grad()
-    def fit_input(self, bulk):
-        """Take mean profile, centre and spread of each gene from training bulks (S, G)."""
+    def fit_input(self, bulk, signature):
+        """Take what the network's input is measured by from training data.
+
+        Args:
+            bulk: training bulks (S, G), from which each gene's centre and spread.
+            signature: mean counts of the cells of each type (K, G). Not depth-normalised: a type
+                with twice the mRNA must weigh twice in a bulk for the same number of cells.
+        """
+        self.signature.copy_(signature / signature.sum(dim=1).mean())
         self.profile.copy_((bulk / bulk.sum(dim=1, keepdim=True)).mean(dim=0))
-        x = self.log_normalise(bulk, torch.ones_like(self.profile))
+        x = torch.log1p(self.normalise(bulk, torch.ones_like(self.profile)) * DEPTH)
         self.center.copy_(x.mean(dim=0))
         # The floor keeps genes that hardly vary in training from shouting in a foreign bulk.
         self.scale.copy_(x.std(dim=0).clamp(min=0.1))
+        # One over the mean, because platforms differ by factors: the error of a gene grows with it.
+        self.log_weight.copy_(-torch.log(self.signature.mean(dim=0) + 1e-5))
+
+    def normalise(self, bulk, present):
+        """Fractions of all counts (S, G), to which absent genes would have added their share.
+
+        Without the share, a bulk that lacks strong genes would read too high in all others.
+        """
+        share = (self.profile * present).sum()
+        total = (bulk * present).sum(dim=1, keepdim=True)
+        return bulk * present / total * share
+
+    def least_squares(self, fractions, present):
+        """Weighted non-negative least squares, by multiplicative updates from even proportions.
+
+            π ← π · (S W p) / (S W Sᵀ π),   W = diag(weights), S (K, G), p (G)
+
+        Lee and Seung, NIPS 2000. Every iterate is positive and differentiable, and stopping after
+        some of them keeps types apart that the data hardly tell apart.
+
+        Args: fractions (S, G), present (G). Returns (S, K), rows summing to 1.
+        """
+        weighted = self.signature * (self.log_weight.exp() * present)  # (K, G)
+        target = fractions @ weighted.T  # (S, K)
+        gram = weighted @ self.signature.T  # (K, K)
+        pi = torch.full_like(target, 1 / target.shape[1])
+        for _ in range(self.config["n_iterations"]):
+            pi = pi * target / (pi @ gram).clamp(min=1e-12)
+        return pi / pi.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
     def forward(self, bulk, present=None):
         """Args: bulk (S, G), any scale, positive sums; present (G) bool, default all.
@@ -405,16 +441,17 @@ class BulkEncoder(nn.Module):
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
         """
-        present = torch.ones_like(self.profile) if present is None else present
-        x = (self.log_normalise(bulk, present) - self.center) / self.scale
-        # An absent gene reads as average; nothing reads beyond what training has seen.
-        x = x.clamp(-6, 6) * present
-        h = self.hidden(x)  # (S, H)
+        present = torch.ones_like(self.profile) if present is None else present.to(bulk.dtype)
+        fractions = self.normalise(bulk, present)  # (S, G)
+        x = (torch.log1p(fractions * DEPTH) - self.center) / self.scale
+        # An absent gene reads as average; nothing reads far beyond what training has seen.
+        h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
         shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
         mu = self.mu_head(h).view(shape)
         # Regression: unconstrained, a negative variance became NaN under the square root.
         var = F.softplus(self.var_head(h)).view(shape) + 1e-6
-        return mu, var, torch.softmax(self.pi_head(h), dim=-1)
+        first = torch.log(self.least_squares(fractions, present) + 1e-3)
+        return mu, var, torch.softmax(first + self.pi_head(h), dim=-1)
 
 
 # ---------------------------------------------------------------------------- files of weights

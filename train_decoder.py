@@ -10,7 +10,6 @@ alone (from autoCell, say) it pairs by prior. Writes scDecoder_model.pt and the 
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 import torch
 from tqdm import trange
 
@@ -42,10 +41,10 @@ from plotting import write_losses
 
 @dataclass
 class Settings(TrainingSettings):
-    epochs: int = 200
-    """Passes over the training cells."""
-    batch_size: int = 128
-    """Cells per step."""
+    epochs: int = 40
+    """Passes over the training cells; more of them copy the training cells ever more closely."""
+    batch_size: int = 32
+    """Cells per step; small, because a small reference gives few steps."""
     lr: float = 1e-3
     """Peak learning rate of a one-cycle schedule (published: 5e-3, constant)."""
     n_hidden: int = 700
@@ -54,8 +53,6 @@ class Settings(TrainingSettings):
     """Where a training cell's z comes from. posterior: q(z|x) of that very cell; prior: its cell
     type's N(mu_k, sigma_k^2), as published, which leaves no variation within a type; auto:
     posterior if scGMVAE_model.pt is there, else prior."""
-    gaussianise: bool = True
-    """Doc."""
     loss: str = "nb"
     """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
     dropout: float = 0.2
@@ -71,37 +68,6 @@ class Settings(TrainingSettings):
             raise InputError(f"--loss: found {self.loss}, expected {', '.join(LIKELIHOODS)}")
         if self.n_hidden < 2:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 2 or more")
-
-
-def gaussianise(fit, other, rng, n_rounds=30):
-    """Carry points to a standard normal by ranks along rotating axes, moving each as little as can be.
-
-    In each round the points are rotated at random, every coordinate is replaced by the normal
-    score of its rank, and the rotation is undone (iterative Gaussianisation; Laparra et al., IEEE
-    Transactions on Neural Networks 2011).
-
-    Args:
-        fit: points that define the ranks (N, D). other: points carried along (M, D). rng: numpy.
-
-    Returns:
-        Both, carried; fit is near N(0, I), whatever shape it had.
-    """
-    scores = scipy.stats.norm.ppf((np.arange(len(fit)) + 0.5) / len(fit))
-    scores /= max(scores.std(), 1e-9)  # few cells have too small a spread of normal scores
-    fit, other = fit.copy(), other.copy()
-    for _ in range(n_rounds):
-        rotation = (
-            scipy.stats.ortho_group.rvs(fit.shape[1], random_state=rng)
-            if fit.shape[1] > 1
-            else np.eye(1)
-        )
-        fit, other = fit @ rotation, other @ rotation
-        for d in range(fit.shape[1]):
-            order = np.argsort(fit[:, d], kind="stable")
-            other[:, d] = np.interp(other[:, d], fit[order, d], scores)
-            fit[order, d] = scores
-        fit, other = fit @ rotation.T, other @ rotation.T
-    return fit, other
 
 
 def main(cfg):
@@ -139,18 +105,6 @@ def main(cfg):
                 for rows in np.array_split(np.arange(len(codes)), -(-len(codes) // cfg.batch_size))
             ]
         z_mean, z_var = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-
-    if posterior and cfg.gaussianise:
-        # Posterior means of a type need not look like a Gaussian, but cells are generated from one.
-        for k in range(len(cell_types)):
-            fit, other = train[codes[train] == k], test[codes[test] == k]
-            noise = z_var[fit].mean(dim=0)  # (D,)
-            spread = (var[k] - noise).clamp(min=0).sqrt()
-            m = ((z_mean - mu[k]) / (var[k] - noise).clamp(min=1e-6).sqrt()).double().numpy()
-            u, v = gaussianise(m[fit], m[other], rng)
-            z_mean[fit] = mu[k] + spread * torch.from_numpy(u).float()
-            z_mean[other] = mu[k] + spread * torch.from_numpy(v).float()
-            z_var[fit] = z_var[other] = noise
 
     model = scDecoder(
         mu.shape[1], cfg.n_hidden, len(genes), len(cell_types), cfg.loss, cfg.dropout

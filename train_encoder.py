@@ -20,6 +20,7 @@ from data import (
     choose_held_out,
     codes_of,
     draw_pseudobulks,
+    flag,
     load_cells,
     run_script,
 )
@@ -43,29 +44,35 @@ class Settings(TrainingSettings):
     """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
     """Pseudobulks per step."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Peak learning rate of a one-cycle schedule."""
     n_hidden: int = 700
     """Width of the hidden layer; published shape G -> 700 -> three heads."""
-    dropout: float = 0.1
-    """In the hidden layer."""
+    dropout: float = 0.5
+    """In the hidden layer; high, because the network is to correct least squares, not to learn
+    the training cells by heart."""
     weight_decay: float = 1e-2
     """AdamW's."""
     min_cells: int = 50
     """Fewest cells in a training pseudobulk."""
     max_cells: int = 1000
     """Most cells in a training pseudobulk; numbers are drawn evenly on a log scale."""
-    noise: float = 0.3
+    min_pool: int = 3
+    """Fewest cells of each type that a training pseudobulk draws its cells from."""
+    max_pool: int = 20
+    """Most such cells. Small pools make a type look different from bulk to bulk, as it will look
+    in cells that training never saw; numbers are drawn evenly on a log scale."""
+    noise: float = 0.6
     """Largest sd of the gene-wise log-normal factor that stands for another platform; each bulk
     draws its own sd between 0 and this."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.min_cells <= self.max_cells:
-            found = f"{self.min_cells} to {self.max_cells}"
-            raise InputError(
-                f"--min-cells, --max-cells: found {found}, expected 1 or more, in order"
-            )
+        for low, high in (("min_cells", "max_cells"), ("min_pool", "max_pool")):
+            a, b = getattr(self, low), getattr(self, high)
+            if not 1 <= a <= b:
+                names = f"{flag(low)}, {flag(high)}"
+                raise InputError(f"{names}: found {a} to {b}, expected 1 or more, in order")
         if self.noise < 0:
             raise InputError(f"--noise: found {self.noise}, expected 0 or more")
         if self.n_hidden < 1:
@@ -89,6 +96,11 @@ def draw_proportions(n, present, reference, rng):
     return proportions
 
 
+def log_uniform(low, high, size, rng):
+    """Numbers drawn evenly on a log scale."""
+    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+
+
 def simulate_bulks(X, codes, n_types, cfg, rng, noise):
     """Draw a batch of training bulks: cells, platform factor and sequencing depth all vary.
 
@@ -101,11 +113,12 @@ def simulate_bulks(X, codes, n_types, cfg, rng, noise):
     """
     reference = np.bincount(codes, minlength=n_types) / len(codes)
     proportions = draw_proportions(cfg.batch_size, reference > 0, reference, rng)
-    log_cells = rng.uniform(np.log(cfg.min_cells), np.log(cfg.max_cells), cfg.batch_size)
-    bulk, pi = draw_pseudobulks(X, codes, proportions, np.exp(log_cells).astype(int), rng)
+    n_cells = log_uniform(cfg.min_cells, cfg.max_cells, cfg.batch_size, rng).astype(int)
+    pool = log_uniform(cfg.min_pool, cfg.max_pool, cfg.batch_size, rng).astype(int)
+    bulk, pi = draw_pseudobulks(X, codes, proportions, n_cells, rng, pool)
     sd = rng.uniform(0, noise, (cfg.batch_size, 1))
     rate = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
-    depth = np.exp(rng.uniform(np.log(3e4), np.log(3e6), (cfg.batch_size, 1)))
+    depth = log_uniform(3e4, 3e6, (cfg.batch_size, 1), rng)
     counts = rng.poisson(rate / np.maximum(rate.sum(axis=1, keepdims=True), 1e-9) * depth)
     counts[counts.sum(axis=1) == 0] += 1  # a bulk of genes that no drawn cell expresses
     return counts.astype(np.float32), pi
@@ -135,10 +148,13 @@ def main(cfg):
     model.mu.copy_(mu)
     model.var.copy_(var)
     first = [
-        simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng, cfg.noise)
+        simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng, cfg.noise)[0]
         for _ in range(20)
     ]
-    model.fit_input(torch.from_numpy(np.concatenate([bulk for bulk, _ in first])))
+    signature = np.stack(
+        [X_train[codes_train == k].mean(axis=0).A1 for k in range(len(cell_types))]
+    )
+    model.fit_input(torch.from_numpy(np.concatenate(first)), torch.from_numpy(signature).float())
     model = model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True

@@ -39,24 +39,24 @@ from plotting import write_losses
 
 @dataclass
 class Settings(TrainingSettings):
-    epochs: int = 400
-    """Passes over the training cells, all three phases together."""
-    vae_epochs: int = 100
+    epochs: int = 150
+    """Passes over the training cells, all three phases together (autoCell: 400 of batch 128)."""
+    vae_epochs: int = 40
     """Of these, passes as a plain VAE (standard normal prior) before the mixture is fitted."""
-    batch_size: int = 128
-    """Cells per step."""
+    batch_size: int = 32
+    """Cells per step; small, because a small reference gives few steps."""
     lr: float = 1e-3
     """Peak learning rate of a one-cycle schedule."""
     n_latent: int = 10
     """D, latent dimensions; independent of the number of cell types."""
-    n_hidden: int = 128
-    """Width of the two hidden layers of encoder and decoder."""
+    n_hidden: int = 256
+    """Width of the two hidden layers of encoder and decoder (autoCell: 128)."""
     likelihood: str = "nb"
     """Count distribution of the decoder: nb or zinb."""
     kl_start: float = 0.1
     """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
-    kl_end: float = 1.0
-    """KL weight of the joint phase."""
+    kl_end: float = 0.3
+    """KL weight from then on; at 1 much of the variation within a type is left out of z."""
     dropout: float = 0.1
     """In the hidden layers; a few hundred cells overfit without it."""
     weight_decay: float = 0.05

@@ -1,12 +1,13 @@
 """Reading counts and labels, aligning genes, splitting cells, making bulks."""
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import CELL_TYPES, make_cells, write_10x, write_labels
 
 import data
+from conftest import CELL_TYPES, write_10x, write_labels
 from data import (
     DatasetSettings,
     InputError,
@@ -210,12 +211,15 @@ def test_align_genes_without_overlap_is_an_error(cells):
 
 
 def test_choose_genes_keeps_the_variable_ones():
-    cells = make_cells(n_genes=60)
-    assert choose_genes(cells, 100) == list(cells.var_names)
-    chosen = choose_genes(cells, 30)
-    assert len(chosen) == 30 and set(chosen) < set(cells.var_names)
-    markers = {f"GENE{k * 20 + i}" for k in range(3) for i in range(10)}
-    assert len(markers & set(chosen)) > 20
+    """Fifteen genes differ fivefold between two halves of the cells, the others only by chance."""
+    rng = np.random.default_rng(0)
+    mean = np.tile(rng.uniform(2, 20, 1000), (300, 1))
+    mean[:150, 40:55] *= 5 / 3
+    mean[150:, 40:55] *= 1 / 3
+    cells = anndata.AnnData(sp.csr_matrix(rng.poisson(mean).astype(np.int32)))
+    cells.var_names = [f"GENE{i}" for i in range(1000)]
+    assert choose_genes(cells, 1000) == list(cells.var_names)
+    assert choose_genes(cells, 15) == [f"GENE{i}" for i in range(40, 55)]
 
 
 def test_split_is_stratified_repeatable_and_leaves_every_type_a_cell():
@@ -241,6 +245,19 @@ def test_pseudobulks_are_sums_of_the_cells_they_say(cells):
     np.testing.assert_allclose(drawn[1], proportions[1], atol=0.06)
     expected = (drawn * [[7], [1000]]) @ cells.X[one].toarray()
     np.testing.assert_allclose(bulk, expected, rtol=1e-4)
+
+
+def test_pseudobulks_from_small_pools_repeat_few_cells():
+    """With a pool of two, each type's part of a bulk is made of at most two distinct cells."""
+    X, codes = sp.identity(100, format="csr"), np.repeat([0, 1], 50)  # gene i marks cell i
+    rng = np.random.default_rng(0)
+    proportions = np.full((20, 2), 0.5)
+    bulk, _ = draw_pseudobulks(X, codes, proportions, 200, rng, pool=np.full(20, 2))
+    assert bulk.sum() == 20 * 200
+    for part in (bulk[:, :50], bulk[:, 50:]):
+        distinct = (part > 0).sum(axis=1)
+        assert distinct.max() == 2
+    assert len({tuple(row) for row in bulk > 0}) > 15  # each bulk has a pool of its own
 
 
 def load_labels(cells):
@@ -277,8 +294,6 @@ def test_bulk_in_either_orientation(tmp_path, bulk_table, genes_in_rows, suffix)
 
 
 def test_bulk_h5ad(tmp_path, bulk_table):
-    import anndata
-
     anndata.AnnData(bulk_table).write_h5ad(tmp_path / "bulk.h5ad")
     X, samples, _ = read_bulk(tmp_path / "bulk.h5ad", bulk_table.columns)
     assert samples == list(bulk_table.index)

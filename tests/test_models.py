@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
-from conftest import make_cells
 
+from conftest import make_cells
 from data import DatasetSettings, InputError
 from models import (
     BulkEncoder,
@@ -157,27 +158,50 @@ def test_encoder_shapes_positive_variance_and_proportions():
         torch.testing.assert_close(pi.sum(1), torch.ones(5))
 
 
+def fitted_encoder(seed=0):
+    """An encoder whose input is measured on bulks of three random cell types."""
+    generator = torch.Generator().manual_seed(seed)
+    signature = torch.rand(K, G, generator=generator) ** 3 * torch.tensor([[1.0], [2.0], [0.5]])
+    proportions = torch.distributions.Dirichlet(torch.ones(K)).sample((300,))
+    model = encoder()
+    model.fit_input(proportions @ signature, signature)
+    return model, signature
+
+
 def test_encoder_ignores_the_scale_of_a_bulk():
     """Regression: the published encoder read raw sums, so twice the cells was another bulk."""
-    model = encoder()
-    bulk = torch.rand(4, G) * 100
-    model.fit_input(bulk)
+    model, signature = fitted_encoder()
+    bulk = torch.rand(4, K) @ signature
     for a, b in zip(model(bulk), model(bulk * 1e4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_absent_genes_leave_the_others_as_they_were():
-    """Cutting a gene from the bulk must read like that gene at its average, not like zeros."""
-    torch.manual_seed(0)
-    model = encoder()
-    bulk = torch.rand(200, G) + torch.linspace(0, 30, G)
-    model.fit_input(bulk)
-    present = torch.ones(G, dtype=torch.bool)
-    present[-8:] = False  # the strongest genes: a third of all counts
-    cut = bulk * present
-    whole = model.log_normalise(bulk, torch.ones(G))[:, :-8]
-    torch.testing.assert_close(model.log_normalise(cut, present)[:, :-8], whole, rtol=0, atol=0.03)
-    assert not torch.equal(model(cut)[2], model(cut, present)[2])
+    """Cutting genes from a bulk must read like those genes at their average, not like zeros."""
+    model, signature = fitted_encoder()
+    bulk = torch.rand(50, K) @ signature
+    present = torch.ones(G)
+    present[signature.mean(dim=0).argsort()[-5:]] = 0  # the strongest: a third of all counts
+    whole = model.normalise(bulk, torch.ones(G))[:, present > 0]
+    cut = model.normalise(bulk * present, present)[:, present > 0]
+    assert ((cut / whole).mean(dim=0) - 1).abs().max() < 0.1
+    # What stands in the absent columns makes no difference.
+    for a, b in zip(model(bulk, present), model(bulk * present, present), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_untrained_encoder_solves_the_noise_free_mixture():
+    """Proportions of cells, whose types differ fourfold in mRNA; as scipy finds them."""
+    model, signature = fitted_encoder()
+    true = torch.distributions.Dirichlet(torch.ones(K)).sample((20,))
+    bulk = true @ signature
+    _, _, pi = model(bulk)
+    torch.testing.assert_close(pi, true, rtol=0, atol=0.03)
+    model.config["n_iterations"] = 5000
+    found = model.least_squares(model.normalise(bulk, torch.ones(G)), torch.ones(G))
+    for b, ours in zip(bulk, found, strict=True):
+        exact = scipy.optimize.nnls(signature.T.double().numpy(), b.double().numpy())[0]
+        np.testing.assert_allclose(ours.detach(), exact / exact.sum(), atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------- files
