@@ -22,6 +22,7 @@ from data import (
     InputError,
     align_genes,
     batch_bulks,
+    library_size,
     load_cells,
     plain_settings,
     read_bulk,
@@ -74,7 +75,7 @@ def encode_bulks(encoder, X, present, device):
     present = torch.from_numpy(present).to(device)
     parts = [
         encoder(torch.from_numpy(X[i : i + CHUNK].toarray().astype(np.float32)).to(device), present)
-        for i in range(0, X.shape[0], CHUNK)
+        for i in range(0, max(X.shape[0], 1), CHUNK)  # no bulk at all still has its shapes
     ]
     return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
@@ -146,7 +147,7 @@ def main(cfg):
     cell_types = decoder_card["cell_types"]
 
     X, present, samples, per_sample = find_bulks(cfg, encoder_card["genes"], rng)
-    empty = np.flatnonzero(np.asarray(X.sum(axis=1)).ravel() == 0)
+    empty = np.flatnonzero(library_size(X) == 0)
     if len(empty):
         raise InputError(
             f"{cfg.bulk or cfg.data}: bulk {samples[empty[0]]} and {len(empty) - 1} others have no "

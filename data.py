@@ -331,6 +331,13 @@ def library_size(X):
     return np.asarray(X.sum(axis=1)).ravel()
 
 
+def mean_counts(X, codes, n_types):
+    """Mean counts of the cells of each type (K x G), float64; a type without cells gets zeros."""
+    return np.stack(
+        [library_size(X[codes == k].T) / max(np.sum(codes == k), 1) for k in range(n_types)]
+    )
+
+
 def natural_order(names):
     """Sort names so that '2' comes before '10', as people number their clusters.
 
@@ -531,10 +538,10 @@ def choose_genes(adata, n_genes):
     Raises:
         InputError: the trend cannot be fitted.
     """
-    import scanpy
-
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
+    import scanpy
+
     counts = adata.copy()
     counts.X = counts.X.astype(np.float32)
     try:

@@ -11,10 +11,13 @@ Writes evaluation.csv to --weights.
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import scipy.optimize
+import scipy.sparse as sp
 import scipy.stats
 import torch
 
+from bulk2sc import decode_cells, encode_bulks
 from data import (
     DatasetSettings,
     InputError,
@@ -22,13 +25,16 @@ from data import (
     apply_split,
     codes_of,
     draw_pseudobulks,
+    library_size,
     load_cells,
+    mean_counts,
     run_script,
     write_whole,
 )
 from models import (
     BulkEncoder,
     check_cell_types,
+    check_mixture,
     load_model,
     pick_device,
     scDecoder,
@@ -141,13 +147,13 @@ class CellFigures:
 
     def log(self, X):
         """log1p of counts per 10,000 at the variable genes (N, P)."""
-        total = np.asarray(X.sum(axis=1)).ravel()
+        total = library_size(X)
         part = np.asarray(X[:, np.flatnonzero(self.genes)].todense(), dtype=np.float64)
         return np.log1p(part / np.maximum(total, 1)[:, None] * 1e4)
 
     def describe(self, X, log=None):
         log = self.log(X) if log is None else log
-        return dict(log=log, pcs=self.pca.transform(log), library=np.asarray(X.sum(axis=1)).ravel())
+        return dict(log=log, pcs=self.pca.transform(log), library=library_size(X))
 
     def compare(self, X, codes, seed):
         """All figures of made cells: counts X (M x G) and type codes (M)."""
@@ -165,11 +171,58 @@ class CellFigures:
         }
 
 
+def measure_cells(cells, codes, held_out, decoder, genes, cfg, rng):
+    """Rows (method, figure, value): generated cells, and the training cells in their place.
+
+    genes: names of the decoder's genes.
+    """
+    test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
+    figures = CellFigures(cells, held_out, codes)
+    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    rows = []
+    for draw in range(cfg.n_draws):
+        # As many cells of each type as are held out, so that only the cells themselves differ.
+        k = torch.as_tensor(codes[test], device=decoder.mu.device)
+        X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
+        X, _ = align_genes(X, genes, list(cells.var_names), "the decoder", report=False)
+        rows += [("bulk2sc", *r) for r in figures.compare(X, codes[test], draw).items()]
+        other = []
+        for c, n in zip(*np.unique(codes[test], return_counts=True), strict=True):
+            own = train[codes[train] == c]
+            other.append(rng.choice(own, n, replace=len(own) < n))
+        other = np.concatenate(other)
+        compared = figures.compare(cells.X[other], codes[other], draw)
+        rows += [("other real cells", *r) for r in compared.items()]
+    return rows
+
+
+def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rng):
+    """Rows (method, figure, value) on pseudobulks of held-out cells, NNLS on the same genes.
+
+    genes: names of the encoder's genes.
+    """
+    X, present = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
+    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
+    profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], n_types)
+    # A type of which no cell is held out cannot be in a held-out bulk.
+    has_cells = np.isin(np.arange(n_types), codes_test)
+    rows = []
+    for _ in range(cfg.n_draws):
+        expected = np.zeros((cfg.n_pseudobulks, n_types))
+        expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
+        bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)
+        _, _, pi = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
+        for method, predicted in (
+            ("bulk2sc", pi.cpu().numpy()),
+            ("NNLS", nnls_proportions(bulk, profiles)),
+        ):
+            rmse = np.sqrt(np.mean((predicted - true) ** 2))
+            rows += [(method, "proportions RMSE", rmse)]
+            rows += [(method, "proportions CCC", concordance(true, predicted))]
+    return rows
+
+
 def main(cfg):
-    import pandas as pd
-
-    from bulk2sc import decode_cells
-
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
@@ -180,63 +233,25 @@ def main(cfg):
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     for file, card in ((decoder_file, decoder_card), (encoder_file, encoder_card)):
         check_cell_types(file, card, cell_types)
+    check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
     held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
     if held_out.sum() < 2:
         raise InputError(f"{decoder_file}: no cells were held out, so nothing can be measured")
-    test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
-    genes = list(cells.var_names)
-    rows = []
 
-    figures = CellFigures(cells, held_out, codes)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    for draw in range(cfg.n_draws):
-        k = torch.as_tensor(codes[test], device=device)  # as many cells of each type as held out
-        X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
-        X, _ = align_genes(X, decoder_card["genes"], genes, decoder_file)
-        rows += [("bulk2sc", *r) for r in figures.compare(X, codes[test], draw).items()]
-        other = np.concatenate(
-            [  # the same composition from the training cells
-                rng.choice(train[codes[train] == c], n, replace=(codes[train] == c).sum() < n)
-                for c, n in zip(*np.unique(codes[test], return_counts=True), strict=True)
-            ]
-        )
-        X = cells.X[other]
-        rows += [("other real cells", *r) for r in figures.compare(X, codes[other], draw).items()]
-
-        # A type of which no cell is held out cannot be in a held-out bulk.
-        present = np.isin(np.arange(len(cell_types)), codes[test])
-        proportions = np.zeros((cfg.n_pseudobulks, len(cell_types)))
-        proportions[:, present] = rng.dirichlet(np.ones(present.sum()), cfg.n_pseudobulks)
-        bulk, true = draw_pseudobulks(
-            cells.X[test], codes[test], proportions, cfg.cells_per_bulk, rng
-        )
-        X, mask = align_genes(bulk, genes, encoder_card["genes"], encoder_file, report=draw == 0)
-        with torch.inference_mode():
-            _, _, pi = encoder(
-                torch.from_numpy(X.toarray()).to(device), torch.from_numpy(mask).to(device)
-            )
-        profiles = np.stack(
-            [cells.X[train[codes[train] == c]].mean(0).A1 for c in range(len(cell_types))]
-        )
-        for method, predicted in (
-            ("bulk2sc", pi.cpu().numpy()),
-            ("NNLS", nnls_proportions(bulk, profiles)),
-        ):
-            rmse = np.sqrt(np.mean((predicted - true) ** 2))
-            rows += [(method, "proportions RMSE", rmse)]
-            rows += [(method, "proportions CCC", concordance(true, predicted))]
-
+    rows = measure_cells(cells, codes, held_out, decoder, decoder_card["genes"], cfg, rng)
+    rows += measure_proportions(
+        cells, codes, len(cell_types), held_out, encoder, encoder_card["genes"], cfg, rng
+    )
     table = pd.DataFrame(rows, columns=["method", "figure", "value"])
     table = table.groupby(["figure", "method"], sort=False)["value"].agg(["mean", "std", "count"])
     write_whole(cfg.weights / "evaluation.csv", table.to_csv)
     shown = table.apply(lambda r: f"{r['mean']:.4f} ± {r['std']:.4f}", axis=1).to_dict()
     figure_names, methods = (list(dict.fromkeys(i)) for i in zip(*shown, strict=True))
-    wide = pd.DataFrame(
-        [[shown.get((f, m), "") for m in methods] for f in figure_names], figure_names, methods
-    )
-    print(wide.to_string())
+    wide = [[shown.get((f, m), "") for m in methods] for f in figure_names]
+    print(pd.DataFrame(wide, figure_names, methods).to_string())
     print(
-        f"wrote {cfg.weights / 'evaluation.csv'}: {len(test)} held-out cells, {cfg.n_draws} draws"
+        f"wrote {cfg.weights / 'evaluation.csv'}: {held_out.sum()} held-out cells, "
+        f"{cfg.n_draws} draws"
     )
 
 

@@ -380,8 +380,11 @@ class BulkEncoder(nn.Module):
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
         self.pi_head = nn.Linear(n_hidden, n_types)
-        nn.init.zeros_(self.pi_head.weight)  # at first, the least squares alone
-        nn.init.zeros_(self.pi_head.bias)
+        # At first every bulk gets the same answer, and least squares alone decide on proportions:
+        # what the heads say of a particular bulk is all learned.
+        for head in (self.mu_head, self.var_head, self.pi_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         self.log_weight = nn.Parameter(torch.zeros(n_genes))
         self.register_buffer("mu", torch.zeros(n_types, n_latent))  # of the mixture it was made for
         self.register_buffer("var", torch.ones(n_types, n_latent))

@@ -27,7 +27,7 @@ def write_losses(stem, rows):
     def write_png(path):
         names = [n for n in rows[0] if n != "epoch" and not n.startswith("held_out_")]
         figure, axes = plt.subplots(
-            1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False, layout="constrained"
+            1, len(names), figsize=(3.2 * len(names) + 1, 2.8), squeeze=False, layout="constrained"
         )
         for axis, name in zip(axes[0], names, strict=True):
             for key, label, color in (
@@ -46,7 +46,8 @@ def write_losses(stem, rows):
             axis.set_xlabel("epoch")
             axis.spines[["top", "right"]].set_visible(False)
         axes[0][0].set_ylabel("loss")
-        axes[0][-1].legend(frameon=False)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside right upper")
         figure.savefig(path, dpi=110)
         plt.close(figure)
 

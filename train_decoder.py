@@ -19,6 +19,7 @@ from data import (
     align_genes,
     choose_held_out,
     codes_of,
+    library_size,
     load_cells,
     run_script,
 )
@@ -112,7 +113,7 @@ def main(cfg):
     model.start_at(mean_profile(cells.X[train]).to(device))
     model.mu.copy_(mu)
     model.var.copy_(var)
-    library = torch.as_tensor(np.asarray(cells.X.sum(axis=1)).ravel())  # (N,)
+    library = torch.as_tensor(library_size(cells.X))  # (N,)
     model.fit_library(library[train], codes[train])
 
     fast = [p for name, p in model.named_parameters() if name == "log_theta"]

@@ -22,6 +22,7 @@ from data import (
     draw_pseudobulks,
     flag,
     load_cells,
+    mean_counts,
     run_script,
 )
 from models import (
@@ -101,12 +102,12 @@ def log_uniform(low, high, size, rng):
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
-def simulate_bulks(X, codes, n_types, cfg, rng, noise):
-    """Draw a batch of training bulks: cells, platform factor and sequencing depth all vary.
+def simulate_bulks(X, codes, n_types, cfg, rng, clean=False):
+    """Draw a batch of bulks: composition, cells, platform factor and sequencing depth all vary.
 
     Args:
-        X: counts of training cells (N x G), CSR. codes: their types (N). noise: largest sd of the
-            log-normal platform factor of a gene.
+        X: counts (N x G), CSR. codes: cell types (N).
+        clean: neither small pools of cells nor platform factors; how held-out bulks are drawn.
 
     Returns:
         bulk (B, G) float32 counts and the proportions of the cells in it (B, K) float32.
@@ -115,12 +116,13 @@ def simulate_bulks(X, codes, n_types, cfg, rng, noise):
     proportions = draw_proportions(cfg.batch_size, reference > 0, reference, rng)
     n_cells = log_uniform(cfg.min_cells, cfg.max_cells, cfg.batch_size, rng).astype(int)
     pool = log_uniform(cfg.min_pool, cfg.max_pool, cfg.batch_size, rng).astype(int)
-    bulk, pi = draw_pseudobulks(X, codes, proportions, n_cells, rng, pool)
-    sd = rng.uniform(0, noise, (cfg.batch_size, 1))
-    rate = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
+    bulk, pi = draw_pseudobulks(X, codes, proportions, n_cells, rng, None if clean else pool)
+    if not clean:
+        sd = rng.uniform(0, cfg.noise, (cfg.batch_size, 1))
+        bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
+    bulk += 1e-9  # a bulk in which no gene of the model is expressed reads as an even one
     depth = log_uniform(3e4, 3e6, (cfg.batch_size, 1), rng)
-    counts = rng.poisson(rate / np.maximum(rate.sum(axis=1, keepdims=True), 1e-9) * depth)
-    counts[counts.sum(axis=1) == 0] += 1  # a bulk of genes that no drawn cell expresses
+    counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)
     return counts.astype(np.float32), pi
 
 
@@ -147,26 +149,30 @@ def main(cfg):
     model = BulkEncoder(len(genes), len(cell_types), mu.shape[1], cfg.n_hidden, cfg.dropout)
     model.mu.copy_(mu)
     model.var.copy_(var)
-    first = [
-        simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng, cfg.noise)[0]
-        for _ in range(20)
-    ]
-    signature = np.stack(
-        [X_train[codes_train == k].mean(axis=0).A1 for k in range(len(cell_types))]
-    )
+    first = [simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng)[0] for _ in range(20)]
+    signature = mean_counts(X_train, codes_train, len(cell_types))
     model.fit_input(torch.from_numpy(np.concatenate(first)), torch.from_numpy(signature).float())
     model = model.to(device)
+    # The biases of the heads must travel all the way to the mixture, while what the network adds
+    # for a particular bulk starts at zero and is to stay small unless it pays.
+    fast = [model.mu_head.bias, model.var_head.bias]
+    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+        [
+            {"params": slow, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+            {"params": fast, "lr": 20 * cfg.lr, "weight_decay": 0.0},
+        ],
+        fused=True,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.epochs + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [cfg.lr, 20 * cfg.lr], total_steps=cfg.epochs + 1
+    )
 
-    def losses(X, codes, noise):
-        """The three losses on a fresh batch of bulks, means over all entries.
+    def losses(bulk, true):
+        """The three losses on bulks (B, G) of proportions (B, K), means over all entries.
 
         L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
         """
-        bulk, true = simulate_bulks(X, codes, len(cell_types), cfg, rng, noise)
         mu_hat, var_hat, pi_hat = model(torch.from_numpy(bulk).to(device))
         # Regression: the published variance loss added the L1 of mu.
         mu_error, var_error = mu_hat - model.mu, var_hat - model.var  # (B, K, D)
@@ -177,10 +183,17 @@ def main(cfg):
             "pi": (pi_error**2).mean(),
         }
 
+    if len(codes_test):  # the same ones at every reading
+        parts = [
+            simulate_bulks(X_test, codes_test, len(cell_types), cfg, rng, clean=True)
+            for _ in range(4)
+        ]
+        test_bulks = [np.concatenate(p) for p in zip(*parts, strict=True)]
+
     curve = []
     for epoch in (bar := trange(1, cfg.epochs + 1, desc="Bulk Encoder", unit="step")):
         model.train()
-        loss = losses(X_train, codes_train, cfg.noise)
+        loss = losses(*simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng))
         # The squared error of proportions is a hundred times smaller by its very scale.
         total = loss["mu"] + loss["var"] + 100 * loss["pi"]
         optimizer.zero_grad()
@@ -192,8 +205,8 @@ def main(cfg):
             row |= {f"held_out_{name}": None for name in loss}
             if len(codes_test):
                 model.eval()
-                with torch.no_grad():  # clean bulks: what another platform does is not known here
-                    test = losses(X_test, codes_test, 0.0)
+                with torch.no_grad():
+                    test = losses(*test_bulks)
                 row |= {f"held_out_{name}": value.item() for name, value in test.items()}
             curve.append(row)
             bar.set_postfix({name: f"{value.item():.4f}" for name, value in loss.items()})

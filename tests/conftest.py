@@ -20,7 +20,8 @@ CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]  # slash, two b
 
 
 def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
-    """Negative binomial cells of three types, each with a block of marker genes of its own."""
+    """Negative binomial cells of a few types, each with a block of marker genes of its own."""
+    names = CELL_TYPES if len(n_per_type) == 3 else [f"type {k}" for k in range(len(n_per_type))]
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(len(n_per_type)), n_per_type)
     profile = rng.gamma(1.0, 1.0, (len(n_per_type), n_genes))
@@ -31,7 +32,7 @@ def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
     mean = profile[codes] * rng.lognormal(6, 0.3, len(codes))[:, None]
     X = rng.poisson(mean * rng.gamma(5, 1 / 5, mean.shape)).astype(np.int32)
     obs = pd.DataFrame(index=[f"CELL{i:03d}-1" for i in range(len(codes))])
-    obs["cell_type"] = np.array(CELL_TYPES)[codes]
+    obs["cell_type"] = np.array(names)[codes]
     order = rng.permutation(len(codes))  # types are not sorted, as in real data
     var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
     return anndata.AnnData(sp.csr_matrix(X), obs=obs, var=var)[order].copy()
@@ -92,7 +93,7 @@ def assert_one_line_error(done, *words):
 
 TINY = {
     "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--n-hidden", 32, "--n-latent", 5],
-    "train_decoder.py": ["--epochs", 30, "--n-hidden", 32],
+    "train_decoder.py": ["--epochs", 30, "--n-hidden", 32, "--batch-size", 8],
     "train_encoder.py": ["--epochs", 150, "--n-hidden", 64, "--batch-size", 32],
 }
 

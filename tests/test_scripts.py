@@ -51,11 +51,12 @@ def test_trainings_write_what_they_say(trained):
         assert curve["reconstruction"].iloc[-1] < curve["reconstruction"].iloc[0]
 
 
-def test_encoder_reports_three_losses_that_fall(trained):
+def test_encoder_reports_three_losses_close_to_zero(trained):
+    """mu and var fall from afar; pi starts at least squares, near its end."""
     curve = pd.read_csv(trained / "bulkEncoder_loss.csv")
-    for name in ("mu", "var", "pi", "held_out_mu", "held_out_var", "held_out_pi"):
-        assert curve[name].iloc[-1] < curve[name].iloc[0]
-    assert curve["held_out_pi"].iloc[-1] < 0.02
+    for name in ("mu", "var", "held_out_mu", "held_out_var"):
+        assert curve[name].iloc[-1] < 0.1 < curve[name].iloc[0]
+    assert curve["pi"].iloc[-1] < 0.02 and curve["held_out_pi"].iloc[-1] < 0.02
 
 
 def test_no_stage_trains_on_a_held_out_cell(trained):
@@ -68,7 +69,8 @@ def test_no_stage_trains_on_a_held_out_cell(trained):
 
 
 def test_generated_file(trained, h5ad, tmp_path):
-    out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 50)
+    out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 50,
+                   "--batch-size", 30)  # fmt: skip
     assert out.shape == (50, 60) and list(out.var_names) == [f"GENE{i}" for i in range(60)]
     assert sp.issparse(out.X) and out.X.format == "csr" and out.X.dtype == np.int32
     assert out.X.min() >= 0 and out.X.sum() > 0
@@ -175,7 +177,7 @@ def test_labels_follow_their_cells_however_the_data_is_ordered(trained, h5ad):
 def test_more_than_ten_types_given_as_numbers(tmp_path):
     """Regression: codes followed sorted strings, '0', '1', '10', '2'."""
     cells = make_cells(n_per_type=(12,) * 12, n_genes=72)
-    cells.obs["leiden"] = (cells.obs_names.str[4:7].astype(int) // 12).astype(str)
+    cells.obs["leiden"] = cells.obs["cell_type"].str.removeprefix("type ")
     cells.write_h5ad(tmp_path / "a.h5ad")
     for script, settings in TINY.items():
         where = ["--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w"]
