@@ -70,6 +70,12 @@ class TrainingSettings(DatasetSettings):
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"--lr: found {self.lr}, expected a positive number")
+        for name, low, high in (("dropout", 0, 1), ("weight_decay", 0, np.inf)):
+            found = getattr(self, name, 0)  # not every training has them
+            if not low <= found < high:
+                raise InputError(
+                    f"{flag(name)}: found {found}, expected {low} or more, below {high}"
+                )
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
 
@@ -702,7 +708,12 @@ def read_bulk(path, known_genes):
         except (UnicodeDecodeError, OSError, EOFError, gzip.zlib.error) as error:
             raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
         separator = max("\t,;", key=first.count)
+        header = next(csv.reader([first], delimiter=separator), [])
         table = read_table(path, sep=separator, index_col=0, dtype=None, encoding="utf-8-sig")
+        # pandas renames repeated columns; repeated genes are to be summed, so names come from the
+        # header itself, which R's write.table leaves one field short.
+        if len(header) >= table.shape[1] > 0:
+            table.columns = header[-table.shape[1] :]
     known = pd.Index(known_genes)
     by_row, by_column = (known.isin(names).sum() for names in (table.index, table.columns))
     if by_row == by_column == 0:

@@ -80,9 +80,10 @@ def nb_log_prob(x, mean, theta):
     """
     small = theta.clamp(max=30.0)  # each branch sees safe values only, so neither's gradient is NaN
     large = theta.clamp(min=30.0)
+    log_mean = torch.log(torch.where(x > 0, mean, 1.0))  # not needed at x = 0, where mean may be 0
     by_gamma = (
         torch.lgamma(x + small) - torch.lgamma(small) - small * torch.log1p(mean / small)
-    ) + torch.where(x > 0, x * (torch.log(mean) - torch.log(small + mean)), 0.0)
+    ) + x * (log_mean - torch.log(small + mean))
 
     def tail(z):  # Stirling: lnΓ(z) = (z - 1/2) ln z - z + ln(2π)/2 + tail(z)
         return (1 / 12 - 1 / (360 * z * z)) / z
@@ -94,7 +95,7 @@ def nb_log_prob(x, mean, theta):
         - tail(large)
         - x
         - large * torch.log1p(mean / large)
-    ) + torch.where(x > 0, x * (torch.log1p((x - mean) / (large + mean)) + torch.log(mean)), 0.0)
+    ) + x * (torch.log1p((x - mean) / (large + mean)) + log_mean)
     return torch.where(theta > 30.0, by_series, by_gamma) - torch.lgamma(x + 1.0)
 
 
@@ -216,7 +217,10 @@ class CountDecoder(nn.Module):
         h = self.hidden(z)  # (B, H)
         if self.likelihood == "mse_l1":
             return F.relu(self.out(h)), None
-        mean = library[:, None] * torch.softmax(self.out(h), dim=-1)  # (B, G)
+        # A cell without counts in these genes, or a softmax that underflows, must not read as
+        # mean 0, which makes any count impossible.
+        mean = library[:, None].clamp(min=1.0) * torch.softmax(self.out(h), dim=-1)  # (B, G)
+        mean = mean.clamp(min=1e-10)
         return mean, self.dropout_logits(h) if self.likelihood == "zinb" else None
 
     def loss(self, x, z, library):

@@ -68,6 +68,8 @@ class Settings(TrainingSettings):
             raise InputError(f"--likelihood: found {self.likelihood}, expected nb or zinb")
         if self.n_latent < 1 or self.n_hidden < 1:
             raise InputError("--n-latent, --n-hidden: expected 1 or more")
+        if min(self.kl_start, self.kl_end) < 0:
+            raise InputError("--kl-start, --kl-end: expected 0 or more")
         if not 0 <= self.vae_epochs <= self.epochs:
             found = f"{self.vae_epochs} of {self.epochs}"
             raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")

@@ -300,13 +300,26 @@ def test_bulk_h5ad(tmp_path, bulk_table):
     np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
 
 
-def test_repeated_genes_of_a_bulk_are_summed(tmp_path, bulk_table, capsys):
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_repeated_genes_of_a_bulk_are_summed(tmp_path, bulk_table, capsys, genes_in_rows):
     bulk_table.columns = ["GENE1", *bulk_table.columns[1:]]
-    bulk_table.T.to_csv(tmp_path / "bulk.csv")
-    X, _, genes = read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+    table = bulk_table.T if genes_in_rows else bulk_table
+    table.to_csv(tmp_path / "bulk.csv")
+    X, samples, genes = read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
     assert "1 repeated gene names summed" in capsys.readouterr().out
+    assert samples == list(bulk_table.index)
     expected = bulk_table["GENE1"].sum(axis=1)
     np.testing.assert_allclose(X[:, [genes.index("GENE1")]].toarray().ravel(), expected)
+
+
+def test_bulk_as_r_writes_it(tmp_path, bulk_table):
+    """write.table(counts, sep = "\\t"): the header is one field short."""
+    lines = bulk_table.T.to_csv(sep="\t").splitlines()
+    lines[0] = lines[0].removeprefix("\t")
+    (tmp_path / "bulk.txt").write_text("\n".join(lines) + "\n")
+    X, samples, genes = read_bulk(tmp_path / "bulk.txt", bulk_table.columns)
+    assert samples == list(bulk_table.index) and genes == list(bulk_table.columns)
+    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,11 @@ def test_nb_gradients_are_finite_at_extremes():
     theta.requires_grad_()
     nb_log_prob(x, mean, theta).sum().backward()
     assert torch.isfinite(mean.grad).all() and torch.isfinite(theta.grad).all()
+    mean = torch.zeros(3, requires_grad=True)
+    theta = torch.tensor([0.5, 30.0, 1e5], requires_grad=True)
+    nb_log_prob(torch.zeros(3), mean, theta).sum().backward()
+    torch.testing.assert_close(mean.grad, -torch.ones(3))
+    assert torch.isfinite(mean.grad).all() and torch.isfinite(theta.grad).all()
 
 
 def test_nb_gradient_is_right():

@@ -15,6 +15,7 @@ from conftest import (
     assert_one_line_error,
     make_cells,
     run,
+    run_inside,
     write_10x,
     write_labels,
 )
@@ -45,9 +46,9 @@ def test_trainings_write_what_they_say(trained):
     assert torch.load(trained / "gmm_mu_c.pt", weights_only=True).shape == (1, 5, 3)  # D = 5, K = 3
     for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
         assert card(trained, model)["cell_types"] == CELL_TYPES
-    for model in ("scGMVAE", "scDecoder"):
+    for model, epochs in (("scGMVAE", 60), ("scDecoder", 60)):
         curve = pd.read_csv(trained / f"{model}_loss.csv")
-        assert curve["epoch"].tolist() == list(range(1, 31))  # not one epoch too many
+        assert curve["epoch"].tolist() == list(range(1, epochs + 1))  # not one too many
         assert curve["reconstruction"].iloc[-1] < curve["reconstruction"].iloc[0]
 
 
@@ -157,7 +158,7 @@ def test_generated_cells_vary_within_a_type(trained, h5ad, tmp_path):
     for cell_type in CELL_TYPES[:2]:
         a, b = (x[x.obs["cell_type"] == cell_type].X.toarray().astype(float) for x in (out, real))
         a, b = (np.log1p(v / v.sum(1, keepdims=True) * 1e4) for v in (a, b))
-        assert 0.5 < a.var(axis=0).sum() / b.var(axis=0).sum() < 2
+        assert 0.75 < a.var(axis=0).sum() / b.var(axis=0).sum() < 1.33
         assert np.median(out.X.sum(axis=1).A1) == pytest.approx(
             np.median(real.X.sum(1).A1), rel=0.2
         )
@@ -229,8 +230,8 @@ def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
 def test_posterior_pairing_needs_the_gmvae(tmp_path, h5ad):
     for name in ("gmm_mu_c.pt", "gmm_var_c.pt"):
         torch.save(torch.rand(1, 4, 3) + 0.5, tmp_path / name)
-    done = run("train_decoder.py", "--data", h5ad, "--weights", tmp_path, "--pairing", "posterior",
-               check=False)  # fmt: skip
+    where = ["--data", h5ad, "--weights", tmp_path]
+    done = run_inside("train_decoder.py", *where, "--pairing", "posterior")
     assert_one_line_error(done, "scGMVAE_model.pt", "train_gmvae.py")
 
 
@@ -270,7 +271,7 @@ def test_missing_data_is_a_one_line_error(script, trained, tmp_path):
 def test_counts_that_are_not_counts(script, kind, trained, tmp_path):
     path = broken(tmp_path, make_cells(), kind)
     before = sorted(p.name for p in trained.iterdir())
-    done = run(script, "--data", path, "--weights", trained, check=False, cwd=tmp_path)
+    done = run_inside(script, "--data", path, "--weights", trained, cwd=tmp_path)
     assert_one_line_error(done, path, "expected raw counts")
     assert sorted(p.name for p in trained.iterdir()) == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -278,14 +279,14 @@ def test_counts_that_are_not_counts(script, kind, trained, tmp_path):
 
 def test_wrong_barcodes_are_a_one_line_error(tmp_path, h5ad):
     (tmp_path / "labels.csv").write_text("barcode,cell_type\nAAA-1,B\nCCC-1,T\n")
-    done = run("train_gmvae.py", "--data", h5ad, "--labels", tmp_path / "labels.csv",
-               "--weights", tmp_path / "w", check=False)  # fmt: skip
+    done = run_inside("train_gmvae.py", "--data", h5ad, "--labels", tmp_path / "labels.csv",
+               "--weights", tmp_path / "w")  # fmt: skip
     assert_one_line_error(done, "labels.csv", "AAA-1", "CELL")
     assert not (tmp_path / "w").exists()
 
 
 def test_labels_that_are_nowhere(tmp_path, h5ad):
-    done = run("train_gmvae.py", "--data", h5ad, "--labels", "leiden", check=False)
+    done = run_inside("train_gmvae.py", "--data", h5ad, "--labels", "leiden")
     assert_one_line_error(done, "leiden", "neither a file nor a column")
 
 
@@ -294,12 +295,11 @@ def test_no_shared_genes(trained, tmp_path):
     cells.var_names = [f"MOUSE{i}" for i in range(cells.n_vars)]
     cells.write_h5ad(tmp_path / "m.h5ad")
     out = tmp_path / "g.h5ad"
-    done = run("bulk2sc.py", "--data", tmp_path / "m.h5ad", "--weights", trained, "--out", out,
-               check=False)  # fmt: skip
+    where = ["--weights", trained, "--out", out]
+    done = run_inside("bulk2sc.py", "--data", tmp_path / "m.h5ad", *where)
     assert_one_line_error(done, "m.h5ad", "none of its 60 genes")
     pd.DataFrame({"s1": [1, 2]}, index=["MOUSE1", "MOUSE2"]).to_csv(tmp_path / "bulk.csv")
-    done = run("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained, "--out", out,
-               check=False)  # fmt: skip
+    done = run_inside("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", *where)
     assert_one_line_error(done, "bulk.csv", "MOUSE1")
     assert not out.exists()
 
@@ -307,7 +307,7 @@ def test_no_shared_genes(trained, tmp_path):
 def test_empty_bulk(trained, tmp_path):
     table = pd.DataFrame({"s1": [1, 2], "void": [0, 0]}, index=["GENE1", "GENE2"])
     table.to_csv(tmp_path / "bulk.csv")
-    done = run("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained, check=False,
+    done = run_inside("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained,
                cwd=tmp_path)  # fmt: skip
     assert_one_line_error(done, "bulk.csv", "void", "empty")
     assert [p.name for p in tmp_path.iterdir()] == ["bulk.csv"]
@@ -318,8 +318,8 @@ def test_truncated_weights(trained, h5ad, tmp_path, name):
     shutil.copytree(trained, tmp_path / "w")
     file = tmp_path / "w" / name
     file.write_bytes(file.read_bytes()[:5000])
-    done = run("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", "--out",
-               tmp_path / "g.h5ad", check=False)  # fmt: skip
+    done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", "--out",
+               tmp_path / "g.h5ad")  # fmt: skip
     assert_one_line_error(done, name, "not a readable weights file")
     assert not (tmp_path / "g.h5ad").exists()
 
@@ -330,26 +330,24 @@ def test_weights_of_another_dataset(trained, h5ad, tmp_path):
     cells.obs["cell_type"] = cells.obs["cell_type"].replace("B cells", "A new name")
     cells.write_h5ad(tmp_path / "types.h5ad")
     for script in TRAININGS[1:]:
-        done = run(script, "--data", tmp_path / "types.h5ad", "--weights", trained, check=False)
+        done = run_inside(script, "--data", tmp_path / "types.h5ad", "--weights", trained)
         assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
     cells = make_cells()
     cells.obs_names = "OTHER" + cells.obs_names
     cells.write_h5ad(tmp_path / "cells.h5ad")
     for script in (*TRAININGS[1:], "evaluate.py"):
-        done = run(script, "--data", tmp_path / "cells.h5ad", "--weights", trained, check=False)
+        done = run_inside(script, "--data", tmp_path / "cells.h5ad", "--weights", trained)
         assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
     shutil.copytree(trained, tmp_path / "w")
     run("train_gmvae.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_gmvae.py"],
         "--seed", 9)  # fmt: skip
     run("train_decoder.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_decoder.py"])
-    done = run("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", check=False, cwd=tmp_path)
+    done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", cwd=tmp_path)
     assert_one_line_error(done, "bulkEncoder_model.pt", "another Gaussian mixture")
 
 
 def test_held_out_cannot_change_between_stages(trained, h5ad):
-    done = run(
-        "train_decoder.py", "--data", h5ad, "--weights", trained, "--held-out", 0.5, check=False
-    )
+    done = run_inside("train_decoder.py", "--data", h5ad, "--weights", trained, "--held-out", 0.5)
     assert_one_line_error(done, "--held-out 0.5", "0.2")
 
 
@@ -372,12 +370,12 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
     ],
 )
 def test_settings_out_of_range(script, arguments, words):
-    assert_one_line_error(run(script, *arguments, check=False), words)
+    assert_one_line_error(run_inside(script, *arguments), words)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_flag_is_an_error_and_help_lists_all(script):
-    done = run(script, "--no-such-flag", 1, check=False)
+    done = run_inside(script, "--no-such-flag", 1)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     shown = run(script, "--help").stdout
     for name in ("--data", "--labels", "--weights", "--seed", "--device"):
@@ -395,8 +393,8 @@ def test_scripts_are_importable_without_running(script):
 def test_unwritable_output_is_a_one_line_error(trained, h5ad, tmp_path):
     (tmp_path / "a file").write_text("")
     out = tmp_path / "a file" / "g.h5ad"
-    done = run("bulk2sc.py", "--data", h5ad, "--weights", trained, "--n-cells", 3,
-               "--batch-size", 20, "--out", out, check=False)  # fmt: skip
+    done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", trained, "--n-cells", 3,
+               "--batch-size", 20, "--out", out)  # fmt: skip
     assert "Traceback" not in done.stderr and done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: ")
 

@@ -1,0 +1,48 @@
+"""Minutes of training on real data: ``python -m pytest -m slow``. Left out of the usual run."""
+
+import pandas as pd
+import pytest
+
+from conftest import ROOT, TINY, run
+
+pytestmark = pytest.mark.slow
+
+
+def evaluate(weights, *arguments):
+    run("evaluate.py", "--weights", weights, *arguments)
+    table = pd.read_csv(weights / "evaluation.csv").set_index(["method", "figure"])["mean"]
+    return table["bulk2sc"]
+
+
+def test_trainings_reproduce_the_shipped_weights(tmp_path):
+    """Two minutes. Not to the bit: other processors round otherwise, and training amplifies it."""
+    for script in TINY:
+        run(script, "--weights", tmp_path)
+    for name in ("scGMVAE", "scDecoder", "bulkEncoder"):
+        shipped, again = (
+            pd.read_csv(folder / f"{name}_loss.csv").iloc[-1]
+            for folder in (ROOT / "weights", tmp_path)
+        )
+        for column in shipped.index.intersection(
+            ["reconstruction", "held_out_reconstruction", "kl", "held_out_pi"]
+        ):
+            assert again[column] == pytest.approx(shipped[column], rel=0.05), (name, column)
+    shipped = pd.read_csv(ROOT / "weights" / "evaluation.csv")
+    shipped = shipped[shipped["method"] == "bulk2sc"].set_index("figure")["mean"]
+    assert (evaluate(tmp_path) - shipped).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pbmc1k_figures(tmp_path, seed):
+    """Five minutes a seed, half of the cells held out."""
+    data = ROOT.parent / "shared/data/pbmc1k_v3"
+    if not data.is_dir():
+        pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
+    where = ["--data", data, "--seed", seed]
+    run("train_gmvae.py", *where, "--weights", tmp_path, "--held-out", 0.5)
+    run("train_decoder.py", *where, "--weights", tmp_path)
+    run("train_encoder.py", *where, "--weights", tmp_path)
+    figures = evaluate(tmp_path, *where)
+    assert 0.5 < figures["within-type variance ratio"] < 1.5
+    assert figures["library-size KS"] < 0.15
+    assert figures["proportions RMSE"] < 0.06
