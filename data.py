@@ -470,7 +470,7 @@ def load_cells(settings, need_labels=True):
     if labels is None:
         raise InputError(
             f"{settings.data}: no cell types found; give --labels (a {LABEL_FILE} or a column of "
-            ".obs); scType.R makes such a file from counts"
+            ".obs), made with ScType or any other annotation tool"
         )
     labelled = labels.notna().to_numpy()
     if not labelled.any():

@@ -16,6 +16,7 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 import torch
+from tqdm import trange
 
 from bulk2sc import decode_cells, encode_bulks
 from data import (
@@ -180,7 +181,7 @@ def measure_cells(cells, codes, held_out, decoder, genes, cfg, rng):
     figures = CellFigures(cells, held_out, codes)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
     rows = []
-    for draw in range(cfg.n_draws):
+    for draw in trange(cfg.n_draws, desc="cells", unit="draw"):
         # As many cells of each type as are held out, so that only the cells themselves differ.
         k = torch.as_tensor(codes[test], device=decoder.mu.device)
         X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
@@ -207,7 +208,7 @@ def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rn
     # A type of which no cell is held out cannot be in a held-out bulk.
     has_cells = np.isin(np.arange(n_types), codes_test)
     rows = []
-    for _ in range(cfg.n_draws):
+    for _ in trange(cfg.n_draws, desc="proportions", unit="draw"):
         expected = np.zeros((cfg.n_pseudobulks, n_types))
         expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
         bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)

@@ -126,6 +126,24 @@ def simulate_bulks(X, codes, n_types, cfg, rng, clean=False):
     return counts.astype(np.float32), pi
 
 
+def encoder_losses(predicted, target):
+    """The three losses, each a mean over all entries.
+
+        L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
+
+    Regression: the published variance loss added the L1 of mu.
+
+    Args:
+        predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) and pi (B, K).
+    """
+    mu, var, pi = (p - t for p, t in zip(predicted, target, strict=True))
+    return {
+        "mu": (mu**2 + mu.abs()).mean(),
+        "var": (var**2 + var.abs()).mean(),
+        "pi": (pi**2).mean(),
+    }
+
+
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -169,19 +187,8 @@ def main(cfg):
     )
 
     def losses(bulk, true):
-        """The three losses on bulks (B, G) of proportions (B, K), means over all entries.
-
-        L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
-        """
-        mu_hat, var_hat, pi_hat = model(torch.from_numpy(bulk).to(device))
-        # Regression: the published variance loss added the L1 of mu.
-        mu_error, var_error = mu_hat - model.mu, var_hat - model.var  # (B, K, D)
-        pi_error = pi_hat - torch.from_numpy(true).to(device)  # (B, K)
-        return {
-            "mu": (mu_error**2 + mu_error.abs()).mean(),
-            "var": (var_error**2 + var_error.abs()).mean(),
-            "pi": (pi_error**2).mean(),
-        }
+        predicted = model(torch.from_numpy(bulk).to(device))
+        return encoder_losses(predicted, (model.mu, model.var, torch.from_numpy(true).to(device)))
 
     if len(codes_test):  # the same ones at every reading
         parts = [

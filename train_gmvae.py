@@ -51,8 +51,8 @@ class Settings(TrainingSettings):
     """D, latent dimensions; independent of the number of cell types."""
     n_hidden: int = 256
     """Width of the two hidden layers of encoder and decoder (autoCell: 128)."""
-    likelihood: str = "nb"
-    """Count distribution of the decoder: nb or zinb."""
+    loss: str = "nb"
+    """nb or zinb: negative log-likelihood of the counts under the decoder."""
     kl_start: float = 0.1
     """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
     kl_end: float = 0.3
@@ -64,8 +64,8 @@ class Settings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.likelihood not in ("nb", "zinb"):
-            raise InputError(f"--likelihood: found {self.likelihood}, expected nb or zinb")
+        if self.loss not in ("nb", "zinb"):
+            raise InputError(f"--loss: found {self.loss}, expected nb or zinb")
         if self.n_latent < 1 or self.n_hidden < 1:
             raise InputError("--n-latent, --n-hidden: expected 1 or more")
         if min(self.kl_start, self.kl_end) < 0:
@@ -87,7 +87,7 @@ def main(cfg):
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
 
     model = scGMVAE(
-        len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.likelihood, cfg.dropout
+        len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
     ).to(device)
     model.decoder.start_at(mean_profile(X[train]).to(device))
     fast = [model.mu, model.log_var, model.decoder.log_theta]

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.sparse as sp
 import torch
 
+from bulk2sc import decode_cells, encode_bulks
 from conftest import make_cells
 from data import DatasetSettings, InputError
 from models import (
@@ -17,6 +19,7 @@ from models import (
     scDecoder,
     scGMVAE,
 )
+from train_encoder import encoder_losses
 
 G, K, D = 40, 3, 7  # all different, so that a mix-up of axes cannot pass
 
@@ -204,6 +207,34 @@ def test_untrained_encoder_solves_the_noise_free_mixture():
         np.testing.assert_allclose(ours.detach(), exact / exact.sum(), atol=2e-3)
 
 
+def test_each_encoder_loss_answers_to_its_own_head_alone():
+    """Regression: the published variance loss added the L1 of mu."""
+    target = torch.randn(K, D), torch.rand(K, D), torch.rand(5, K)
+    exact = [target[0].expand(5, K, D), target[1].expand(5, K, D), target[2]]
+    assert all(loss == 0 for loss in encoder_losses(exact, target).values())
+    for i, name in enumerate(("mu", "var", "pi")):
+        moved = [value + 0.5 * (i == at) for at, value in enumerate(exact)]
+        losses = encoder_losses(moved, target)
+        expected = {"mu": 0.0, "var": 0.0, "pi": 0.0}
+        expected[name] = 0.25 if name == "pi" else 0.75  # 0.5 squared, plus 0.5
+        assert {n: loss.item() for n, loss in losses.items()} == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_bulks_go_through_the_encoder_once_and_without_gradients(monkeypatch):
+    """Regression: a full encoder pass over the dataset for each cell, with gradients kept."""
+    model, signature = fitted_encoder()
+    passes = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a: passes.append(len(a[0])) or forward(*a))
+    bulks = sp.csr_matrix((torch.rand(1000, K) @ signature).numpy())
+    mu, var, pi = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
+    assert passes == [1000]
+    cells = torch.arange(30)
+    X, z = decode_cells(decoder(), mu[cells, 0], var[cells, 0], cells % K, torch.Generator())
+    assert passes == [1000] and X.shape == (30, G) and z.shape == (30, D)
+    assert not (mu.requires_grad or var.requires_grad or pi.requires_grad)
+
+
 # ------------------------------------------------------------------------------------- files
 
 
@@ -266,7 +297,7 @@ def test_weights_never_run_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(InputError, match="not a readable weights file"):
         load_model(tmp_path / "model.pt", scDecoder)
     assert not (tmp_path / "ran").exists()

@@ -236,7 +236,7 @@ def test_posterior_pairing_needs_the_gmvae(tmp_path, h5ad):
 
 
 def test_zinb_from_end_to_end(tmp_path, h5ad):
-    extra = {"train_gmvae.py": ["--likelihood", "zinb"], "train_decoder.py": ["--loss", "zinb"]}
+    extra = {"train_gmvae.py": ["--loss", "zinb"], "train_decoder.py": ["--loss", "zinb"]}
     for script, settings in TINY.items():
         run(script, "--data", h5ad, "--weights", tmp_path, *settings, *extra.get(script, []))
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 20,
@@ -356,7 +356,7 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
     [
         ("train_gmvae.py", ["--epochs", 0], "--epochs: found 0"),
         ("train_gmvae.py", ["--held-out", 1.5], "--held-out: found 1.5"),
-        ("train_gmvae.py", ["--likelihood", "poisson"], "--likelihood: found poisson"),
+        ("train_gmvae.py", ["--loss", "poisson"], "--loss: found poisson"),
         ("train_gmvae.py", ["--vae-epochs", 999], "--vae-epochs"),
         ("train_decoder.py", ["--pairing", "none"], "--pairing: found none"),
         ("train_decoder.py", ["--loss", "l3"], "--loss: found l3"),
