@@ -206,6 +206,16 @@ def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
     assert np.isfinite(table["mean"]).all() and (table["count"] == 2).all()
 
 
+def test_nothing_held_out(tmp_path, h5ad):
+    """All cells train, no held-out loss is read, and evaluate.py says why it cannot measure."""
+    where = ["--data", h5ad, "--weights", tmp_path]
+    extra = {"train_gmvae.py": ["--held-out", 0]}
+    for script, settings in TINY.items():
+        run(script, *where, *settings, *extra.get(script, []))
+    assert card(tmp_path, "bulkEncoder")["held_out"] == []
+    assert_one_line_error(run_inside("evaluate.py", *where), "no cells were held out")
+
+
 # ------------------------------------------------------------------------- autoCell and names
 
 
