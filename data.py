@@ -613,7 +613,7 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
     Cells of a type are drawn with replacement, so a rare type can fill a bulk.
 
     Args:
-        X: counts (N x G), CSR.
+        X: counts (N x G), CSR; float32 if called often, as anything else is converted each time.
         codes: cell-type code of each cell (N).
         proportions: expected cell-type proportions of each bulk (n x K), rows summing to 1; a
             type with a positive proportion must have a cell.
@@ -642,7 +642,7 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
         within = pools[bulk_of, type_of, member]
     cell = order[start[type_of] + within]
     S = sp.csr_matrix((np.ones(len(cell), np.float32), (bulk_of, cell)), shape=(n, len(codes)))
-    bulk = np.asarray((S @ X.astype(np.float32)).todense())
+    bulk = np.asarray((S @ X.astype(np.float32, copy=False)).todense())
     return bulk, (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
@@ -662,12 +662,13 @@ def batch_bulks(X, batch_size, n, rng):
     ]
     members = np.concatenate(passes)[:n] if passes else np.zeros((0, batch_size), np.int64)
     bulk = np.zeros((n, X.shape[1]), np.float32)
+    X = X.astype(np.float32, copy=False)
     for first in range(0, n, 256):  # bounds the memory of the selection matrix
         part = members[first : first + 256]
         rows = np.repeat(np.arange(len(part)), batch_size)
         ones = np.ones(part.size, np.float32)
         S = sp.csr_matrix((ones, (rows, part.ravel())), shape=(len(part), X.shape[0]))
-        bulk[first : first + 256] = (S @ X.astype(np.float32)).todense()
+        bulk[first : first + 256] = (S @ X).todense()
     return bulk, members
 
 

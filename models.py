@@ -461,6 +461,36 @@ class BulkEncoder(nn.Module):
         return mu, var, torch.softmax(first + self.pi_head(h), dim=-1)
 
 
+# ----------------------------------------------------------------------------------- training
+
+
+def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
+    """AdamW and a one-cycle schedule in which a few parameters learn at 20 times the rate.
+
+    ``fast`` parameters are few and must travel far; weight decay, which would pull them back, is
+    for the others alone.
+
+    Args:
+        model: whose parameters to train. fast: some of them. settings: with ``lr`` (peak) and
+            ``weight_decay``. n_steps: length of the cycle.
+        fused: one pass over all weights of a step in place of several.
+
+    Returns:
+        ``(optimizer, schedule)``.
+    """
+    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
+    groups = [
+        {"params": slow, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": fast, "lr": 20 * settings.lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=fused)
+    # One step more than is taken: the last rate of the cycle is next to nothing.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps + 1
+    )
+    return optimizer, schedule
+
+
 # ---------------------------------------------------------------------------- files of weights
 
 

@@ -36,6 +36,7 @@ from models import (
     scGMVAE,
     seed_everything,
     to_dense,
+    two_rate_optimizer,
 )
 from plotting import write_losses
 
@@ -116,20 +117,9 @@ def main(cfg):
     library = torch.as_tensor(library_size(cells.X))  # (N,)
     model.fit_library(library[train], codes[train])
 
-    fast = [p for name, p in model.named_parameters() if name == "log_theta"]
-    slow = [p for name, p in model.named_parameters() if name != "log_theta"]
-    # Dispersions are few and must travel far; weight decay would pull them towards 1.
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": slow, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-            {"params": fast, "lr": 20 * cfg.lr, "weight_decay": 0.0},
-        ][: 2 if fast else 1],
-        fused=True,  # one pass over 10 million weights instead of ten
-    )
+    fast = [] if cfg.loss == "mse_l1" else [model.log_theta]  # the regression has none
     steps = -(-len(train) // cfg.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=cfg.epochs * steps + 1
-    )
+    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps)
 
     def losses(rows):
         """Reconstruction loss of cells (B,), z drawn afresh."""

@@ -35,6 +35,7 @@ from models import (
     save_model,
     scDecoder,
     seed_everything,
+    two_rate_optimizer,
 )
 from plotting import write_losses
 
@@ -164,27 +165,19 @@ def main(cfg):
         f"{len(codes_test):,} cells held out"
     )
 
+    signature = mean_counts(X_train, codes_train, len(cell_types))
+    X_train, X_test = X_train.astype(np.float32), X_test.astype(np.float32)  # once, not every step
+
     model = BulkEncoder(len(genes), len(cell_types), mu.shape[1], cfg.n_hidden, cfg.dropout)
     model.mu.copy_(mu)
     model.var.copy_(var)
     first = [simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng)[0] for _ in range(20)]
-    signature = mean_counts(X_train, codes_train, len(cell_types))
     model.fit_input(torch.from_numpy(np.concatenate(first)), torch.from_numpy(signature).float())
     model = model.to(device)
     # The biases of the heads must travel all the way to the mixture, while what the network adds
     # for a particular bulk starts at zero and is to stay small unless it pays.
     fast = [model.mu_head.bias, model.var_head.bias]
-    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": slow, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-            {"params": fast, "lr": 20 * cfg.lr, "weight_decay": 0.0},
-        ],
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [cfg.lr, 20 * cfg.lr], total_steps=cfg.epochs + 1
-    )
+    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs)
 
     def losses(bulk, true):
         predicted = model(torch.from_numpy(bulk).to(device))

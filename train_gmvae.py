@@ -33,6 +33,7 @@ from models import (
     scGMVAE,
     seed_everything,
     to_dense,
+    two_rate_optimizer,
 )
 from plotting import write_losses
 
@@ -90,20 +91,11 @@ def main(cfg):
         len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
     ).to(device)
     model.decoder.start_at(mean_profile(X[train]).to(device))
+    # Mixture and dispersions lag behind the network at its own rate, and then cells drawn from the
+    # prior come out worse than cells drawn from posteriors.
     fast = [model.mu, model.log_var, model.decoder.log_theta]
-    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
-    # Mixture and dispersions are few and must travel far; at the network's rate they lag behind
-    # it, and cells drawn from the prior come out worse than cells drawn from posteriors.
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": slow, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-            {"params": fast, "lr": 20 * cfg.lr, "weight_decay": 0.0},
-        ]
-    )
     steps = -(-len(train) // cfg.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [cfg.lr, 20 * cfg.lr], total_steps=cfg.epochs * steps + 1
-    )
+    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps, fused=False)
 
     def losses(rows, joint):
         """Reconstruction and KL of cells, each (B,); once joint, the prior is the cell's type."""
