@@ -56,8 +56,12 @@ class Settings(TrainingSettings):
     """nb or zinb: negative log-likelihood of the counts under the decoder."""
     kl_start: float = 0.1
     """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
-    kl_end: float = 0.3
-    """KL weight from then on; at 1 much of the variation within a type is left out of z."""
+    kl_end: float = 0.5
+    """KL weight from then on. At 1 variation within a type is left out of z; at 0.1 each cell has a
+    place of its own in z, and the decoder then learns the training cells' noise by heart."""
+    thin: float = 0.3
+    """The encoder sees each cell with a random share of its counts, from this to 1: the same cell
+    sequenced less deeply. 1 turns it off."""
     dropout: float = 0.1
     """In the hidden layers; a few hundred cells overfit without it."""
     weight_decay: float = 0.05
@@ -71,6 +75,8 @@ class Settings(TrainingSettings):
             raise InputError("--n-latent, --n-hidden: expected 1 or more")
         if min(self.kl_start, self.kl_end) < 0:
             raise InputError("--kl-start, --kl-end: expected 0 or more")
+        if not 0 < self.thin <= 1:
+            raise InputError(f"--thin: found {self.thin}, expected more than 0, at most 1")
         if not 0 <= self.vae_epochs <= self.epochs:
             found = f"{self.vae_epochs} of {self.epochs}"
             raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")
@@ -101,7 +107,11 @@ def main(cfg):
         """Reconstruction and KL of cells, each (B,); once joint, the prior is the cell's type."""
         x = to_dense(X, rows, device)  # (B, G)
         k = torch.as_tensor(codes[rows], device=device) if joint else None  # (B,)
-        mean, var = model.encode(x)  # (B, D)
+        seen = x
+        if model.training and cfg.thin < 1:
+            share = cfg.thin + (1 - cfg.thin) * torch.rand(len(rows), 1, device=device)
+            seen = torch.binomial(x, share.expand_as(x))
+        mean, var = model.encode(seen)  # (B, D)
         z = mean + var.sqrt() * torch.randn_like(mean)
         return model.decoder.loss(x, z, x.sum(dim=1)), model.kl(mean, var, k)
 

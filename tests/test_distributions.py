@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from models import nb_log_prob, sample_nb, sample_zinb, zinb_log_prob
+from models import nb_log_prob, nb_log_prob_of_cells, sample_nb, sample_zinb, zinb_log_prob
 
 COUNTS = [0, 1, 2, 5, 30, 259, 5000, 100_000]
 MEANS = [1e-8, 1e-3, 0.3, 1.0, 17.0, 900.0, 1e5]
@@ -53,6 +53,23 @@ def test_nb_log_prob_holds_at_extremes(dtype, rtol):
     scale = np.abs(exact) + x.double().numpy() * np.log1p(x.double().numpy()) + 1
     assert np.isfinite(ours).all()
     assert (np.abs(ours - exact) / scale).max() < rtol
+
+
+def test_nb_of_whole_cells_is_the_sum_over_genes():
+    """Also its gradients, and for a cell without counts."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.rand(6, 40, generator=generator, dtype=torch.float64).exp() - 0.9
+    x = torch.poisson(mean, generator=generator)
+    x[2] = 0
+    theta = torch.logspace(-2, 4, 40, dtype=torch.float64)
+    results = []
+    for function in (nb_log_prob_of_cells, lambda *a: nb_log_prob(*a).sum(dim=1)):
+        m, t = mean.clone().requires_grad_(), theta.clone().requires_grad_()
+        value = function(x, m, t)
+        value.sum().backward()
+        results.append((value.detach(), m.grad, t.grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_nb_with_large_theta_is_poisson():
