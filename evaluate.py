@@ -1,14 +1,28 @@
-"""Generated cells against held-out real ones, and predicted against true proportions.
+"""Generated cells against held-out real ones, beside simple baselines; proportions likewise.
 
     python evaluate.py
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
+    python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
 
-Every figure is read on the cells that no training has seen; "other real cells" are the training
-cells measured the same way, which is as good as generated cells can be expected to become.
-Writes evaluation.csv to --weights.
+Every figure is read on cells that no training has seen. Columns of the table:
+
+- bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
+- other real cells: training cells in the place of generated ones
+- unseen real cells: the half of the training cells that the figures' space was not fitted on
+- cell-type NB: each gene negative binomial with its cell type's training mean and variance
+- published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
+- scVI: if scvi-tools is installed, trained here
+
+Writes evaluation.csv (with every cell type on its own as well) and evaluation.png to --weights.
 """
 
+import contextlib
+import importlib.util
+import io
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,21 +32,27 @@ import scipy.stats
 import torch
 from tqdm import trange
 
+import train_decoder
 from bulk2sc import decode_cells, encode_bulks
 from data import (
     DatasetSettings,
     InputError,
     align_genes,
     apply_split,
+    check_counts,
+    choose_genes,
     codes_of,
     draw_pseudobulks,
+    flag,
     library_size,
     load_cells,
     mean_counts,
     run_script,
+    split_cells,
     write_whole,
 )
 from models import (
+    MIXTURE_FILES,
     BulkEncoder,
     check_cell_types,
     check_mixture,
@@ -41,21 +61,50 @@ from models import (
     scDecoder,
     seed_everything,
 )
+from plotting import write_evaluation
+
+BEST = {  # every figure, in the order of the table, and its value for perfect cells
+    "random-forest AUROC, PCs": 0.5,
+    "random-forest AUROC, genes": 0.5,
+    "MMD2, PCs": 0,
+    "within-type variance ratio": 1,
+    "gene-gene correlation RMSE": 0,
+    "zero-fraction error": 0,
+    "library-size KS": 0,
+    "macro-F1, generated to real": 1,
+    "energy distance": 0,
+    "marker mean error": 0,
+    "marker fraction error": 0,
+    "fold-change correlation": 1,
+    "nearest neighbour trained on, excess": 0,
+    "proportions RMSE": 0,
+    "proportions CCC": 1,
+}
+N_MARKERS = 20  # per cell type
 
 
 @dataclass
 class Settings(DatasetSettings):
+    more_weights: tuple[Path, ...] = ()
+    """Further weights folders, of other seeds; figures are then mean and std over trainings."""
+    generated: Path | None = None
+    """An .h5ad of generated cells to measure, as bulk2sc.py writes it; default: generate them."""
     n_draws: int = 3
-    """Times the generated cells and the pseudobulks are drawn; figures are mean and spread."""
+    """Times the cells and the pseudobulks are drawn from each training."""
     n_pseudobulks: int = 100
     """Pseudobulks of held-out cells per draw, proportions from Dirichlet(1)."""
     cells_per_bulk: int = 500
     """Cells in each pseudobulk."""
+    baselines: bool = True
+    """Measure the baselines too; --no-baselines saves their training."""
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.n_draws, self.n_pseudobulks, self.cells_per_bulk) < 1:
-            raise InputError("--n-draws, --n-pseudobulks, --cells-per-bulk: expected 1 or more")
+        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk"):
+            if (found := getattr(self, name)) < 1:
+                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        if self.generated is not None and self.more_weights:
+            raise InputError("--generated: one file of cells, expected no --more-weights with it")
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -64,15 +113,17 @@ class Settings(DatasetSettings):
 def within_type_variance_ratio(real, real_codes, made, made_codes):
     """Variance within cell types, made over real; 1 is best. real, made: (N, P) PCs.
 
-    For each type with at least three cells on either side, the variance summed over PCs; then the
-    mean of the types' ratios, so that one type with a few odd cells does not decide the figure.
+    For each type with at least three cells on either side, the variance summed over PCs.
+
+    Returns:
+        dict: type code -> ratio.
     """
-    ratios = []
+    ratios = {}
     for k in np.unique(real_codes):
         r, m = real[real_codes == k], made[made_codes == k]
         if min(len(r), len(m)) > 2:
-            ratios.append(m.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum())
-    return np.mean(ratios)
+            ratios[int(k)] = m.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum()
+    return ratios
 
 
 def random_forest_auroc(real, made, seed):
@@ -90,6 +141,17 @@ def random_forest_auroc(real, made, seed):
     return roc_auc_score(y, score[:, 1])
 
 
+def pairwise_means(real, made, kernel):
+    """Means of a kernel of two points: both real, both made, one of each; no point with itself."""
+    from sklearn.metrics import pairwise_distances
+
+    means = []
+    for a, b in ((real, real), (made, made), (real, made)):
+        k = kernel(pairwise_distances(a, b))
+        means.append((k.sum() - np.trace(k)) / (len(a) * (len(a) - 1)) if a is b else k.mean())
+    return means
+
+
 def mmd2(real, made):
     """Unbiased squared maximum mean discrepancy, Gaussian kernel of median width; 0 is best.
 
@@ -98,14 +160,51 @@ def mmd2(real, made):
     from sklearn.metrics import pairwise_distances
 
     d = pairwise_distances(np.vstack([real, made]), metric="sqeuclidean")
-    k = np.exp(-d / np.median(d[d > 0]))
-    n, m = len(real), len(made)
-    rr, mm, rm = k[:n, :n], k[n:, n:], k[:n, n:]
-    return (
-        (rr.sum() - np.trace(rr)) / (n * (n - 1))
-        + (mm.sum() - np.trace(mm)) / (m * (m - 1))
-        - 2 * rm.mean()
-    )
+    width = np.median(d[d > 0])
+    rr, mm, rm = pairwise_means(real, made, lambda d: np.exp(-(d**2) / width))
+    return rr + mm - 2 * rm
+
+
+def energy_distance(real, made):
+    """Unbiased energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|; 0 is best. real (N, P), made (M, P).
+
+    Székely and Rizzo, J. Statistical Planning and Inference 2013.
+    """
+    rr, mm, rm = pairwise_means(real, made, lambda d: d)
+    return 2 * rm - rr - mm
+
+
+def correlation_rmse(real, made):
+    """Root mean squared difference of gene-gene Pearson correlations; 0 is best.
+
+    real (N, P), made (M, P) log-expression of the same genes; a constant gene correlates with none.
+    """
+    upper = np.triu_indices(real.shape[1], 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r, m = (np.nan_to_num(np.corrcoef(a, rowvar=False))[upper] for a in (real, made))
+    return np.sqrt(np.mean((r - m) ** 2))
+
+
+def macro_f1(train, train_codes, test, test_codes):
+    """F1, mean over cell types, of a logistic regression on PCs trained on one set of cells."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+
+    predicted = LogisticRegression(max_iter=2000).fit(train, train_codes).predict(test)
+    return f1_score(test_codes, predicted, average="macro", labels=np.unique(test_codes))
+
+
+def trained_on_share(cells, real, trained_on, skip_self=False):
+    """Share of cells whose nearest real neighbour is one the model was trained on.
+
+    Copies of training cells read 1. cells (M, P), real (N, P) PCs, trained_on bool (N).
+    skip_self: the cells are among the real ones, so the nearest is the cell itself.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    n = 1 + skip_self
+    nearest = NearestNeighbors(n_neighbors=n).fit(real).kneighbors(cells, return_distance=False)
+    return trained_on[nearest[:, -1]].mean()
 
 
 def concordance(true, predicted):
@@ -127,78 +226,339 @@ def nnls_proportions(bulk, profiles):
 class CellFigures:
     """Figures of made cells against the held-out real ones, in a space fitted on all real cells.
 
-    Log-normalised to 1e4, 1,000 highly variable genes, 20 PCs.
+    Log-normalised to 1e4; 1,000 highly variable genes for zeros and the forest on genes, and 20 PCs
+    of them; 200 genes by seurat_v3 for correlations; 20 markers of each cell type by t-test on the
+    training cells.
+
+    Args:
+        cells: AnnData (N) of real cells. held_out: bool (N). codes: cell types (N).
     """
 
     def __init__(self, cells, held_out, codes):
         import scanpy
+        from sklearn.decomposition import PCA
 
         real = cells.copy()
         real.X = real.X.astype(np.float32)
         scanpy.pp.normalize_total(real, target_sum=1e4)
         scanpy.pp.log1p(real)
         scanpy.pp.highly_variable_genes(real, n_top_genes=min(1000, real.n_vars))
-        self.genes = real.var["highly_variable"].to_numpy()
-        from sklearn.decomposition import PCA
+        self.genes = np.flatnonzero(real.var["highly_variable"])
+        correlated = choose_genes(cells, min(200, cells.n_vars))
+        self.correlated = cells.var_names.get_indexer(correlated)
+        self.markers = find_markers(real[~held_out], codes[~held_out])
 
         log = self.log(cells.X)
         self.pca = PCA(min(20, *log.shape), random_state=0).fit(log)
-        self.real = self.describe(cells.X[np.flatnonzero(held_out)], log[held_out])
+        self.all_pcs, self.held_out = self.pca.transform(log), held_out
         self.codes = codes[held_out]
+        self.real = self.describe(cells.X[np.flatnonzero(held_out)])
+        # What copying must be compared with: real cells that nothing was trained on.
+        self.expected_share = trained_on_share(
+            self.real["pcs"], self.all_pcs, ~held_out, skip_self=True
+        )
 
-    def log(self, X):
-        """log1p of counts per 10,000 at the variable genes (N, P)."""
+    def log(self, X, genes=None):
+        """log1p of counts per 10,000 at some genes, by default the variable ones (N, P)."""
         total = library_size(X)
-        part = np.asarray(X[:, np.flatnonzero(self.genes)].todense(), dtype=np.float64)
+        part = X[:, self.genes if genes is None else genes].toarray().astype(np.float64)
         return np.log1p(part / np.maximum(total, 1)[:, None] * 1e4)
 
-    def describe(self, X, log=None):
-        log = self.log(X) if log is None else log
-        return dict(log=log, pcs=self.pca.transform(log), library=library_size(X))
+    def describe(self, X):
+        log = self.log(X)
+        return dict(
+            log=log,
+            pcs=self.pca.transform(log),
+            correlated=self.log(X, self.correlated),
+            markers={k: self.log(X, genes) for k, genes in self.markers.items()},
+            library=library_size(X),
+        )
 
-    def compare(self, X, codes, seed):
-        """All figures of made cells: counts X (M x G) and type codes (M)."""
+    def compare(self, X, codes, seed, trained_on=False):
+        """All figures of made cells: counts X (M x G) and type codes (M).
+
+        trained_on: they are training cells themselves.
+
+        Returns:
+            list of (figure, type code, value); the code is None where the figure is of all cells.
+        """
         made, real = self.describe(X), self.real
         zeros = np.abs((made["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
-        return {
+        share = trained_on_share(made["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on)
+        whole = {
             "random-forest AUROC, PCs": random_forest_auroc(real["pcs"], made["pcs"], seed),
             "random-forest AUROC, genes": random_forest_auroc(real["log"], made["log"], seed),
             "MMD2, PCs": mmd2(real["pcs"], made["pcs"]),
-            "within-type variance ratio": within_type_variance_ratio(
-                real["pcs"], self.codes, made["pcs"], codes
-            ),
+            "gene-gene correlation RMSE": correlation_rmse(real["correlated"], made["correlated"]),
             "zero-fraction error": zeros.mean(),
             "library-size KS": scipy.stats.ks_2samp(real["library"], made["library"]).statistic,
+            "macro-F1, generated to real": macro_f1(made["pcs"], codes, real["pcs"], self.codes),
+            "nearest neighbour trained on, excess": share - self.expected_share,
         }
+        rows = [(figure, None, value) for figure, value in whole.items()]
+        by_type = {
+            "within-type variance ratio": within_type_variance_ratio(
+                real["pcs"], self.codes, made["pcs"], codes
+            )
+        }
+        for k in np.unique(self.codes):
+            r, m = self.codes == k, codes == k
+            if min(r.sum(), m.sum()) < 3:
+                continue
+            own = {"energy distance": energy_distance(real["pcs"][r], made["pcs"][m])}
+            if k in self.markers:
+                a, b = real["markers"][k][r], made["markers"][k][m]
+                own["marker mean error"] = np.abs(a.mean(axis=0) - b.mean(axis=0)).mean()
+                expressing = np.abs((a > 0).mean(axis=0) - (b > 0).mean(axis=0))
+                own["marker fraction error"] = expressing.mean()
+            if min((~r).sum(), (~m).sum()) > 2:
+                # Difference of means of log-expression, type against the rest, each gene.
+                change = (
+                    log[own_type].mean(axis=0) - log[~own_type].mean(axis=0)
+                    for log, own_type in ((real["log"], r), (made["log"], m))
+                )
+                own["fold-change correlation"] = np.corrcoef(*change)[0, 1]
+            for figure, value in own.items():
+                by_type.setdefault(figure, {})[int(k)] = value
+        for figure, values in by_type.items():
+            # The mean of the types, so that one type with a few odd cells does not decide it.
+            rows += [(figure, None, np.mean(list(values.values())))]
+            rows += [(figure, k, value) for k, value in values.items()]
+        return rows
 
 
-def measure_cells(cells, codes, held_out, decoder, genes, cfg, rng):
-    """Rows (method, figure, value): generated cells, and the training cells in their place.
+def find_markers(real, codes):
+    """Indices of the 20 genes that mark each type, by t-test against the rest.
 
-    genes: names of the decoder's genes.
+    real: AnnData of log-normalised cells. codes (N). Types of fewer than two cells have none.
+
+    Returns:
+        dict: type code -> gene indices.
     """
+    import scanpy
+
+    real = real.copy()
+    real.obs["code"] = pd.Categorical(codes.astype(str))
+    size = pd.Series(codes).value_counts()
+    groups = [str(k) for k in size.index if size[k] > 1]
+    if real.obs["code"].nunique() < 2 or not groups:
+        return {}
+    scanpy.tl.rank_genes_groups(real, "code", groups=groups, method="t-test", n_genes=N_MARKERS)
+    names = real.uns["rank_genes_groups"]["names"]
+    return {int(k): real.var_names.get_indexer(names[k]) for k in names.dtype.names}
+
+
+# ---------------------------------------------------------------------------------- baselines
+
+
+def draw_cell_type_nb(X, codes, wanted, rng):
+    """Cells of independent genes, negative binomial with the moments of their cell type.
+
+    θ = mean² / (variance - mean), Poisson where the variance is not above the mean. Library size
+    is whatever comes of it.
+
+    Args:
+        X: training counts (N x G). codes (N). wanted: types of the cells to draw (M).
+
+    Returns:
+        CSR int32 (M x G).
+    """
+    made = np.zeros((len(wanted), X.shape[1]), dtype=np.int32)
+    for k in np.unique(wanted):
+        own = X[np.flatnonzero(codes == k)].toarray().astype(np.float64)
+        rows = np.flatnonzero(wanted == k)
+        if len(own):
+            mean, extra = own.mean(axis=0), own.var(axis=0) - own.mean(axis=0)
+            theta = np.clip(mean**2 / np.maximum(extra, 1e-12), 1e-6, 1e6)
+            rate = rng.gamma(theta, np.maximum(mean, 1e-12) / theta, (len(rows), len(mean)))
+            made[rows] = rng.poisson(rate)
+    return sp.csr_matrix(made)
+
+
+def train_published(cfg, weights, decoder_card):
+    """scDecoder by the published recipe, on the same mixture and split: prior pairing, MSE + L1.
+
+    Returns:
+        The decoder, in eval mode.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*MIXTURE_FILES, "scGMVAE_model.pt"):
+            if (weights / name).exists():
+                shutil.copy(weights / name, folder)
+        settings = train_decoder.Settings(
+            data=cfg.data,
+            labels=cfg.labels,
+            weights=Path(folder),
+            seed=decoder_card["seed"],
+            device=cfg.device,
+            held_out=decoder_card["held_out_fraction"],
+            pairing="prior",
+            loss="mse_l1",
+            n_hidden=700,
+            epochs=40,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_decoder.main(settings)
+        decoder, card = load_model(
+            Path(folder) / "scDecoder_model.pt", scDecoder, pick_device(cfg.device)
+        )
+    if set(card["held_out"]) != set(decoder_card["held_out"]):
+        raise InputError(
+            f"{weights}: scDecoder_model.pt and the baseline hold out different cells; expected "
+            "scGMVAE_model.pt of the same run beside it, or --no-baselines"
+        )
+    return decoder
+
+
+def train_scvi(cells, train, codes, seed):
+    """scVI (Lopez et al., Nature Methods 2018), 10 latent dimensions, 400 epochs.
+
+    Returns:
+        A function: types of the cells to draw (M) -> CSR int32 (M x G), with z from the Gaussian of
+        each type's posterior means and library sizes from its training cells.
+    """
+    import scvi
+
+    scvi.settings.seed = seed
+    reference = cells[train].copy()
+    reference.X = reference.X.astype(np.float32)
+    scvi.model.SCVI.setup_anndata(reference)
+    model = scvi.model.SCVI(reference, n_latent=10)
+    model.train(max_epochs=400, accelerator="cpu", enable_progress_bar=False)
+    latent, library = model.get_latent_representation(), library_size(reference.X)
+    own_codes, rng = codes[train], np.random.default_rng(seed)
+
+    def draw(wanted):
+        z = np.zeros((len(wanted), latent.shape[1]), np.float32)
+        size = np.zeros((len(wanted), 1), np.float32)
+        for k in np.unique(wanted):
+            own, rows = own_codes == k, wanted == k
+            z[rows] = rng.normal(
+                latent[own].mean(axis=0), latent[own].std(axis=0), (rows.sum(), z.shape[1])
+            )
+            size[rows, 0] = rng.choice(library[own], rows.sum())
+        with torch.inference_mode():
+            out = model.module.generative(
+                torch.from_numpy(z),
+                torch.from_numpy(np.log(size)),
+                torch.zeros(len(wanted), 1, dtype=torch.long),
+            )
+            return sp.csr_matrix(out["px"].sample().numpy().astype(np.int32))
+
+    return draw
+
+
+# --------------------------------------------------------------------------------- measurement
+
+
+def draw_real(codes, wanted, pool, rng):
+    """Indices of real cells from ``pool``, as many of each type as ``wanted`` has if there are."""
+    drawn = []
+    for k, n in zip(*np.unique(wanted, return_counts=True), strict=True):
+        own = pool[codes[pool] == k]
+        drawn.append(rng.permutation(own)[:n])
+    return np.concatenate(drawn)
+
+
+def read_generated(path, cells, cell_types):
+    """Read an .h5ad of generated cells; counts (M x G) in the order of the data's genes, codes (M).
+
+    Raises:
+        InputError: unreadable, no ``cell_type``, a type that the model does not know, or values
+            that are not counts.
+    """
+    import anndata
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; bulk2sc.py makes it")
+    try:
+        made = anndata.read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise many kinds on a broken file
+        raise InputError(f"{path}: not a readable .h5ad file") from error
+    if "cell_type" not in made.obs:
+        raise InputError(f"{path}: has no column cell_type, expected cells by bulk2sc.py")
+    codes = pd.Index(cell_types).get_indexer(made.obs["cell_type"].astype(str))
+    if (codes < 0).any():
+        unknown = made.obs["cell_type"].astype(str)[codes < 0].iloc[0]
+        raise InputError(f"{path}: cell type {unknown} is not one of the model's")
+    X = check_counts(sp.csr_matrix(made.X), path, made.obs_names, made.var_names)
+    X, _ = align_genes(X, made.var_names, list(cells.var_names), path)
+    return X, codes
+
+
+def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
+    """Rows (method, figure, type code or None, value) of every method of the table."""
     test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
+    wanted = codes[test]
     figures = CellFigures(cells, held_out, codes)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
-    rows = []
-    for draw in trange(cfg.n_draws, desc="cells", unit="draw"):
-        # As many cells of each type as are held out, so that only the cells themselves differ.
-        k = torch.as_tensor(codes[test], device=decoder.mu.device)
+
+    def from_decoder(decoder):
+        k = torch.as_tensor(wanted, device=decoder.mu.device)
         X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
-        X, _ = align_genes(X, genes, list(cells.var_names), "the decoder", report=False)
-        rows += [("bulk2sc", *r) for r in figures.compare(X, codes[test], draw).items()]
-        other = []
-        for c, n in zip(*np.unique(codes[test], return_counts=True), strict=True):
-            own = train[codes[train] == c]
-            other.append(rng.choice(own, n, replace=len(own) < n))
-        other = np.concatenate(other)
-        compared = figures.compare(cells.X[other], codes[other], draw)
-        rows += [("other real cells", *r) for r in compared.items()]
+        X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
+        return X, wanted
+
+    # Half of the training cells, kept out of the space that the figures are read in.
+    kept = np.ones(cells.n_obs, dtype=bool)
+    unseen = train[split_cells(codes[train], 0.5, cfg.seed)]
+    kept[unseen] = False
+
+    methods = {"bulk2sc": lambda: from_decoder(decoder)}
+    if cfg.generated is not None:
+        made, made_codes = read_generated(cfg.generated, cells, card["cell_types"])
+        everyone = np.arange(len(made_codes))
+        short = {
+            card["cell_types"][k]: f"{(made_codes == k).sum()} of {n}"
+            for k, n in zip(*np.unique(wanted, return_counts=True), strict=True)
+            if (made_codes == k).sum() < n
+        }
+        if short:
+            print(f"{cfg.generated}: fewer cells than are held out: {short}")
+
+        def from_file():
+            chosen = draw_real(made_codes, wanted, everyone, rng)
+            if len(chosen) < 2:
+                raise InputError(
+                    f"{cfg.generated}: found {len(chosen)} cells of the held-out types"
+                )
+            return made[chosen], made_codes[chosen]
+
+        methods["bulk2sc"] = from_file
+
+    def real_cells():
+        chosen = draw_real(codes, wanted, train, rng)
+        return cells.X[chosen], codes[chosen]
+
+    methods["other real cells"] = real_cells
+    if cfg.baselines:
+        methods["cell-type NB"] = lambda: (
+            draw_cell_type_nb(cells.X[train], codes[train], wanted, rng),
+            wanted,
+        )
+        published = train_published(cfg, weights, card)
+        methods["published recipe"] = lambda: from_decoder(published)
+        if importlib.util.find_spec("scvi"):
+            draw = train_scvi(cells, train, codes, card["seed"])
+            methods["scVI"] = lambda: (draw(wanted), wanted)
+    rows = []
+    for at in trange(cfg.n_draws, desc=f"cells of {weights}", unit="draw"):
+        for method, draw_cells in methods.items():
+            is_real = method == "other real cells"
+            compared = figures.compare(*draw_cells(), at, trained_on=is_real)
+            rows += [(method, *row) for row in compared]
+    if len(np.unique(codes[unseen])) > 1:
+        without = CellFigures(cells[kept].copy(), held_out[kept], codes[kept])
+        compared = without.compare(cells.X[unseen], codes[unseen], cfg.seed)
+        # The unseen cells are no neighbours of themselves, nor trained on in any sense.
+        rows += [
+            ("unseen real cells", *row) for row in compared if not row[0].startswith("nearest")
+        ]
     return rows
 
 
 def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rng):
-    """Rows (method, figure, value) on pseudobulks of held-out cells, NNLS on the same genes.
+    """Rows (method, figure, None, value) on pseudobulks of held-out cells, NNLS on the same genes.
 
     genes: names of the encoder's genes.
     """
@@ -208,7 +568,7 @@ def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rn
     # A type of which no cell is held out cannot be in a held-out bulk.
     has_cells = np.isin(np.arange(n_types), codes_test)
     rows = []
-    for _ in trange(cfg.n_draws, desc="proportions", unit="draw"):
+    for _ in range(cfg.n_draws):
         expected = np.zeros((cfg.n_pseudobulks, n_types))
         expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
         bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)
@@ -218,18 +578,14 @@ def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rn
             ("NNLS", nnls_proportions(bulk, profiles)),
         ):
             rmse = np.sqrt(np.mean((predicted - true) ** 2))
-            rows += [(method, "proportions RMSE", rmse)]
-            rows += [(method, "proportions CCC", concordance(true, predicted))]
+            rows += [(method, "proportions RMSE", None, rmse)]
+            rows += [(method, "proportions CCC", None, concordance(true, predicted))]
     return rows
 
 
-def main(cfg):
-    rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    decoder_file = cfg.weights / "scDecoder_model.pt"
-    encoder_file = cfg.weights / "bulkEncoder_model.pt"
+def load_weights(weights, cells, cell_types, device):
+    """Both models of a folder, checked against the data and each other, and the split (N)."""
+    decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     for file, card in ((decoder_file, decoder_card), (encoder_file, encoder_card)):
@@ -238,22 +594,71 @@ def main(cfg):
     held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
     if held_out.sum() < 2:
         raise InputError(f"{decoder_file}: no cells were held out, so nothing can be measured")
+    return decoder, decoder_card, encoder, encoder_card["genes"], held_out
 
-    rows = measure_cells(cells, codes, held_out, decoder, decoder_card["genes"], cfg, rng)
-    rows += measure_proportions(
-        cells, codes, len(cell_types), held_out, encoder, encoder_card["genes"], cfg, rng
+
+def summarise(table, n_weights):
+    """Mean and std of each figure: over trainings if there are several, else over draws.
+
+    table: columns weights, method, figure, cell_type, value. Returns columns figure, best,
+    cell_type, method, mean, std, n.
+    """
+    keys = ["figure", "cell_type", "method"]
+    if n_weights > 1:
+        table = table.groupby([*keys, "weights"], sort=False, as_index=False)["value"].mean()
+    table = table.groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    order = {figure: i for i, figure in enumerate(BEST)}
+    # Figures of all cells first, then each type; within them the order of the methods stays.
+    table = table.sort_values(
+        ["cell_type", "figure"],
+        key=lambda c: c.map(order) if c.name == "figure" else c,
+        kind="stable",
     )
-    table = pd.DataFrame(rows, columns=["method", "figure", "value"])
-    table = table.groupby(["figure", "method"], sort=False)["value"].agg(["mean", "std", "count"])
-    write_whole(cfg.weights / "evaluation.csv", table.to_csv)
-    shown = table.apply(lambda r: f"{r['mean']:.4f} ± {r['std']:.4f}", axis=1).to_dict()
-    figure_names, methods = (list(dict.fromkeys(i)) for i in zip(*shown, strict=True))
-    wide = [[shown.get((f, m), "") for m in methods] for f in figure_names]
-    print(pd.DataFrame(wide, figure_names, methods).to_string())
+    table.insert(1, "best", table["figure"].map(BEST))
+    return table.rename(columns={"count": "n"}).reset_index(drop=True)
+
+
+def main(cfg):
+    device = pick_device(cfg.device)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    folders = [cfg.weights, *cfg.more_weights]
+    loaded = [load_weights(folder, cells, cell_types, device) for folder in folders]
+    rows = []
+    for folder, (decoder, card, encoder, genes, held_out) in zip(folders, loaded, strict=True):
+        rng = seed_everything(cfg.seed)
+        measured = measure_cells(cells, codes, held_out, decoder, card, folder, cfg, rng)
+        measured += measure_proportions(
+            cells, codes, len(cell_types), held_out, encoder, genes, cfg, rng
+        )
+        rows += [(str(folder), *row) for row in measured]
+    table = pd.DataFrame(rows, columns=["weights", "method", "figure", "cell_type", "value"])
+    # "" is "all types": an empty field in the csv, and a key that groupby keeps.
+    table["cell_type"] = table["cell_type"].map(dict(enumerate(cell_types))).fillna("")
+    table = summarise(table, len(folders))
+    overall = table[table["cell_type"] == ""]
+    write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
+    write_evaluation(cfg.weights / "evaluation.png", overall)
+    overall = overall.assign(
+        shown=[
+            f"{m:.4f}" + ("" if np.isnan(s) else f" ± {s:.4f}")
+            for m, s in zip(overall["mean"], overall["std"], strict=True)
+        ]
+    )
+    methods = list(dict.fromkeys(overall["method"]))
+    wide = overall.pivot(index="figure", columns="method", values="shown")
+    figures = [f for f in BEST if f in wide.index]
+    wide = wide.loc[figures, methods].fillna("")
+    wide.index = [f"{f} ({BEST[f]:g})" for f in figures]
     print(
-        f"wrote {cfg.weights / 'evaluation.csv'}: {held_out.sum()} held-out cells, "
-        f"{cfg.n_draws} draws"
+        "figure (best value), mean ± std over "
+        + (f"{len(folders)} trainings" if len(folders) > 1 else f"{cfg.n_draws} draws")
     )
+    print(wide.to_string())
+    if cfg.baselines and not importlib.util.find_spec("scvi"):
+        print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
+    n_cells = ", ".join(str(entry[-1].sum()) for entry in loaded)
+    print(f"wrote evaluation.csv and evaluation.png to {cfg.weights}: {n_cells} held-out cells")
 
 
 if __name__ == "__main__":

@@ -53,3 +53,58 @@ def write_losses(stem, rows):
 
     write_whole(f"{stem}_loss.csv", write_csv)
     write_whole(f"{stem}_loss.png", write_png)
+
+
+def write_evaluation(path, table):
+    """Write the figures of merit as one picture, a panel for each, a dot for each method.
+
+    Args:
+        path: of the .png.
+        table: data frame with the columns figure, best, method, mean, std; std may be NaN.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Okabe and Ito's colours, told apart by the colour-blind too.
+    colors = ["#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9"]
+    methods = list(dict.fromkeys(table["method"]))
+    color_of = {m: colors[i % len(colors)] for i, m in enumerate(methods)}
+    figures = list(dict.fromkeys(table["figure"]))
+    n_columns = min(3, len(figures))
+    n_rows = -(-len(figures) // n_columns)
+
+    def write_png(path):
+        picture, axes = plt.subplots(
+            n_rows,
+            n_columns,
+            figsize=(4.2 * n_columns, (0.8 + 0.19 * len(methods)) * n_rows),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, figure in zip(axes.flat, figures, strict=False):
+            rows = table[table["figure"] == figure].iloc[::-1]  # the first method on top
+            axis.axvline(rows["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
+            for y, row in enumerate(rows.itertuples()):
+                axis.errorbar(
+                    row.mean,
+                    y,
+                    xerr=row.std if row.std == row.std else None,  # NaN: measured once
+                    fmt="o",
+                    ms=5,
+                    capsize=2,
+                    color=color_of[row.method],
+                )
+            axis.set_yticks(range(len(rows)), rows["method"], fontsize=8)
+            axis.set_ylim(-0.6, len(rows) - 0.4)
+            axis.tick_params(axis="x", labelsize=8)
+            axis.set_title(figure, fontsize=9)
+            axis.spines[["top", "right"]].set_visible(False)
+        for axis in axes.flat[len(figures) :]:
+            axis.set_visible(False)
+        picture.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
+        picture.savefig(path, dpi=110)
+        plt.close(picture)
+
+    write_whole(path, write_png)
