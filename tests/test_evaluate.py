@@ -76,15 +76,13 @@ def test_permuted_labels_are_noticed_where_labels_count_and_only_there(figures):
 
 def test_shifted_cells_are_noticed(figures):
     X, codes = other_half(figures)
-    deeper = compare(
-        figures, X * 3, codes, trained_on=True
-    )  # same profiles, three times the counts
+    deeper = compare(figures, X * 3, codes)  # same profiles, three times the counts
     assert deeper["library-size KS"] > 0.6
     loud = X.toarray()
     loud[:, :5] += 50
     read = compare(figures, loud, codes)
     assert read["random-forest AUROC, PCs"] > 0.95 and read["random-forest AUROC, genes"] > 0.95
-    assert read["MMD2, PCs"] > 0.1
+    assert read["MMD2, PCs"] > 0.05  # the other real half reads below 0.01
     assert read["zero-fraction error"] > 0
 
 
@@ -173,9 +171,15 @@ def test_summary_is_over_trainings_where_there_are_several():
 FEW = ["--n-draws", 1, "--n-pseudobulks", 5]
 
 
-def test_evaluate_measures_every_method_and_type(trained, h5ad):
-    done = run("evaluate.py", "--data", h5ad, "--weights", trained, *FEW)
-    table = pd.read_csv(trained / "evaluation.csv", keep_default_na=False, na_values=["nan"])
+@pytest.fixture
+def weights(trained, tmp_path):
+    """A copy of the trained weights to write results into."""
+    return shutil.copytree(trained, tmp_path / "weights")
+
+
+def test_evaluate_measures_every_method_and_type(weights, h5ad):
+    done = run("evaluate.py", "--data", h5ad, "--weights", weights, *FEW)
+    table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False, na_values=["nan"])
     assert set(table["method"]) >= {
         "bulk2sc", "other real cells", "unseen real cells", "cell-type NB", "published recipe",
         "NNLS",
@@ -184,25 +188,25 @@ def test_evaluate_measures_every_method_and_type(trained, h5ad):
     assert table["cell_type"].nunique() == 4  # three types, and all together
     for figure in evaluate.BEST:
         assert figure in done.stdout
-    assert matplotlib.image.imread(trained / "evaluation.png").std() > 0.01
+    assert matplotlib.image.imread(weights / "evaluation.png").std() > 0.01
     value = table[table["cell_type"] == ""].set_index(["method", "figure"])["mean"].astype(float)
     # Regression: unpaired z leaves no variation within a type.
     published = value["published recipe", "within-type variance ratio"]
     assert published < 0.1 < value["bulk2sc", "within-type variance ratio"]
 
 
-def test_evaluate_generated_file_and_several_weights(trained, h5ad, tmp_path):
-    where = ["--data", h5ad, "--weights", trained]
+def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path):
+    where = ["--data", h5ad, "--weights", weights]
     out = tmp_path / "g.h5ad"
     run("bulk2sc.py", *where, "--n-cells", 200, "--batch-size", 30, "--out", out)
     done = run_inside("evaluate.py", *where, *FEW, "--generated", out, "--no-baselines")
     assert done.returncode == 0, done.stderr
     assert "cell-type NB" not in done.stdout
-    other = shutil.copytree(trained, tmp_path / "other")
+    other = shutil.copytree(weights, tmp_path / "other")
     done = run_inside("evaluate.py", *where, *FEW, "--no-baselines", "--more-weights", other)
     assert done.returncode == 0, done.stderr
     assert "over 2 trainings" in done.stdout
-    table = pd.read_csv(trained / "evaluation.csv")
+    table = pd.read_csv(weights / "evaluation.csv")
     assert set(table[table["method"] == "bulk2sc"]["n"]) == {2}
 
 
