@@ -39,7 +39,6 @@ from data import (
     InputError,
     align_genes,
     apply_split,
-    check_counts,
     choose_genes,
     codes_of,
     draw_pseudobulks,
@@ -47,6 +46,7 @@ from data import (
     library_size,
     load_cells,
     mean_counts,
+    read_counts,
     run_script,
     split_cells,
     write_whole,
@@ -141,15 +141,21 @@ def random_forest_auroc(real, made, seed):
     return roc_auc_score(y, score[:, 1])
 
 
-def pairwise_means(real, made, kernel):
-    """Means of a kernel of two points: both real, both made, one of each; no point with itself."""
+def pairwise_discrepancy(real, made, kernel):
+    """E k(X, X') + E k(Y, Y') - 2 E k(X, Y), unbiased: no point is paired with itself.
+
+    real (N, P), made (M, P). kernel: all pairwise distances (N + M, N + M) -> its value at each.
+    """
     from sklearn.metrics import pairwise_distances
 
-    means = []
-    for a, b in ((real, real), (made, made), (real, made)):
-        k = kernel(pairwise_distances(a, b))
-        means.append((k.sum() - np.trace(k)) / (len(a) * (len(a) - 1)) if a is b else k.mean())
-    return means
+    k = kernel(pairwise_distances(np.vstack([real, made])))
+    n, m = len(real), len(made)
+    rr, mm, rm = k[:n, :n], k[n:, n:], k[:n, n:]
+    return (
+        (rr.sum() - np.trace(rr)) / (n * (n - 1))
+        + (mm.sum() - np.trace(mm)) / (m * (m - 1))
+        - 2 * rm.mean()
+    )
 
 
 def mmd2(real, made):
@@ -157,12 +163,7 @@ def mmd2(real, made):
 
     Gretton et al., JMLR 2012, equation 3. real (N, P), made (M, P).
     """
-    from sklearn.metrics import pairwise_distances
-
-    d = pairwise_distances(np.vstack([real, made]), metric="sqeuclidean")
-    width = np.median(d[d > 0])
-    rr, mm, rm = pairwise_means(real, made, lambda d: np.exp(-(d**2) / width))
-    return rr + mm - 2 * rm
+    return pairwise_discrepancy(real, made, lambda d: np.exp(-(d**2) / np.median(d[d > 0] ** 2)))
 
 
 def energy_distance(real, made):
@@ -170,8 +171,7 @@ def energy_distance(real, made):
 
     Székely and Rizzo, J. Statistical Planning and Inference 2013.
     """
-    rr, mm, rm = pairwise_means(real, made, lambda d: d)
-    return 2 * rm - rr - mm
+    return pairwise_discrepancy(real, made, lambda d: -d)
 
 
 def correlation_rmse(real, made):
@@ -467,22 +467,16 @@ def read_generated(path, cells, cell_types):
         InputError: unreadable, no ``cell_type``, a type that the model does not know, or values
             that are not counts.
     """
-    import anndata
-
     if not path.is_file():
         raise InputError(f"{path}: no such file; bulk2sc.py makes it")
-    try:
-        made = anndata.read_h5ad(path)
-    except Exception as error:  # h5py and anndata raise many kinds on a broken file
-        raise InputError(f"{path}: not a readable .h5ad file") from error
+    made = read_counts(path)
     if "cell_type" not in made.obs:
         raise InputError(f"{path}: has no column cell_type, expected cells by bulk2sc.py")
     codes = pd.Index(cell_types).get_indexer(made.obs["cell_type"].astype(str))
     if (codes < 0).any():
         unknown = made.obs["cell_type"].astype(str)[codes < 0].iloc[0]
         raise InputError(f"{path}: cell type {unknown} is not one of the model's")
-    X = check_counts(sp.csr_matrix(made.X), path, made.obs_names, made.var_names)
-    X, _ = align_genes(X, made.var_names, list(cells.var_names), path)
+    X, _ = align_genes(made.X, made.var_names, list(cells.var_names), path)
     return X, codes
 
 
