@@ -82,7 +82,7 @@ def encode_bulks(encoder, X, present, device):
 
 @torch.inference_mode()
 def decode_cells(decoder, mu, var, codes, generator, progress=False):
-    """Draw one cell for each row: z ~ N(mu, diag var), library size of its type, then counts.
+    """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
         mu, var: (N, D). codes: cell type of each cell (N). generator: on their device.
@@ -94,7 +94,7 @@ def decode_cells(decoder, mu, var, codes, generator, progress=False):
     starts = range(0, len(codes), CHUNK)
     for i in tqdm(starts, desc="cells", unit="chunk", disable=not progress):
         m, v, k = (t[i : i + CHUNK] for t in (mu, var, codes))
-        z = m + v.sqrt() * torch.randn(m.shape, generator=generator, device=m.device)  # (B, D)
+        z = decoder.sample_latent(m, v, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
         counts = decoder.sample(z, library, generator)  # (B, G)
         blocks.append(to_csr(counts))

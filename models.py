@@ -21,7 +21,7 @@ from torch import nn
 from data import InputError, plain_settings, some, write_whole
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: scDecoder knows the shape of each type's cloud of cells
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 # ---------------------------------------------------------------------------- seed and device
@@ -331,13 +331,24 @@ class scGMVAE(nn.Module):
 
 
 class scDecoder(CountDecoder):
-    """Stage 2: z -> counts of all genes; carries the mixture and the library sizes it was made for.
+    """Stage 2: z -> counts of all genes; carries what cells of each type are drawn by.
 
-    Published shape: D -> h/2 -> h -> G. Library sizes are kept per cell type as quantiles of their
-    logarithm, from which :meth:`sample_library` draws by interpolation.
+    Published shape: D -> h/2 -> h -> G. With the network are kept, for each cell type, its Gaussian
+    μ_k, σ_k²; the shape of its cloud of cells within that Gaussian (:meth:`fit_shape`); and its
+    library sizes, as quantiles of their logarithm (:meth:`fit_library`).
     """
 
-    def __init__(self, n_latent, n_hidden, n_genes, n_types, likelihood, dropout, n_quantiles=64):
+    def __init__(
+        self,
+        n_latent,
+        n_hidden,
+        n_genes,
+        n_types,
+        likelihood,
+        dropout,
+        n_components=1,
+        n_quantiles=64,
+    ):
         super().__init__(n_latent, [n_hidden // 2, n_hidden], n_genes, likelihood, dropout)
         self.config = dict(
             n_latent=n_latent,
@@ -346,11 +357,61 @@ class scDecoder(CountDecoder):
             n_types=n_types,
             likelihood=likelihood,
             dropout=dropout,
+            n_components=n_components,
             n_quantiles=n_quantiles,
         )
         self.register_buffer("mu", torch.zeros(n_types, n_latent))
         self.register_buffer("var", torch.ones(n_types, n_latent))
+        # Until a shape is fitted: components all alike, the standard normal.
+        shape = (n_types, n_components, n_latent)
+        self.register_buffer("shape_weight", torch.full(shape[:2], 1 / n_components))  # (K, C)
+        self.register_buffer("shape_mean", torch.zeros(shape))  # (K, C, D)
+        self.register_buffer("shape_sd", torch.ones(shape))  # (K, C, D)
         self.register_buffer("log_library", torch.zeros(n_types, n_quantiles))
+
+    @torch.no_grad()
+    def fit_shape(self, mean, var, codes, seed):
+        """Fit how the cells of each type lie within its Gaussian: a mixture of diagonal Gaussians.
+
+            z = μ_k + σ_k e,   e ~ Σ_c w_kc N(m_kc, diag s_kc²),   E[e] = 0,   Var[e] = 1
+
+        A rarer kind of cell inside a type makes its cloud lopsided, and one Gaussian has no place
+        for such cells. Mean and variance of z stay μ_k and σ_k², whatever the shape. EM on the
+        posterior means, then s² gains the mean posterior variance, so that e is like the
+        posteriors together. A type with fewer than 6 cells a component gets fewer components.
+
+        Args:
+            mean, var: posteriors q(z|x) of the cells (N, D). codes (N). seed: of EM's start.
+        """
+        from sklearn.mixture import GaussianMixture
+
+        for k in codes.unique().tolist():
+            own = codes == k
+            e = ((mean[own] - self.mu[k].cpu()) / self.var[k].cpu().sqrt()).double()  # (n, D)
+            noise = (var[own] / self.var[k].cpu()).double().mean(dim=0)  # (D)
+            n = max(1, min(self.config["n_components"], len(e) // 6))
+            # The floor of 0.02 σ² keeps a component from closing in on single cells.
+            fit = GaussianMixture(n, covariance_type="diag", reg_covar=0.02, n_init=3)
+            fit.set_params(random_state=seed).fit(e.numpy())
+            weight, m, s2 = (
+                torch.as_tensor(v) for v in (fit.weights_, fit.means_, fit.covariances_)
+            )
+            s2 = s2 + noise
+            center = weight @ m  # (D)
+            scale = (weight @ (s2 + (m - center) ** 2)).sqrt()  # (D)
+            self.shape_weight[k] = 0.0
+            self.shape_weight[k, :n] = weight.to(self.shape_weight)
+            self.shape_mean[k, :n] = ((m - center) / scale).to(self.shape_mean)
+            self.shape_sd[k, :n] = (s2.sqrt() / scale).to(self.shape_sd)
+
+    def sample_latent(self, mu, var, codes, generator=None):
+        """Draw z (B, D) with mean mu and variance var, in the shape of each cell's type.
+
+        mu, var (B, D), which a bulk may have moved from μ_k, σ_k²; codes (B).
+        """
+        c = torch.multinomial(self.shape_weight[codes], 1, generator=generator).squeeze(1)  # (B)
+        e = torch.randn(mu.shape, generator=generator, device=mu.device)  # (B, D)
+        return mu + var.sqrt() * (self.shape_mean[codes, c] + self.shape_sd[codes, c] * e)
 
     @torch.no_grad()
     def fit_library(self, library, codes):

@@ -58,6 +58,9 @@ class Settings(TrainingSettings):
     posterior if scGMVAE_model.pt is there, else prior."""
     loss: str = "nb"
     """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
+    n_components: int = 3
+    """Gaussians that z of one cell type is drawn from, together of mean mu_k and variance
+    sigma_k^2. With 1, as published, rarer kinds of cells inside a type are lost."""
     dropout: float = 0.2
     """In the hidden layers; not used by mse_l1."""
     weight_decay: float = 0.05
@@ -71,6 +74,8 @@ class Settings(TrainingSettings):
             raise InputError(f"--loss: found {self.loss}, expected {', '.join(LIKELIHOODS)}")
         if self.n_hidden < 2:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 2 or more")
+        if self.n_components < 1:
+            raise InputError(f"--n-components: found {self.n_components}, expected 1 or more")
 
 
 def main(cfg):
@@ -110,7 +115,13 @@ def main(cfg):
         z_mean, z_var = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
 
     model = scDecoder(
-        mu.shape[1], cfg.n_hidden, len(genes), len(cell_types), cfg.loss, cfg.dropout
+        mu.shape[1],
+        cfg.n_hidden,
+        len(genes),
+        len(cell_types),
+        cfg.loss,
+        cfg.dropout,
+        n_components=cfg.n_components if posterior else 1,
     ).to(device)
     # Close to Poisson, as most genes are: from 1 the dispersions of rare genes, whose gradient is
     # small, never get there, and cells come out with too few genes detected.
@@ -119,6 +130,8 @@ def main(cfg):
     model.var.copy_(var)
     library = torch.as_tensor(library_size(cells.X))  # (N,)
     model.fit_library(library[train], codes[train])
+    if posterior:
+        model.fit_shape(z_mean[train], z_var[train], codes[train], cfg.seed)
 
     fast = [] if cfg.loss == "mse_l1" else [model.log_theta]  # the regression has none
     steps = -(-len(train) // cfg.batch_size)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.stats
 import torch
 
 from bulk2sc import decode_cells, encode_bulks
@@ -144,6 +145,48 @@ def test_untrained_decoder_starts_at_the_mean_profile():
     model.start_at(profile)
     mean, _ = model(torch.zeros(1, D), torch.ones(1))
     assert np.corrcoef(mean[0].detach().log(), profile.log())[0, 1] > 0.99
+
+
+def test_latents_are_drawn_in_the_shape_of_each_type():
+    """A rarer kind of cell inside a type is drawn as often as it is there."""
+    torch.manual_seed(0)
+    mean = torch.cat([0.5 * torch.randn(200, D), torch.randn(200, D), torch.randn(5, D)])
+    mean[:40, 0] += 4  # one in five of type 0 lies apart
+    var, codes = torch.full_like(mean, 0.05), torch.tensor([0] * 200 + [1] * 200 + [2] * 5)
+    model = scDecoder(D, 32, G, K, "nb", 0.0, n_components=3)
+    for k in range(K):
+        own = mean[codes == k]
+        model.mu[k], model.var[k] = own.mean(0), 0.05 + own.var(0, unbiased=False)
+    model.fit_shape(mean, var, codes, seed=0)
+
+    # The moments of the shape are those of a standard normal, exactly.
+    weight = model.shape_weight[:, :, None]
+    first = (weight * model.shape_mean).sum(1)
+    second = (weight * (model.shape_sd**2 + model.shape_mean**2)).sum(1)
+    torch.testing.assert_close(first, torch.zeros(K, D), atol=1e-5, rtol=0)
+    torch.testing.assert_close(second, torch.ones(K, D), atol=1e-5, rtol=0)
+    # Five cells are too few for more than one component.
+    assert model.shape_weight[2].tolist() == [1, 0, 0]
+
+    # Drawn around what a bulk asks for, not around the type's own moments.
+    n = 20_000
+    mu, var = torch.full((n, D), 3.0), torch.full((n, D), 4.0)
+    for k, expected in ((0, 0.2), (1, 0.115), (2, 0.115)):
+        z = model.sample_latent(mu, var, torch.full((n,), k))
+        torch.testing.assert_close(z.mean(0), torch.full((D,), 3.0), atol=0.08, rtol=0)
+        torch.testing.assert_close(z.std(0), torch.full((D,), 2.0), atol=0.08, rtol=0)
+        # The rarer fifth lies around 1.9 sd; of a normal distribution 11.5 % lie beyond 1.2.
+        beyond = (z[:, 0] > 3 + 1.2 * 2).float().mean().item()
+        assert beyond == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_without_a_fitted_shape_latents_are_gaussian(n_components):
+    torch.manual_seed(0)
+    model = scDecoder(D, 32, G, K, "nb", 0.0, n_components=n_components)
+    codes = torch.arange(9000) % K
+    z = model.sample_latent(torch.ones(9000, D), torch.full((9000, D), 4.0), codes)
+    assert scipy.stats.kstest(z[:, 0].numpy(), "norm", (1, 2)).pvalue > 1e-3
 
 
 # ------------------------------------------------------------------------------ Bulk Encoder
