@@ -26,6 +26,9 @@ LABEL_FILE = "barcode_to_celltype.csv"  # what scType.R writes
 LABEL_COLUMN = "cell_type"  # looked for in .obs when --labels is not given
 # Cells with one of these names (in any case) are unlabelled.
 NO_LABEL = {"", "unknown", "unassigned", "nan", "na", "n/a", "none", "null"}
+# Where an .h5ad keeps the other name of each gene: ids of symbols, and symbols of ids.
+ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "ENSEMBL", "feature_id")
+SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "symbol", "gene_name")
 
 
 @dataclass
@@ -163,7 +166,8 @@ def read_counts(path=EMBEDDED):
     no gene is lost.
 
     Returns:
-        AnnData (cells x genes), ``.X`` CSR int32.
+        AnnData (cells x genes), ``.X`` CSR int32; ``.var["gene_ids"]`` is the other name of each
+        gene: its id, or its symbol where the names are ids, or "" where the data has none.
 
     Raises:
         InputError: the file is missing, unreadable, of an unknown kind, or holds no raw counts.
@@ -228,7 +232,7 @@ def read_embedded():
         raise InputError(f"{EMBEDDED}: the counts in the installed scanpy could not be restored")
     X.data = counts
     obs = source.obs[[EMBEDDED_LABELS]].copy()
-    var = pd.DataFrame(index=source.raw.var_names.astype(str))
+    var = pd.DataFrame({"gene_ids": ""}, index=source.raw.var_names.astype(str))
     X = check_counts(X, EMBEDDED, obs.index, var.index)
     return anndata.AnnData(X, obs=obs, var=var)
 
@@ -309,8 +313,41 @@ def read_h5ad(path):
             continue
         if name != "X" or problem:
             print(f"{path}: raw counts taken from {name}")
-        return anndata.AnnData(X, obs=source.obs.copy(), var=pd.DataFrame(index=var.index))
+        var = pd.DataFrame({"gene_ids": other_names(var)}, index=var.index)
+        return anndata.AnnData(X, obs=source.obs.copy(), var=var)
     raise problem
+
+
+def bare_id(name):
+    """An Ensembl gene id without what may follow it: version, ``_PAR_Y``, ``_symbol``, ``|...``.
+
+    Returns:
+        str, or None if the name is no Ensembl gene id.
+    """
+    found = re.fullmatch(r"(ENS[A-Z]*G\d+)([._|].*)?", name)
+    return found and found[1]
+
+
+def other_names(var):
+    """The other name of each gene of an ``.h5ad``: its Ensembl id, or its symbol if names are ids.
+
+    Args:
+        var: the file's ``.var`` (G), searched for ``ID_COLUMNS`` or ``SYMBOL_COLUMNS``.
+
+    Returns:
+        list of str (G), "" where there is none.
+    """
+
+    def mostly_ids(names):
+        return sum(bare_id(name) is not None for name in names) > sum(map(bool, names)) / 2
+
+    by_id = mostly_ids(list(var.index))
+    for column in SYMBOL_COLUMNS if by_id else ID_COLUMNS:
+        if column in var:
+            names = ["" if pd.isna(name) else str(name) for name in var[column]]
+            if mostly_ids(names) != by_id:  # else it says the same as the names, or something else
+                return names
+    return [""] * len(var)
 
 
 def one_line(error):

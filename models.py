@@ -636,6 +636,8 @@ def load_model(path, model_class, device="cpu"):
         model.load_state_dict(card.pop("state"))
         if len(card["genes"]) != card["config"]["n_genes"]:
             raise ValueError("genes")
+        if len(card.get("gene_ids", card["genes"])) != len(card["genes"]):  # older files have none
+            raise ValueError("gene ids")
         if len(card["cell_types"]) != card["config"]["n_types"]:
             raise ValueError("cell types")
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:

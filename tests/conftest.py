@@ -41,6 +41,7 @@ def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
     obs["cell_type"] = np.array(names)[codes]
     order = rng.permutation(len(codes))  # types are not sorted, as in real data
     var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
+    var["gene_ids"] = [f"ENSG{i:011d}" for i in range(n_genes)]
     return anndata.AnnData(sp.csr_matrix(X), obs=obs, var=var)[order].copy()
 
 

@@ -33,6 +33,7 @@ def test_embedded_counts_are_the_published_integers():
     assert adata.X.dtype == np.int32 and sp.issparse(adata.X)
     assert adata.X.max() == 259 and adata.X.min() == 0
     assert len(codes_of(adata)[1]) == 10
+    assert set(adata.var["gene_ids"]) == {""}  # the file has none
 
 
 @pytest.mark.parametrize("layout", ["old", "new"])
@@ -40,6 +41,7 @@ def test_10x_folder_both_layouts(tmp_path, cells, layout):
     read = read_counts(write_10x(tmp_path / "10x", cells, layout))
     assert list(read.obs_names) == list(cells.obs_names)
     assert list(read.var_names) == list(cells.var_names)
+    assert list(read.var["gene_ids"]) == list(cells.var["gene_ids"])
     assert (read.X != cells.X).nnz == 0
 
 
@@ -56,7 +58,7 @@ def write_10x_h5(path, adata):
         group["barcodes"] = np.array(adata.obs_names, dtype="S")
         features = group.create_group("features")
         features["name"] = np.array(adata.var_names, dtype="S")
-        features["id"] = np.array([f"ENSG{i}" for i in range(adata.n_vars)], dtype="S")
+        features["id"] = np.array(adata.var["gene_ids"], dtype="S")
         features["feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
         features["genome"] = np.array(["GRCh38"] * adata.n_vars, dtype="S")
 
@@ -65,6 +67,7 @@ def test_10x_h5(tmp_path, cells):
     write_10x_h5(tmp_path / "cells.h5", cells)
     read = read_counts(tmp_path / "cells.h5")
     assert list(read.obs_names) == list(cells.obs_names)
+    assert list(read.var["gene_ids"]) == list(cells.var["gene_ids"])
     assert (read.X != cells.X).nnz == 0
 
 
@@ -76,6 +79,35 @@ def test_h5ad_takes_counts_from_where_they_are(tmp_path, cells, capsys):
     read = read_counts(tmp_path / "a.h5ad")
     assert (counts != read.X).nnz == 0
     assert "layers['counts']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["gene_ids", "ENSEMBL", "feature_id"])
+def test_h5ad_keeps_gene_ids(tmp_path, cells, column):
+    """One gene in ten without an id, and one with that of a transcript, are as real files have."""
+    ids = cells.var.pop("gene_ids").astype(object)
+    ids.iloc[::10] = None
+    ids.iloc[1] = "ENST00000000001"
+    cells.var["symbol"] = cells.var_names
+    cells.var[column] = ids
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    read = read_counts(tmp_path / "a.h5ad")
+    assert list(read.var["gene_ids"]) == list(ids.fillna(""))
+
+
+def test_h5ad_named_by_ids_keeps_its_symbols(tmp_path, cells):
+    cells.var["feature_id"] = cells.var_names = cells.var["gene_ids"].to_numpy()
+    cells.var["feature_name"] = pd.Categorical([f"GENE{i}" for i in range(cells.n_vars)])
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    read = read_counts(tmp_path / "a.h5ad")
+    assert list(read.var_names) == list(cells.var_names)
+    assert list(read.var["gene_ids"]) == list(cells.var["feature_name"])
+
+
+def test_h5ad_columns_without_ids_are_no_gene_ids(tmp_path, cells):
+    cells.var["gene_ids"] = [f"probe {i}" for i in range(cells.n_vars)]
+    cells.var["feature_id"] = range(cells.n_vars)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    assert set(read_counts(tmp_path / "a.h5ad").var["gene_ids"]) == {""}
 
 
 def test_features_that_are_not_genes_are_left_out_and_reported(tmp_path, cells, capsys):

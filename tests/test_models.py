@@ -324,6 +324,7 @@ def test_unusable_weights_are_one_line_errors(tmp_path):
     for key, value, words in (
         ("version", 99, "format version 99"),
         ("genes", ["g0"], "do not fit together"),
+        ("gene_ids", ["ENSG0"], "do not fit together"),
         ("config", card["config"] | {"n_genes": G + 1}, "do not fit together"),
         ("state", card["state"] | {"out.bias": torch.full((G,), torch.nan)}, "not finite"),
     ):
