@@ -44,7 +44,8 @@ CHUNK = 1024  # cells decoded at a time; bounds memory, and is large enough for 
 @dataclass
 class Settings(DatasetSettings):
     bulk: Path | None = None
-    """Bulk samples: csv/tsv (genes in rows or columns) or .h5ad. Default: batches of --data."""
+    """Bulk samples: csv, tsv or GCT (genes in rows or columns, symbols or Ensembl ids) or .h5ad.
+    Default: batches of --data."""
     n_cells: int = 1000
     """Cells to generate: for each bulk sample with --bulk, in all without it."""
     batch_size: int = 100
@@ -110,17 +111,15 @@ def to_csr(counts):
     return sp.csr_matrix(counts.cpu().numpy().astype(np.int32))
 
 
-def find_bulks(cfg, genes, rng):
-    """The bulks to generate from, in the encoder's gene order.
+def find_bulks(cfg, genes, gene_ids, rng):
+    """The bulks to generate from, in the encoder's gene order; gene_ids as for read_bulk.
 
     Returns:
         ``(X, present, samples, per_sample)``: CSR (S x G), genes the data has (G), sample names,
         and cells to generate for each.
     """
     if cfg.bulk is not None:
-        X, samples, bulk_genes = read_bulk(cfg.bulk, genes)
-        X, present = align_genes(X, bulk_genes, genes, cfg.bulk)
-        print(f"{cfg.bulk}: {len(samples)} bulk samples x {len(bulk_genes):,} genes")
+        X, present, samples = read_bulk(cfg.bulk, genes, gene_ids)
         return X, present, samples, cfg.n_cells
     cells = load_cells(cfg, need_labels=False)
     X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
@@ -146,7 +145,8 @@ def main(cfg):
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
     cell_types = decoder_card["cell_types"]
 
-    X, present, samples, per_sample = find_bulks(cfg, encoder_card["genes"], rng)
+    genes, gene_ids = encoder_card["genes"], encoder_card.get("gene_ids")  # older files have none
+    X, present, samples, per_sample = find_bulks(cfg, genes, gene_ids, rng)
     empty = np.flatnonzero(library_size(X) == 0)
     if len(empty):
         raise InputError(

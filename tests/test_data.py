@@ -1,5 +1,7 @@
 """Reading counts and labels, aligning genes, splitting cells, making bulks."""
 
+import time
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -314,34 +316,182 @@ def bulk_table():
     return pd.DataFrame(rng.gamma(1, 50, (3, 20)), ["s1", "s 2", "s,3"], genes)
 
 
+def ids_of(genes):
+    return [f"ENSG{int(g.removeprefix('GENE')):011d}" for g in genes]
+
+
+def check_read(path, bulk_table, gene_ids=None):
+    """The file at path gives every value of the table, in the order of the model's genes."""
+    genes = list(bulk_table.columns[::-1])
+    X, present, samples = read_bulk(path, genes, gene_ids and gene_ids[::-1])
+    assert samples == list(bulk_table.index) and present.all()
+    np.testing.assert_allclose(X.toarray(), bulk_table[genes].to_numpy())
+
+
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
-def test_bulk_in_either_orientation(tmp_path, bulk_table, genes_in_rows, suffix):
+def test_bulk_in_either_orientation(tmp_path, bulk_table, capsys, genes_in_rows, suffix):
     table = bulk_table.T if genes_in_rows else bulk_table
     path = tmp_path / f"bulk.{suffix}"
     table.to_csv(path, sep="\t" if suffix == "tsv" else ",")
-    X, samples, genes = read_bulk(path, bulk_table.columns[:12])
-    assert samples == list(bulk_table.index) and genes == list(bulk_table.columns)
-    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
+    check_read(path, bulk_table)
+    genes = [*bulk_table.columns[12:1:-1], "ABSENT"]
+    X, present, samples = read_bulk(path, genes)
+    assert samples == list(bulk_table.index) and present.tolist() == [True] * 11 + [False]
+    np.testing.assert_allclose(X.toarray()[:, :11], bulk_table[genes[:11]].to_numpy())
+    assert X[:, 11].nnz == 0
+    said = "3 bulk samples x 20 genes; 11 of the model's 12 genes found (91.7 %: 11 by symbol)"
+    assert said in capsys.readouterr().out
 
 
-def test_bulk_h5ad(tmp_path, bulk_table):
-    anndata.AnnData(bulk_table).write_h5ad(tmp_path / "bulk.h5ad")
-    X, samples, _ = read_bulk(tmp_path / "bulk.h5ad", bulk_table.columns)
-    assert samples == list(bulk_table.index)
-    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
+@pytest.mark.parametrize("short", [True, False])
+def test_bulk_with_semicolons_and_byte_order_mark(tmp_path, bulk_table, short):
+    """The mark is no part of a name: not of the first sample, if the header is a field short."""
+    text = bulk_table.T.to_csv(sep=";").removeprefix(";" * short)
+    (tmp_path / "bulk.csv").write_text(text, encoding="utf-8-sig")
+    check_read(tmp_path / "bulk.csv", bulk_table)
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_bulk_h5ad(tmp_path, bulk_table, genes_in_rows):
+    anndata.AnnData(bulk_table.T if genes_in_rows else bulk_table).write_h5ad(tmp_path / "b.h5ad")
+    check_read(tmp_path / "b.h5ad", bulk_table)
+
+
+def test_bulk_h5ad_with_symbols_in_var(tmp_path, bulk_table, capsys):
+    adata = anndata.AnnData(sp.csr_matrix(bulk_table.to_numpy()))
+    adata.obs_names, adata.var["gene_name"] = bulk_table.index, bulk_table.columns.to_numpy()
+    adata.var["n_exons"] = 3
+    adata.write_h5ad(tmp_path / "bulk.h5ad")
+    check_read(tmp_path / "bulk.h5ad", bulk_table)
+    assert "gene names taken from column gene_name" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 def test_repeated_genes_of_a_bulk_are_summed(tmp_path, bulk_table, capsys, genes_in_rows):
-    bulk_table.columns = ["GENE1", *bulk_table.columns[1:]]
-    table = bulk_table.T if genes_in_rows else bulk_table
+    """By symbol, by id, by the id on the Y chromosome: whatever means GENE1 goes into it."""
+    repeated = bulk_table.copy()
+    expected = repeated.iloc[:, 1:5].sum(axis=1)
+    symbols = list(repeated.columns)
+    one = ["GENE1", "GENE1", "ENSG00000000001.3", "ENSG00000000001.3_PAR_Y"]
+    repeated.columns = [symbols[0], *one, *symbols[5:]]
+    (repeated.T if genes_in_rows else repeated).to_csv(tmp_path / "bulk.csv")
+    X, present, _ = read_bulk(tmp_path / "bulk.csv", symbols, ids_of(symbols))
+    assert present.tolist() == [True] * 2 + [False] * 3 + [True] * 15
+    np.testing.assert_allclose(X[:, [1]].toarray().ravel(), expected)
+    np.testing.assert_allclose(X[:, [5]].toarray().ravel(), bulk_table["GENE5"])
+    out = capsys.readouterr().out
+    assert "3 repeated genes summed" in out
+    assert "17 of the model's 20 genes found (85.0 %: 17 by symbol)" in out
+
+
+@pytest.mark.parametrize("bulk_suffix", ["", ".7", ".12_PAR_Y", "_SYMBOL"])
+@pytest.mark.parametrize("model_suffix", ["", ".2"])
+def test_bulk_by_ensembl_ids(tmp_path, bulk_table, capsys, bulk_suffix, model_suffix):
+    """Whatever version the bulk has and the reference had; the ids may be the names themselves."""
+    ids = [i + model_suffix for i in ids_of(bulk_table.columns)]
+    named = bulk_table.set_axis([i + bulk_suffix for i in ids_of(bulk_table.columns)], axis=1)
+    named.T.to_csv(tmp_path / "bulk.csv")
+    check_read(tmp_path / "bulk.csv", bulk_table, ids)
+    check_read(tmp_path / "bulk.csv", bulk_table.set_axis(ids, axis=1))
+    assert capsys.readouterr().out.count("(100.0 %: 20 by Ensembl id)") == 2
+
+
+def test_bulk_by_ids_and_symbols_together(tmp_path, bulk_table, capsys):
+    ids = [*ids_of(bulk_table.columns[:-1]), ""]  # the reference knows no id of its last gene
+    mixed = [i if n % 4 == 0 else g for n, (i, g) in enumerate(zip(ids, bulk_table, strict=True))]
+    bulk_table.set_axis(mixed, axis=1).T.to_csv(tmp_path / "bulk.csv")
+    check_read(tmp_path / "bulk.csv", bulk_table, ids)
+    # A model named by ids maps symbols the same way.
+    read_bulk(tmp_path / "bulk.csv", ids[:-1], list(bulk_table.columns[:-1]))
+    out = capsys.readouterr().out
+    assert "20 genes found (100.0 %: 15 by symbol, 5 by Ensembl id)" in out
+    assert "19 genes found (100.0 %: 14 by symbol, 5 by Ensembl id)" in out
+
+
+def test_names_of_genes_come_before_other_names(tmp_path, bulk_table):
+    """An id or symbol that is another gene's own name belongs to that gene; case is not ignored."""
+    genes, others = ["GENE0", "GENE1", "Gene2"], ["GENE1", "GENE5", ""]
+    bulk_table.to_csv(tmp_path / "bulk.csv")
+    X, present, _ = read_bulk(tmp_path / "bulk.csv", genes, others)
+    assert present.tolist() == [True, True, False]
+    expected = bulk_table[["GENE1", "GENE5"]].sum(axis=1)
+    np.testing.assert_allclose(X[:, [1]].toarray().ravel(), expected)
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_large_bulk_by_ids_in_seconds(tmp_path, genes_in_rows):
+    counts = np.random.default_rng(0).integers(0, 5000, (100, 20000))
+    ids = [f"ENSG{i:011d}" for i in range(20000)]
+    table = pd.DataFrame(counts, [f"{i:03d}" for i in range(100)], [f"{i}.4" for i in ids])
+    (table.T if genes_in_rows else table).to_csv(tmp_path / "bulk.csv")
+    genes, start = [f"GENE{i}" for i in range(10000)], time.monotonic()
+    X, present, samples = read_bulk(tmp_path / "bulk.csv", genes, ids[:10000])
+    assert time.monotonic() - start < 20  # a second or two; a loop over values takes minutes
+    assert samples == list(table.index) and present.all()
+    assert (X.toarray() == counts[:, :10000]).all()
+
+
+def test_bulk_as_featurecounts_writes_it(tmp_path, bulk_table, capsys):
+    """Chr and Start hold lists, or a lone number for a gene with one exon; Length is a number."""
+    table = bulk_table.T.astype(object)
+    exons = np.arange(20) % 3 > 0
+    table.insert(0, "Chr", np.where(exons, "1;1", "1"))
+    table.insert(1, "Start", np.where(exons, "100;300", "100"))
+    table.insert(2, "End", np.where(exons, "200;400", "200"))
+    table.insert(3, "Strand", np.where(exons, "+;+", "-"))
+    table.insert(4, "Length", np.arange(500, 520))
+    table.index = pd.Index(ids_of(bulk_table.columns), name="Geneid")
+    head = '# Program:featureCounts v2.0.3; Command:"featureCounts" "-a" "x.gtf" "-T" "4"\n'
+    (tmp_path / "counts.txt").write_text(head + table.to_csv(sep="\t"))
+    check_read(tmp_path / "counts.txt", bulk_table, ids_of(bulk_table.columns))
+    said = "5 columns that are not samples left out (Chr, Start, End, Strand, Length)"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "before", ["#1.2\n20\t3\n", "#1.2\t\t\t\t\n20\t3\t\t\t\n", "\n# a\n#b\n", ""]
+)
+def test_bulk_as_gct(tmp_path, bulk_table, capsys, before):
+    """As GTEx exports it; the model knows symbols alone, so Description names the genes."""
+    table = bulk_table.T
+    table.insert(0, "Description", bulk_table.columns)
+    table.index = pd.Index([f"{i}.5" for i in ids_of(bulk_table.columns)], name="Name")
+    (tmp_path / "tpm.gct").write_text(before + table.to_csv(sep="\t"))
+    check_read(tmp_path / "tpm.gct", bulk_table)
+    out = capsys.readouterr().out
+    assert "1 columns that are not samples left out (Description)" in out
+    assert "gene names taken from column Description" in out
+    check_read(tmp_path / "tpm.gct", bulk_table, ids_of(bulk_table.columns))
+    assert "gene names taken" not in capsys.readouterr().out  # the ids do as well
+
+
+def test_header_that_begins_with_a_number_sign(tmp_path, bulk_table):
+    (tmp_path / "bulk.tsv").write_text("#" + bulk_table.T.to_csv(sep="\t"))
+    check_read(tmp_path / "bulk.tsv", bulk_table)
+
+
+def test_bulk_with_columns_of_salmon_and_row_numbers(tmp_path, bulk_table, capsys):
+    table = bulk_table.T.reset_index(names="gene_name")
+    table.insert(0, "gene_id", "unknown")
+    table.insert(2, "Effective_Length", 812.5)
     table.to_csv(tmp_path / "bulk.csv")
-    X, samples, genes = read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
-    assert "1 repeated gene names summed" in capsys.readouterr().out
-    assert samples == list(bulk_table.index)
-    expected = bulk_table["GENE1"].sum(axis=1)
-    np.testing.assert_allclose(X[:, [genes.index("GENE1")]].toarray().ravel(), expected)
+    check_read(tmp_path / "bulk.csv", bulk_table)
+    said = "3 columns that are not samples left out (gene_id, gene_name, Effective_Length)"
+    assert said in capsys.readouterr().out
+
+
+def test_text_beside_samples_in_rows(tmp_path, bulk_table, capsys):
+    """A condition of each sample is no gene; a sample's name stays as it is written."""
+    bulk_table.index = ["001", "1.10", "NA"]
+    table = bulk_table.copy()
+    table.insert(0, "condition", ["treated", "treated", "control"])
+    table.to_csv(tmp_path / "bulk.csv")
+    check_read(tmp_path / "bulk.csv", bulk_table)
+    said = "1 columns that are not genes left out (condition)"
+    assert said in capsys.readouterr().out
+    bulk_table.T.to_csv(tmp_path / "bulk.csv")
+    check_read(tmp_path / "bulk.csv", bulk_table)
 
 
 def test_bulk_as_r_writes_it(tmp_path, bulk_table):
@@ -349,22 +499,58 @@ def test_bulk_as_r_writes_it(tmp_path, bulk_table):
     lines = bulk_table.T.to_csv(sep="\t").splitlines()
     lines[0] = lines[0].removeprefix("\t")
     (tmp_path / "bulk.txt").write_text("\n".join(lines) + "\n")
-    X, samples, genes = read_bulk(tmp_path / "bulk.txt", bulk_table.columns)
-    assert samples == list(bulk_table.index) and genes == list(bulk_table.columns)
-    np.testing.assert_allclose(X.toarray(), bulk_table.to_numpy())
+    check_read(tmp_path / "bulk.txt", bulk_table)
 
 
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_genes_without_values_are_absent(tmp_path, bulk_table, capsys, genes_in_rows):
+    """And a spreadsheet's empty last rows and columns are nothing at all."""
+    table = bulk_table.astype(object)
+    table["GENE3"], table["GENE4"] = "", "NA"
+    lines = (table.T if genes_in_rows else table).to_csv().splitlines()
+    commas = "," * (4 if genes_in_rows else 21)
+    (tmp_path / "bulk.csv").write_text("\n".join([*(f"{x}," for x in lines), commas]) + "\n")
+    X, present, samples = read_bulk(tmp_path / "bulk.csv", list(bulk_table.columns))
+    assert samples == list(bulk_table.index)
+    assert np.flatnonzero(~present).tolist() == [3, 4]
+    np.testing.assert_allclose(X[:, 5:].toarray(), bulk_table.iloc[:, 5:])
+    out = capsys.readouterr().out
+    assert "2 genes without any value left out" in out and "3 bulk samples x 18 genes" in out
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(-3, "-3"), (np.nan, "found ''"), ("n.d.", "n.d."), (np.inf, "inf")],
+    [(-3, "found -3 "), ("", "found ''"), ("n.d.", "n.d."), (np.inf, "inf"), ("1,5", "'1,5'")],
 )
-def test_bad_values_in_a_bulk_are_named(tmp_path, bulk_table, value, words):
+def test_bad_values_in_a_bulk_are_named(tmp_path, bulk_table, value, words, genes_in_rows):
     bulk_table = bulk_table.astype(object)
     bulk_table.loc["s 2", "GENE4"] = value
-    bulk_table.T.to_csv(tmp_path / "bulk.csv")
+    (bulk_table.T if genes_in_rows else bulk_table).to_csv(tmp_path / "bulk.csv")
     with pytest.raises(InputError, match=words) as error:
         read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
-    assert "s 2" in str(error.value) and "GENE4" in str(error.value)
+    assert "(sample s 2, gene GENE4)" in str(error.value)
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_samples_and_genes_of_text_alone_are_not_passed_over(tmp_path, bulk_table, genes_in_rows):
+    """A sample in which all is NA is no annotation, nor is a gene that the model knows."""
+    table = bulk_table.astype(object)
+    if genes_in_rows:
+        table.loc["s 2"] = "NA"
+        table = table.T
+    else:
+        table["GENE0"] = "NA?"
+    table.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(InputError, match=r"found 'NA\??' \(sample s.*, gene GENE0\)"):
+        read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+
+
+def test_decimal_commas_are_an_error(tmp_path, bulk_table):
+    """No column holds a number then, but none may pass for annotation either."""
+    bulk_table.T.to_csv(tmp_path / "bulk.csv", sep=";", decimal=",")
+    with pytest.raises(InputError, match=r"found '\d+,\d+' \(sample s1, gene GENE0\)"):
+        read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
 
 
 def test_empty_bulk_sample_is_an_error(tmp_path, bulk_table):
@@ -374,10 +560,56 @@ def test_empty_bulk_sample_is_an_error(tmp_path, bulk_table):
         read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
 
 
+def test_repeated_samples_are_an_error(tmp_path, bulk_table):
+    bulk_table.index = ["s1", "s2", "s1"]
+    bulk_table.T.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(InputError, match=r"more than once \(s1\)"):
+        read_bulk(tmp_path / "bulk.csv", bulk_table.columns)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "found 0 names in its header"),
+        ("gene,s1\nGENE0,1,2,3\n", "found 2 names in its header (gene, s1) and 4 fields"),
+        ("gene,s1\nGENE0,1\nGENE1,1,2\n", "not a readable table"),
+        ("GENE0\nGENE1\n", "found no sample"),
+        ("gene,about\nGENE0,first\nGENE1,second\n", "found no sample"),
+        ("sample,GENE0,GENE1\n", "found no sample"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, text, words):
+    (tmp_path / "bulk.csv").write_text(text)
+    with pytest.raises(InputError) as error:
+        read_bulk(tmp_path / "bulk.csv", ["GENE0", "GENE1"])
+    assert words in str(error.value) and "bulk.csv: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bulk.xlsx", "BULK.XLS"])
+def test_excel_files_are_to_be_exported(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match="export it as csv"):
+        read_bulk(tmp_path / name, ["GENE1"])
+
+
+def test_few_known_genes_are_a_warning(tmp_path, bulk_table, capsys):
+    bulk_table.to_csv(tmp_path / "bulk.csv")
+    genes = [*bulk_table.columns[:4], *(f"OTHER{i}" for i in range(4))]
+    read_bulk(tmp_path / "bulk.csv", genes, [f"ENSG{i}" for i in range(8)])
+    assert capsys.readouterr().err == ""  # half of them are enough
+    _, present, _ = read_bulk(tmp_path / "bulk.csv", genes[1:], [f"ENSG{i}" for i in range(1, 8)])
+    assert present.sum() == 3
+    said = capsys.readouterr().err
+    assert said.startswith("warning: ") and said.count("\n") == 1 and "poor" in said
+    assert "expected names such as GENE1, GENE2, GENE3, ..., or ENSG1, ENSG2, ENSG3" in said
+
+
 def test_bulk_without_known_genes_is_an_error(tmp_path, bulk_table):
     bulk_table.to_csv(tmp_path / "bulk.csv")
-    with pytest.raises(InputError, match="genes known to the model"):
-        read_bulk(tmp_path / "bulk.csv", ["ENSG1", "ENSG2"])
+    with pytest.raises(InputError, match=r"known to the model \(CD3E, CD19, or ENSG1, ENSG2\)"):
+        read_bulk(tmp_path / "bulk.csv", ["CD3E", "CD19"], ["ENSG1", "ENSG2"])
+    with pytest.raises(InputError, match=r"\(CD3E; the weights hold no ids or other names"):
+        read_bulk(tmp_path / "bulk.csv", ["CD3E"])
 
 
 # ------------------------------------------------------------------------------- real data
@@ -390,3 +622,19 @@ def test_pbmc1k_reads_as_described():
     cells = load_cells(DatasetSettings(data=folder))
     assert cells.shape == (863, 14688) and len(codes_of(cells)[1]) == 8
     assert cells.var_names.is_unique
+
+
+def test_ids_of_a_real_reference_name_its_genes(tmp_path, capsys):
+    """GENCODE-like ids, with versions: those the reference has find their genes, and no other."""
+    folder = data.Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
+    if not folder.is_dir():
+        pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
+    table = pd.read_csv(folder / "features.tsv.gz", sep="\t", header=None, keep_default_na=False)
+    with_id = table[table[0].str.startswith("ENSG")]
+    counts = np.arange(1, len(with_id) + 1)
+    bulk = pd.DataFrame({"donor": counts}, index=with_id[0] + ".11")
+    bulk.to_csv(tmp_path / "bulk.tsv", sep="\t")
+    X, present, _ = read_bulk(tmp_path / "bulk.tsv", list(table[1]), list(table[0]))
+    assert np.flatnonzero(present).tolist() == with_id.index.tolist()
+    assert (X[:, with_id.index].toarray().ravel() == counts).all()
+    assert "12,455 of the model's 14,688 genes found (84.8 %: 12,455 by" in capsys.readouterr().out

@@ -148,6 +148,32 @@ def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path
     assert (out.X != again.X).nnz == 0
 
 
+def test_bulk_by_ensembl_ids_gives_the_cells_of_its_symbols(trained, tmp_path):
+    """The encoder's file brings the reference's ids; one without them still reads symbols."""
+    cells, files = make_cells(), [tmp_path / "symbols.csv", tmp_path / "ids.tsv"]
+    assert card(trained, "bulkEncoder")["gene_ids"] == list(cells.var["gene_ids"])
+    table = pd.DataFrame({"1": cells.X[:50].sum(axis=0).A1, "2": cells.X[50:].sum(axis=0).A1})
+    table.set_axis(cells.var_names).to_csv(files[0])
+    table.insert(0, "Length", 1000)
+    table.set_axis(cells.var["gene_ids"] + ".3").to_csv(files[1], sep="\t")
+    out = [
+        generate(tmp_path / "g.h5ad", "--bulk", f, "--weights", trained, "--n-cells", 5)
+        for f in files
+    ]
+    assert (out[0].X != out[1].X).nnz == 0 and list(out[1].uns["samples"]) == ["1", "2"]
+
+    shutil.copytree(trained, tmp_path / "w")
+    older = torch.load(tmp_path / "w" / "bulkEncoder_model.pt", weights_only=True)
+    del older["gene_ids"]
+    torch.save(older, tmp_path / "w" / "bulkEncoder_model.pt")
+    settings = ["--weights", tmp_path / "w", "--n-cells", 5, "--out", tmp_path / "g.h5ad"]
+    done = run_inside("bulk2sc.py", "--bulk", files[0], *settings)
+    assert "2 bulk samples x 60 genes; 60 of the model's 60 genes found" in done.stdout
+    assert (anndata.read_h5ad(tmp_path / "g.h5ad").X != out[0].X).nnz == 0
+    done = run_inside("bulk2sc.py", "--bulk", files[1], *settings)
+    assert_one_line_error(done, files[1], "ENSG00000000000.3", "no ids")
+
+
 def test_generated_cells_vary_within_a_type(trained, h5ad, tmp_path):
     """Regression: with z unrelated to x, every generated cell of a type was the same cell."""
     out = generate(
