@@ -437,16 +437,15 @@ class scDecoder(CountDecoder):
 class BulkEncoder(nn.Module):
     """Stage 3: bulk profile (S, G) -> μ̂_k, σ̂_k² (S, K, D) and proportions π̂ (S, K).
 
-    Published shape: G -> 700 -> three heads, on a bulk that is depth-normalised and standardised
-    gene by gene, so that its scale does not matter. The head of proportions does not start from
-    nothing: a bulk is a sum of cells, so weighted non-negative least squares on the cell types'
-    mean counts gives a first answer, whose gene weights are learned with the rest, and the
-    network corrects it:
+    Published shape: G -> hidden -> three heads, on a bulk that is depth-normalised and standardised
+    gene by gene, so that its scale does not matter. No head starts from nothing. A bulk is a sum
+    of cells, so non-negative deconvolution with the cell types' mean counts (:meth:`deconvolve`)
+    gives first proportions, and the mixture first moments; the network learns corrections:
 
-        π̂ = softmax( ln(π_NNLS + ε) + head(h) )
+        π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
     """
 
-    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=100):
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=60):
         super().__init__()
         self.config = dict(
             n_genes=n_genes,
@@ -460,8 +459,8 @@ class BulkEncoder(nn.Module):
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
         self.pi_head = nn.Linear(n_hidden, n_types)
-        # At first every bulk gets the same answer, and least squares alone decide on proportions:
-        # what the heads say of a particular bulk is all learned.
+        # At first every bulk gets the mixture's own moments, and deconvolution alone decides on
+        # proportions: what the heads say of a particular bulk is all learned.
         for head in (self.mu_head, self.var_head, self.pi_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -482,14 +481,17 @@ class BulkEncoder(nn.Module):
             signature: mean counts of the cells of each type (K, G). Not depth-normalised: a type
                 with twice the mRNA must weigh twice in a bulk for the same number of cells.
         """
-        self.signature.copy_(signature / signature.sum(dim=1).mean())
+        self.signature.copy_(self.scale_signature(signature))
         self.profile.copy_((bulk / bulk.sum(dim=1, keepdim=True)).mean(dim=0))
         x = torch.log1p(self.normalise(bulk, torch.ones_like(self.profile)) * DEPTH)
         self.center.copy_(x.mean(dim=0))
         # The floor keeps genes that hardly vary in training from shouting in a foreign bulk.
         self.scale.copy_(x.std(dim=0).clamp(min=0.1))
-        # One over the mean, because platforms differ by factors: the error of a gene grows with it.
-        self.log_weight.copy_(-torch.log(self.signature.mean(dim=0) + 1e-5))
+
+    @staticmethod
+    def scale_signature(signature):
+        """Mean counts (K, G) as fractions, of the average type; types keep their mRNA content."""
+        return signature / signature.sum(dim=1).mean()
 
     def normalise(self, bulk, present):
         """Fractions of all counts (S, G), to which absent genes would have added their share.
@@ -500,26 +502,35 @@ class BulkEncoder(nn.Module):
         total = (bulk * present).sum(dim=1, keepdim=True)
         return bulk * present / total * share
 
-    def least_squares(self, fractions, present):
-        """Weighted non-negative least squares, by multiplicative updates from even proportions.
+    def deconvolve(self, fractions, present, signature=None):
+        """Proportions of cells under gene-wise multiplicative noise, by multiplicative updates.
 
-            π ← π · (S W p) / (S W Sᵀ π),   W = diag(weights), S (K, G), p (G)
+            min over π of  Σ_g w_g ( p_g / q_g - ln(p_g / q_g) - 1 ),   q = π S + ε,  p + ε for p
+            π ← π · ((w p / q²) Sᵀ) / ((w / q) Sᵀ)
 
-        Lee and Seung, NIPS 2000. Every iterate is positive and differentiable, and stopping after
-        some of them keeps types apart that the data hardly tell apart.
+        The Itakura-Saito divergence (Févotte, Bertin and Durrieu, Neural Computation 2009): errors
+        count as ratios, because platforms differ from gene to gene by factors; under least squares
+        a few strong genes decide. Stopping after some updates keeps types apart that the data
+        hardly tell apart. w_g is learned.
 
-        Args: fractions (S, G), present (G). Returns (S, K), rows summing to 1.
+        Args: fractions (S, G), present (G), signature (K, G), default its own.
+        Returns (S, K), rows summing to 1.
         """
-        weighted = self.signature * (self.log_weight.exp() * present)  # (K, G)
-        target = fractions @ weighted.T  # (S, K)
-        gram = weighted @ self.signature.T  # (K, K)
-        pi = torch.full_like(target, 1 / target.shape[1])
+        # Ratios of genes that are hardly there are noise, hence ε: a fiftieth of the mean gene.
+        floor = 0.02 / fractions.shape[1]
+        weight = self.log_weight.exp() * present  # (G,)
+        S = self.signature if signature is None else signature  # (K, G)
+        p = fractions + floor  # (S, G)
+        pi = torch.full((len(p), len(S)), 1 / len(S), device=p.device)
         for _ in range(self.config["n_iterations"]):
-            pi = pi * target / (pi @ gram).clamp(min=1e-12)
+            q = pi @ S + floor  # (S, G)
+            down = (weight / q) @ S.T  # (S, K)
+            pi = pi * ((weight * p / q**2) @ S.T) / down.clamp(min=1e-12)
         return pi / pi.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
-    def forward(self, bulk, present=None):
-        """Args: bulk (S, G), any scale, positive sums; present (G) bool, default all.
+    def forward(self, bulk, present=None, signature=None):
+        """Args: bulk (S, G), any scale, positive sums; present (G) bool, default all; signature
+        (K, G): another one to deconvolve with.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
@@ -530,10 +541,10 @@ class BulkEncoder(nn.Module):
         # An absent gene reads as average; nothing reads far beyond what training has seen.
         h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
         shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
-        mu = self.mu_head(h).view(shape)
+        mu = self.mu + self.mu_head(h).view(shape)
         # Regression: unconstrained, a negative variance became NaN under the square root.
-        var = F.softplus(self.var_head(h)).view(shape) + 1e-6
-        first = torch.log(self.least_squares(fractions, present) + 1e-3)
+        var = self.var * torch.exp(self.var_head(h).view(shape).clamp(-5, 5))
+        first = torch.log(self.deconvolve(fractions, present, signature) + 1e-3)
         return mu, var, torch.softmax(first + self.pi_head(h), dim=-1)
 
 

@@ -3,7 +3,9 @@
     python train_encoder.py
 
 Reads gmm_mu_c.pt, gmm_var_c.pt and scDecoder_model.pt from --weights, and draws pseudobulks with
-Dirichlet proportions from training cells. Writes bulkEncoder_model.pt and the loss curves there.
+Dirichlet proportions from training cells. Those of a quarter of the cells are deconvolved with the
+mean profiles of the other three, as a bulk of other cells will be. Writes bulkEncoder_model.pt and
+the loss curves there.
 """
 
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ from data import (
     InputError,
     TrainingSettings,
     align_genes,
-    choose_genes,
     choose_held_out,
+    choose_marker_genes,
     codes_of,
     draw_pseudobulks,
     flag,
@@ -42,7 +44,9 @@ from plotting import write_losses
 
 @dataclass
 class Settings(TrainingSettings):
-    epochs: int = 3000
+    n_genes: int = 1000
+    """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
+    epochs: int = 1000
     """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
     """Pseudobulks per step."""
@@ -51,7 +55,7 @@ class Settings(TrainingSettings):
     n_hidden: int = 700
     """Width of the hidden layer; published shape G -> 700 -> three heads."""
     dropout: float = 0.5
-    """In the hidden layer; high, because the network is to correct least squares, not to learn
+    """In the hidden layer; high, because the network is to correct the deconvolution, not to learn
     the training cells by heart."""
     weight_decay: float = 1e-2
     """AdamW's."""
@@ -64,9 +68,14 @@ class Settings(TrainingSettings):
     max_pool: int = 20
     """Most such cells. Small pools make a type look different from bulk to bulk, as it will look
     in cells that training never saw; numbers are drawn evenly on a log scale."""
-    noise: float = 0.6
+    noise: float = 1.2
     """Largest sd of the gene-wise log-normal factor that stands for another platform; each bulk
     draws its own sd between 0 and this."""
+    lost: float = 0.1
+    """Largest share of genes that another platform does not see at all; each bulk draws its own."""
+    folds: int = 4
+    """Parts of the training cells; bulks of one part are deconvolved with the means of the others,
+    so that the weights of genes allow for how well few cells tell a mean. 1 turns it off."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,6 +86,10 @@ class Settings(TrainingSettings):
                 raise InputError(f"{names}: found {a} to {b}, expected 1 or more, in order")
         if self.noise < 0:
             raise InputError(f"--noise: found {self.noise}, expected 0 or more")
+        if not 0 <= self.lost < 1:
+            raise InputError(f"--lost: found {self.lost}, expected 0 or more, below 1")
+        if self.folds < 1:
+            raise InputError(f"--folds: found {self.folds}, expected 1 or more")
         if self.n_hidden < 1:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 1 or more")
 
@@ -121,10 +134,20 @@ def simulate_bulks(X, codes, n_types, cfg, rng, clean=False):
     if not clean:
         sd = rng.uniform(0, cfg.noise, (cfg.batch_size, 1))
         bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
+        bulk *= rng.random(bulk.shape) >= rng.uniform(0, cfg.lost, (cfg.batch_size, 1))
     bulk += 1e-9  # a bulk in which no gene of the model is expressed reads as an even one
     depth = log_uniform(3e4, 3e6, (cfg.batch_size, 1), rng)
     counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)
     return counts.astype(np.float32), pi
+
+
+def split_folds(codes, n_folds, rng):
+    """Fold of each cell (N): every type is spread evenly over the folds."""
+    fold = np.zeros(len(codes), int)
+    for k in np.unique(codes):
+        own = rng.permutation(np.flatnonzero(codes == k))
+        fold[own] = (np.arange(len(own)) + rng.integers(n_folds)) % n_folds
+    return fold
 
 
 def encoder_losses(predicted, target):
@@ -156,7 +179,7 @@ def main(cfg):
     check_cell_types(decoder_file, card, cell_types)
     check_mixture(decoder_file, decoder, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
     held_out, fraction = choose_held_out(cells, codes, cfg, card, decoder_file)
-    genes = choose_genes(cells[~held_out], cfg.n_genes)
+    genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
     X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
@@ -174,26 +197,36 @@ def main(cfg):
     first = [simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng)[0] for _ in range(20)]
     model.fit_input(torch.from_numpy(np.concatenate(first)), torch.from_numpy(signature).float())
     model = model.to(device)
-    # The biases of the heads must travel all the way to the mixture, while what the network adds
-    # for a particular bulk starts at zero and is to stay small unless it pays.
-    fast = [model.mu_head.bias, model.var_head.bias]
-    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs)
+    optimizer, schedule = two_rate_optimizer(model, [], cfg, cfg.epochs)
 
-    def losses(bulk, true):
-        predicted = model(torch.from_numpy(bulk).to(device))
+    # Of each fold: its cells, their types, and the mean counts of all other cells (K, G).
+    fold = split_folds(codes_train, cfg.folds, rng)
+    parts = []
+    for i in range(cfg.folds):
+        own, other = np.flatnonzero(fold == i), np.flatnonzero((fold != i) | (cfg.folds == 1))
+        means = mean_counts(X_train[other], codes_train[other], len(cell_types))
+        only = np.bincount(codes_train[other], minlength=len(cell_types)) == 0
+        means[only] = signature[only]  # a type whose one cell is in this fold
+        means = model.scale_signature(torch.from_numpy(means).float()).to(device)
+        if len(own):
+            parts.append((X_train[own], codes_train[own], means))
+
+    def losses(bulk, true, signature=None):
+        predicted = model(torch.from_numpy(bulk).to(device), signature=signature)
         return encoder_losses(predicted, (model.mu, model.var, torch.from_numpy(true).to(device)))
 
     if len(codes_test):  # the same ones at every reading
-        parts = [
+        batches = [
             simulate_bulks(X_test, codes_test, len(cell_types), cfg, rng, clean=True)
             for _ in range(4)
         ]
-        test_bulks = [np.concatenate(p) for p in zip(*parts, strict=True)]
+        test_bulks = [np.concatenate(b) for b in zip(*batches, strict=True)]
 
     curve = []
     for epoch in (bar := trange(1, cfg.epochs + 1, desc="Bulk Encoder", unit="step")):
         model.train()
-        loss = losses(*simulate_bulks(X_train, codes_train, len(cell_types), cfg, rng))
+        X_own, codes_own, means = parts[epoch % len(parts)]
+        loss = losses(*simulate_bulks(X_own, codes_own, len(cell_types), cfg, rng), means)
         # The squared error of proportions is a hundred times smaller by its very scale.
         total = loss["mu"] + loss["var"] + 100 * loss["pi"]
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ from data import (
     batch_bulks,
     check_counts,
     choose_genes,
+    choose_marker_genes,
     codes_of,
     draw_pseudobulks,
     load_cells,
@@ -25,6 +26,7 @@ from data import (
     read_counts,
     split_cells,
 )
+from train_encoder import split_folds
 
 # ------------------------------------------------------------------------------------ counts
 
@@ -254,6 +256,28 @@ def test_choose_genes_keeps_the_variable_ones():
     cells.var_names = [f"GENE{i}" for i in range(1000)]
     assert choose_genes(cells, 1000) == list(cells.var_names)
     assert choose_genes(cells, 15) == [f"GENE{i}" for i in range(40, 55)]
+
+
+def test_marker_genes_are_those_that_tell_types_apart():
+    """A gene that differs between types is taken before one that varies more, but within them."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1], 100)
+    X = rng.poisson(5.0, (200, 30))
+    X[:, 3] += 6 * codes  # differs between the types
+    X[:, 7] = rng.permutation(X[:, 3] ** 2)  # varies more, whatever the type
+    X[0, 11] += 5000  # one odd cell
+    cells = anndata.AnnData(sp.csr_matrix(X), var=pd.DataFrame(index=[f"g{i}" for i in range(30)]))
+    assert choose_marker_genes(cells, codes, 1) == ["g3"]
+    assert choose_marker_genes(cells, codes, 40) == list(cells.var_names)
+    assert len(choose_marker_genes(cells, codes, 12)) == 12
+
+
+def test_folds_spread_every_type_evenly():
+    codes = np.repeat([0, 1, 2], [41, 8, 1])
+    fold = split_folds(codes, 4, np.random.default_rng(0))
+    for k, n in ((0, 41), (1, 8), (2, 1)):
+        sizes = np.bincount(fold[codes == k], minlength=4)
+        assert sizes.sum() == n and sizes.max() - sizes.min() <= 1
 
 
 def test_split_is_stratified_repeatable_and_leaves_every_type_a_cell():
