@@ -58,7 +58,7 @@ class Settings(TrainingSettings):
     posterior if scGMVAE_model.pt is there, else prior."""
     loss: str = "nb"
     """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
-    n_components: int = 3
+    n_components: int = 8
     """Gaussians that z of one cell type is drawn from, together of mean mu_k and variance
     sigma_k^2. With 1, as published, rarer kinds of cells inside a type are lost."""
     dropout: float = 0.2

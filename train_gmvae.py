@@ -56,7 +56,7 @@ class Settings(TrainingSettings):
     """nb or zinb: negative log-likelihood of the counts under the decoder."""
     kl_start: float = 0.1
     """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
-    kl_end: float = 0.5
+    kl_end: float = 0.3
     """KL weight from then on. At 1 variation within a type is left out of z; at 0.1 each cell has a
     place of its own in z, and the decoder then learns the training cells' noise by heart."""
     thin: float = 0.3
