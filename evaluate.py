@@ -566,7 +566,7 @@ def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rn
         expected = np.zeros((cfg.n_pseudobulks, n_types))
         expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
         bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)
-        _, _, pi = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
+        _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
         for method, predicted in (
             ("bulk2sc", pi.cpu().numpy()),
             ("NNLS", nnls_proportions(bulk, profiles)),
