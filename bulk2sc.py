@@ -5,7 +5,8 @@
 
 For each bulk: Bulk Encoder -> cell type k ~ proportions -> z ~ N(mu_k, sigma_k^2) -> scDecoder ->
 counts of one cell. Without --bulk, each batch of --batch-size reference cells is summed into one
-bulk, and each batch yields one cell. Writes one .h5ad (see README, "The output").
+bulk, and each batch yields one cell. Writes one .h5ad and, with --bulk, proportions.csv and
+proportions.png beside it (see README, "The output").
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from models import (
     scDecoder,
     seed_everything,
 )
+from plotting import write_proportions
 
 CHUNK = 1024  # cells decoded at a time; bounds memory, and is large enough for the matrix product
 
@@ -51,7 +53,7 @@ class Settings(DatasetSettings):
     batch_size: int = 100
     """Reference cells that make one bulk, when there is no --bulk."""
     out: Path = Path("generated.h5ad")
-    """The file of generated cells."""
+    """The file of generated cells; proportions of --bulk are written to the same folder."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,14 +73,15 @@ def encode_bulks(encoder, X, present, device):
         X: bulk profiles (S x G) in the encoder's gene order, CSR. present: bool (G).
 
     Returns:
-        mu, var (S, K, D) and pi (S, K), on ``device``.
+        mu, var (S, K, D), pi (S, K) and the standard deviation of pi (S, K), on ``device``.
     """
     present = torch.from_numpy(present).to(device)
     parts = [
         encoder(torch.from_numpy(X[i : i + CHUNK].toarray().astype(np.float32)).to(device), present)
         for i in range(0, max(X.shape[0], 1), CHUNK)  # no bulk at all still has its shapes
     ]
-    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+    mu, var, pi = (torch.cat(p) for p in zip(*parts, strict=True))
+    return mu, var, pi, torch.zeros_like(pi)
 
 
 @torch.inference_mode()
@@ -147,13 +150,8 @@ def main(cfg):
 
     genes, gene_ids = encoder_card["genes"], encoder_card.get("gene_ids")  # older files have none
     X, present, samples, per_sample = find_bulks(cfg, genes, gene_ids, rng)
-    empty = np.flatnonzero(library_size(X) == 0)
-    if len(empty):
-        raise InputError(
-            f"{cfg.bulk or cfg.data}: bulk {samples[empty[0]]} and {len(empty) - 1} others have no "
-            "counts in any gene of the model; expected bulks of this tissue"
-        )
-    mu, var, pi = encode_bulks(encoder, X, present, device)  # (S, K, D), (S, K, D), (S, K)
+    check_filled(X, samples, cfg.bulk or cfg.data)
+    mu, var, pi, sd = encode_bulks(encoder, X, present, device)  # (S, K, D) twice, (S, K) twice
 
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sample = torch.arange(len(samples), device=device).repeat_interleave(per_sample)  # (N,)
@@ -161,7 +159,7 @@ def main(cfg):
     counts, latent = decode_cells(
         decoder, mu[sample, codes], var[sample, codes], codes, generator, progress=True
     )
-    pi, codes, sample = pi.cpu().numpy(), codes.cpu().numpy(), sample.cpu().numpy()
+    pi, sd, codes, sample = (t.cpu().numpy() for t in (pi, sd, codes, sample))
 
     obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
     obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
@@ -170,6 +168,7 @@ def main(cfg):
     generated.obsm["X_latent"] = latent
     # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
     generated.uns["proportions"] = pi
+    generated.uns["proportions_sd"] = sd
     generated.uns["samples"] = np.array(samples, dtype=object)
     generated.uns["cell_types"] = np.array(cell_types, dtype=object)
     generated.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
@@ -183,10 +182,37 @@ def main(cfg):
         index=cell_types,
     )
     print(table.to_string(float_format="{:.3f}".format))
+    if cfg.bulk is not None:  # without it every cell has a bulk of its own: no table to read
+        folder = cfg.out.parent
+        proportions = proportion_table(samples, cell_types, pi, sd)
+        write_whole(folder / "proportions.csv", lambda path: proportions.to_csv(path, index=False))
+        write_proportions(folder / "proportions.png", pi, samples, cell_types)
+        print(f"wrote proportions.csv and proportions.png to {folder}")
     print(
         f"wrote {cfg.out}: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes from "
         f"{len(samples):,} bulks"
     )
+
+
+def check_filled(X, samples, where):
+    """Every bulk must have counts in some gene of the model.
+
+    X: CSR (S x G). samples: their names (S). where: what the message names.
+    """
+    empty = np.flatnonzero(library_size(X) == 0)
+    if len(empty):
+        raise InputError(
+            f"{where}: bulk {samples[empty[0]]} and {len(empty) - 1} others have no counts in any "
+            "gene of the model; expected bulks of this tissue"
+        )
+
+
+def proportion_table(samples, cell_types, pi, sd):
+    """One row per bulk: ``sample``, pi of each cell type, then ``sd <type>``; pi, sd (S, K)."""
+    values = pd.DataFrame(
+        np.hstack([pi, sd]), columns=[*cell_types, *(f"sd {name}" for name in cell_types)]
+    )
+    return pd.concat([pd.Series(samples, name="sample"), values], axis=1)
 
 
 def draw_types(pi, per_sample, generator):

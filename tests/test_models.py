@@ -287,12 +287,13 @@ def test_all_bulks_go_through_the_encoder_once_and_without_gradients(monkeypatch
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a: passes.append(len(a[0])) or forward(*a))
     bulks = sp.csr_matrix((torch.rand(1000, K) @ signature).numpy())
-    mu, var, pi = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
+    mu, var, pi, sd = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
     assert passes == [1000]
     cells = torch.arange(30)
     X, z = decode_cells(decoder(), mu[cells, 0], var[cells, 0], cells % K, torch.Generator())
     assert passes == [1000] and X.shape == (30, G) and z.shape == (30, D)
-    assert not (mu.requires_grad or var.requires_grad or pi.requires_grad)
+    assert sd.shape == pi.shape
+    assert not any(t.requires_grad for t in (mu, var, pi, sd))
 
 
 # ------------------------------------------------------------------------------------- files
