@@ -8,6 +8,7 @@
 Every figure is read on cells that no training has seen. Columns of the table:
 
 - bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
+- calibrated: the same with bulk2sc.py --calibrate, to the sum of the held-out cells
 - other real cells: training cells in the place of generated ones
 - unseen real cells: the half of the training cells that the figures' space was not fitted on
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
@@ -38,7 +39,14 @@ import torch
 from tqdm import trange
 
 import train_decoder
-from bulk2sc import check_filled, decode_cells, encode_bulks
+from bulk2sc import (
+    calibration,
+    check_filled,
+    decode_cells,
+    draw_types,
+    encode_bulks,
+    sum_agreement,
+)
 from data import (
     DatasetSettings,
     InputError,
@@ -87,6 +95,7 @@ BEST = {  # every figure, in the order of the table, and its value for perfect c
     "marker fraction error": 0,
     "fold-change correlation": 1,
     "nearest neighbour trained on, excess": 0,
+    "sum of cells against bulk, Pearson": 1,
 } | {
     f"proportions {measure}{where}": best
     for where in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
@@ -510,16 +519,68 @@ def read_generated(path, cells, cell_types):
     return X, codes
 
 
-def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
+def calibrate_to(bulk, decoder, encoder, genes):
+    """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
+
+    genes: ``(decoder's, encoder's)``.
+    """
+    X, present = align_genes(bulk, *genes, "the encoder", report=False)
+    device = decoder.mu.device
+    _, _, pi, _ = encode_bulks(encoder, X, present, device)
+    expected = (pi @ decoder.type_means()).cpu().numpy()
+    factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
+    return torch.from_numpy(factor).to(device), pi
+
+
+def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10):
+    """Rows (method, figure, None, value): cells of held-out pseudobulks, added up again.
+
+    genes: ``(decoder's, encoder's)``. 1,000 cells for each of n pseudobulks of Dirichlet(1).
+    """
+    X, _ = align_genes(cells.X, cells.var_names, genes[0], "the decoder", report=False)
+    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
+    expected = np.zeros((n, len(decoder.mu)))
+    has_cells = np.unique(codes_test)
+    expected[:, has_cells] = rng.dirichlet(np.ones(len(has_cells)), n)
+    bulk, _ = draw_pseudobulks(X_test, codes_test, expected, np.full(n, cfg.cells_per_bulk), rng)
+    factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, encoder, genes)
+    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    k = draw_types(pi, 1000, generator)
+    sample = torch.arange(n, device=k.device).repeat_interleave(1000)
+    rows = []
+    for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
+        made, _ = decode_cells(
+            decoder,
+            decoder.mu[k],
+            decoder.var[k],
+            k,
+            generator,
+            log_factor=log_factor,
+            sample=sample,
+        )
+        agreement = sum_agreement(bulk, made, sample.cpu().numpy(), np.ones(bulk.shape[1], bool))
+        rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
+    return rows
+
+
+def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, weights, cfg, rng):
     """Rows (method, figure, type code or None, value) of every method of the table."""
     test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
     wanted = codes[test]
     figures = CellFigures(cells, held_out, codes)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
 
-    def from_decoder(decoder):
+    def from_decoder(decoder, log_factor=None):
         k = torch.as_tensor(wanted, device=decoder.mu.device)
-        X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
+        X, _ = decode_cells(
+            decoder,
+            decoder.mu[k],
+            decoder.var[k],
+            k,
+            generator,
+            log_factor=log_factor,
+            sample=torch.zeros_like(k),
+        )
         X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
         return X, wanted
 
@@ -554,6 +615,17 @@ def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
         chosen = draw_real(codes, wanted, train, rng)
         return cells.X[chosen], codes[chosen]
 
+    if cfg.generated is None:
+        genes = card["genes"], encoder_card["genes"]
+        bulk, _ = align_genes(
+            sp.csr_matrix(cells.X[test].sum(axis=0)),
+            cells.var_names,
+            genes[0],
+            "the decoder",
+            False,
+        )
+        log_factor, _ = calibrate_to(bulk, decoder, encoder, genes)
+        methods["calibrated"] = lambda: from_decoder(decoder, log_factor)
     methods["other real cells"] = real_cells
     if cfg.baselines:
         methods["cell-type NB"] = lambda: (
@@ -866,7 +938,13 @@ def main(cfg):
                 cells, codes, held_out, encoder, encoder_card, lineage_of, fractions, cfg
             )
         rng = seed_everything(cfg.seed)
-        measured += measure_cells(cells, codes, held_out, decoder, card, folder, cfg, rng)
+        measured += measure_cells(
+            cells, codes, held_out, decoder, card, encoder, encoder_card, folder, cfg, rng
+        )
+        if cfg.generated is None:
+            genes = card["genes"], encoder_card["genes"]
+            for _ in range(cfg.n_draws):
+                measured += measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng)
         measured += measure_proportions(
             cells, codes, held_out, encoder, encoder_card, lineage_of, cfg, rng
         )
