@@ -5,9 +5,11 @@
 
 For each bulk: Bulk Encoder -> cell type k ~ proportions -> z ~ N(mu_k, sigma_k^2) -> scDecoder ->
 counts of one cell. Without --bulk, each batch of --batch-size reference cells is summed into one
-bulk, and each batch yields one cell. Writes one .h5ad (see README, "The output").
+bulk, and each batch yields one cell. Writes one .h5ad and, with --bulk, proportions.csv and
+proportions.png beside it (see README, "The output").
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from data import (
     plain_settings,
     read_bulk,
     run_script,
+    some,
     write_whole,
 )
 from models import (
@@ -37,7 +40,9 @@ from models import (
     scDecoder,
     seed_everything,
 )
+from plotting import write_proportions
 
+MISFIT = 4  # standard deviations beyond usual bulks from which a sample is warned of
 CHUNK = 1024  # cells decoded at a time; bounds memory, and is large enough for the matrix product
 
 
@@ -50,8 +55,11 @@ class Settings(DatasetSettings):
     """Cells to generate: for each bulk sample with --bulk, in all without it."""
     batch_size: int = 100
     """Reference cells that make one bulk, when there is no --bulk."""
+    calibrate: bool = False
+    """Scale each gene's mean so that the cells of a sample add up to its bulk (needs --bulk). The
+    factors are the platform's, too: leave it off for cells like the reference's."""
     out: Path = Path("generated.h5ad")
-    """The file of generated cells."""
+    """The file of generated cells; proportions of --bulk are written to the same folder."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,34 +67,121 @@ class Settings(DatasetSettings):
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
         if self.batch_size < 1:
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
+        if self.calibrate and self.bulk is None:
+            raise InputError("--calibrate: found no --bulk, expected bulk samples to add up to")
         if self.out.suffix != ".h5ad":
             raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
 
 
 @torch.inference_mode()
-def encode_bulks(encoder, X, present, device):
+def encode_bulks(encoder, X, present, device, n_halves=0):
     """Run the encoder once over all bulks.
 
     Args:
         X: bulk profiles (S x G) in the encoder's gene order, CSR. present: bool (G).
+        n_halves: times to run it again on a random half of the genes. How far these answers lie
+            from the whole one is how much it hangs on which genes were read, and how platform and
+            cells of the bulk changed them (delete-half jackknife; Shao and Wu, Annals of
+            Statistics 1989).
 
     Returns:
-        mu, var (S, K, D) and pi (S, K), on ``device``.
+        mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
+        without halves.
     """
-    present = torch.from_numpy(present).to(device)
-    parts = [
-        encoder(torch.from_numpy(X[i : i + CHUNK].toarray().astype(np.float32)).to(device), present)
-        for i in range(0, max(X.shape[0], 1), CHUNK)  # no bulk at all still has its shapes
-    ]
-    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+    rng = np.random.default_rng(0)
+    at = np.flatnonzero(present)
+    halves = [np.isin(np.arange(len(present)), rng.permutation(at)[::2]) for _ in range(n_halves)]
+    whole, *halves = (torch.from_numpy(p).to(device) for p in (present, *halves))
+    parts = []
+    for i in range(0, max(X.shape[0], 1), CHUNK):  # no bulk at all still has its shapes
+        bulk = torch.from_numpy(X[i : i + CHUNK].toarray().astype(np.float32)).to(device)
+        # The sum's floor: of a thin bulk, half of the genes may hold no count at all.
+        mu, var, pi = encoder(bulk, whole)
+        again = [encoder(bulk + 1e-9, half)[2] for half in halves]
+        square = [(other - pi) ** 2 for other in again]
+        sd = torch.stack(square).mean(dim=0).sqrt() if square else torch.full_like(pi, torch.nan)
+        parts.append((mu, var, pi, sd))
+    mu, var, pi, sd = (torch.cat(p) for p in zip(*parts, strict=True))
+    return mu, var, pi, sd if n_halves else None
+
+
+def bulk_fit(bulk, expected, present):
+    """How far a bulk is what the reference's cell types add up to; two readings of it.
+
+    Args:
+        bulk: (S, G), counts, TPM or CPM. expected: (S, G), the sum that the predicted proportions
+            make. present: bool (G), genes that the bulk has.
+
+    Returns:
+        ``(correlation, unexplained)``, each (S): Pearson correlation of log2(CPM + 10) over genes
+        above 30 CPM in either; and the share of these genes that lie far above what is expected
+        (three robust standard deviations of the log-ratio) less the share far below. A platform
+        moves genes both ways, a cell type that the reference lacks only up.
+    """
+    logs = []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for part in (bulk, expected):
+            part = part[:, present]
+            logs.append(np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + 10))
+    correlation, unexplained = np.full(len(bulk), np.nan), np.full(len(bulk), np.nan)
+    for i, (b, e) in enumerate(zip(*logs, strict=True)):
+        on = (b > np.log2(40)) | (e > np.log2(40))
+        if on.sum() < 10:  # too few to say anything of
+            continue
+        ratio = b[on] - e[on]
+        ratio = ratio - np.median(ratio)
+        width = 3 * 1.4826 * np.median(np.abs(ratio))
+        unexplained[i] = np.mean(ratio > width) - np.mean(ratio < -width)
+        correlation[i] = np.corrcoef(b[on], e[on])[0, 1]
+    return correlation, unexplained
+
+
+def misfit(correlation, unexplained, usual):
+    """Standard deviations (S) by which the worse of the two readings is worse than usual.
+
+    usual: mean and standard deviation of each on pseudobulks, as train_encoder.py saved them.
+    """
+    (c_mean, c_sd), (u_mean, u_sd) = usual["correlation"], usual["unexplained"]
+    return np.maximum((c_mean - correlation) / c_sd, (unexplained - u_mean) / u_sd)
+
+
+def calibration(bulk, expected, present):
+    """Logarithm of the factors (S, G) float32 that turn the expected sum into the bulk.
+
+        ln f_g = ln( (p_g + 1e-6) / (q_g + 1e-6) ), kept within ± ln 10; 0 for genes not in the bulk
+
+    p, q: fractions of bulk and expected sum (S, G). One count per million added to both shrinks the
+    factors of genes that are hardly there.
+    """
+    p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
+    p, q = (part / part.sum(axis=1, keepdims=True) + 1e-6 for part in (p, q))
+    return np.where(present, np.clip(np.log(p / q), -np.log(10), np.log(10)), 0).astype(np.float32)
+
+
+def sum_agreement(bulk, counts, sample, present):
+    """Pearson correlation (S) of log2(CPM + 1), each bulk against the sum of its cells.
+
+    bulk (S, G); counts (N x G) CSR; sample (N): which bulk each cell is of; present bool (G).
+    """
+    at = (sample, np.arange(len(sample)))
+    member = sp.csr_matrix((np.ones(len(sample)), at), (len(bulk), len(sample)))
+
+    def log_cpm(part):
+        part = part[:, present]
+        return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + 1)
+
+    with np.errstate(invalid="ignore", divide="ignore"):  # a sample without cells reads nan
+        pairs = zip(log_cpm(bulk), log_cpm((member @ counts).toarray()), strict=True)
+        return np.array([np.corrcoef(b, made)[0, 1] for b, made in pairs])
 
 
 @torch.inference_mode()
-def decode_cells(decoder, mu, var, codes, generator, progress=False):
+def decode_cells(decoder, mu, var, codes, generator, progress=False, log_factor=None, sample=None):
     """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
         mu, var: (N, D). codes: cell type of each cell (N). generator: on their device.
+        log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (N).
 
     Returns:
         ``(X, z)``: counts (N x G) CSR int32 and latents (N, D) float32.
@@ -97,7 +192,8 @@ def decode_cells(decoder, mu, var, codes, generator, progress=False):
         m, v, k = (t[i : i + CHUNK] for t in (mu, var, codes))
         z = decoder.sample_latent(m, v, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
-        counts = decoder.sample(z, library, generator)  # (B, G)
+        factor = None if log_factor is None else log_factor[sample[i : i + CHUNK]]  # (B, G)
+        counts = decoder.sample(z, library, generator, factor)  # (B, G)
         blocks.append(to_csr(counts))
         latents.append(z.cpu().numpy())
     n_genes, n_latent = decoder.config["n_genes"], mu.shape[1]
@@ -111,16 +207,12 @@ def to_csr(counts):
     return sp.csr_matrix(counts.cpu().numpy().astype(np.int32))
 
 
-def find_bulks(cfg, genes, gene_ids, rng):
-    """The bulks to generate from, in the encoder's gene order; gene_ids as for read_bulk.
+def batch_reference(cfg, genes, rng):
+    """Bulks of --batch-size reference cells each, in the order of ``genes`` (G); one cell each.
 
     Returns:
-        ``(X, present, samples, per_sample)``: CSR (S x G), genes the data has (G), sample names,
-        and cells to generate for each.
+        ``(X, present, samples)``: CSR (S x G), genes the data has (G), names of the bulks.
     """
-    if cfg.bulk is not None:
-        X, present, samples = read_bulk(cfg.bulk, genes, gene_ids)
-        return X, present, samples, cfg.n_cells
     cells = load_cells(cfg, need_labels=False)
     X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
     if cfg.batch_size > cells.n_obs:
@@ -130,7 +222,7 @@ def find_bulks(cfg, genes, gene_ids, rng):
         )
     bulk, _ = batch_bulks(X, cfg.batch_size, cfg.n_cells, rng)
     print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
-    return sp.csr_matrix(bulk), present, [f"batch_{i}" for i in range(cfg.n_cells)], 1
+    return sp.csr_matrix(bulk), present, [f"batch_{i}" for i in range(cfg.n_cells)]
 
 
 def main(cfg):
@@ -145,23 +237,46 @@ def main(cfg):
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
     cell_types = decoder_card["cell_types"]
 
-    genes, gene_ids = encoder_card["genes"], encoder_card.get("gene_ids")  # older files have none
-    X, present, samples, per_sample = find_bulks(cfg, genes, gene_ids, rng)
-    empty = np.flatnonzero(library_size(X) == 0)
-    if len(empty):
-        raise InputError(
-            f"{cfg.bulk or cfg.data}: bulk {samples[empty[0]]} and {len(empty) - 1} others have no "
-            "counts in any gene of the model; expected bulks of this tissue"
-        )
-    mu, var, pi = encode_bulks(encoder, X, present, device)  # (S, K, D), (S, K, D), (S, K)
+    genes, where = encoder_card["genes"], cfg.bulk or cfg.data
+    if cfg.bulk is None:
+        X, present, samples = batch_reference(cfg, genes, rng)
+    else:
+        # All genes of the decoder, of which the encoder reads some: the others show how it fits.
+        all_genes = decoder_card["genes"]
+        whole, measured, samples = read_bulk(cfg.bulk, all_genes, decoder_card.get("gene_ids"))
+        X, _ = align_genes(whole, all_genes, genes, cfg.bulk, report=False)
+        present = measured[pd.Index(all_genes).get_indexer(genes)]
+        print(f"{cfg.bulk}: {present.sum():,} of the {len(genes):,} genes the Bulk Encoder reads")
+    check_filled(X, samples, where)
+    n_halves = 0 if cfg.bulk is None else 20
+    mu, var, pi, sd = encode_bulks(encoder, X, present, device, n_halves)  # (S, K, D), ..., (S, K)
 
+    log_factor = None
+    if cfg.bulk is not None:
+        whole = whole.toarray()  # (S, G)
+        expected = (pi @ decoder.type_means()).cpu().numpy()  # (S, G)
+        fit = pd.DataFrame(index=samples)
+        fit["correlation"], fit["unexplained"] = bulk_fit(whole, expected, measured)
+        usual = encoder_card.get("fit")
+        fit["misfit"] = misfit(fit["correlation"], fit["unexplained"], usual) if usual else np.nan
+        if cfg.calibrate:
+            log_factor = torch.from_numpy(calibration(whole, expected, measured)).to(device)
+
+    per_sample = 1 if cfg.bulk is None else cfg.n_cells
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sample = torch.arange(len(samples), device=device).repeat_interleave(per_sample)  # (N,)
     codes = draw_types(pi, per_sample, generator)  # (N,)
     counts, latent = decode_cells(
-        decoder, mu[sample, codes], var[sample, codes], codes, generator, progress=True
+        decoder,
+        mu[sample, codes],
+        var[sample, codes],
+        codes,
+        generator,
+        progress=True,
+        log_factor=log_factor,
+        sample=sample,
     )
-    pi, codes, sample = pi.cpu().numpy(), codes.cpu().numpy(), sample.cpu().numpy()
+    pi, codes, sample = (t.cpu().numpy() for t in (pi, codes, sample))
 
     obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
     obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
@@ -173,6 +288,12 @@ def main(cfg):
     generated.uns["samples"] = np.array(samples, dtype=object)
     generated.uns["cell_types"] = np.array(cell_types, dtype=object)
     generated.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
+    if cfg.bulk is not None:
+        sd = sd.cpu().numpy()
+        fit["agreement"] = sum_agreement(whole, counts, sample, measured)
+        generated.uns["proportions_sd"] = sd
+        generated.uns["fit"] = fit
+        generated.obs["misfit"] = fit["misfit"].to_numpy()[sample]
     write_whole(cfg.out, lambda path: generated.write_h5ad(path, compression="gzip"))
 
     table = pd.DataFrame(
@@ -183,10 +304,51 @@ def main(cfg):
         index=cell_types,
     )
     print(table.to_string(float_format="{:.3f}".format))
+    if cfg.bulk is not None:  # without it every cell has a bulk of its own: no table to read
+        folder = cfg.out.parent
+        proportions = proportion_table(samples, cell_types, pi, sd, fit)
+        write_whole(folder / "proportions.csv", lambda path: proportions.to_csv(path, index=False))
+        write_proportions(folder / "proportions.png", pi, samples, cell_types)
+        shown = min(len(fit), 20)
+        print(f"fit of {'the samples' if shown == len(fit) else f'the first {shown} samples'}:")
+        print(fit.head(shown).to_string(float_format="{:.3f}".format))
+        strange = fit.index[fit["misfit"] > MISFIT]
+        if len(strange):
+            print(
+                f"warning: {cfg.bulk}: {len(strange)} of {len(fit)} samples ({some(strange)}) are "
+                f"not what the reference's cell types add up to (misfit above {MISFIT}): another "
+                "tissue, or a cell type that the reference lacks",
+                file=sys.stderr,
+            )
+        print(f"wrote proportions.csv and proportions.png to {folder}")
     print(
         f"wrote {cfg.out}: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes from "
         f"{len(samples):,} bulks"
     )
+
+
+def check_filled(X, samples, where):
+    """Every bulk must have counts in some gene of the model.
+
+    X: CSR (S x G). samples: their names (S). where: what the message names.
+    """
+    empty = np.flatnonzero(library_size(X) == 0)
+    if len(empty):
+        raise InputError(
+            f"{where}: bulk {samples[empty[0]]} and {len(empty) - 1} others have no counts in any "
+            "gene of the model; expected bulks of this tissue"
+        )
+
+
+def proportion_table(samples, cell_types, pi, sd, fit):
+    """One row per bulk: ``sample``, pi of each type, ``sd <type>``, then the columns of ``fit``.
+
+    pi, sd (S, K); fit: data frame (S rows).
+    """
+    names = [*cell_types, *(f"sd {name}" for name in cell_types)]
+    values = pd.DataFrame(np.hstack([pi, sd]), columns=names)
+    samples = pd.Series(samples, name="sample")
+    return pd.concat([samples, values, fit.reset_index(drop=True)], axis=1)
 
 
 def draw_types(pi, per_sample, generator):

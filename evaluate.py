@@ -3,15 +3,21 @@
     python evaluate.py
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
+    python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
 
 Every figure is read on cells that no training has seen. Columns of the table:
 
 - bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
+- calibrated: the same with bulk2sc.py --calibrate, to the sum of the held-out cells
 - other real cells: training cells in the place of generated ones
 - unseen real cells: the half of the training cells that the figures' space was not fitted on
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
 - scVI: if scvi-tools is installed, trained here
+
+Predicted proportions have a table of their own beside NNLS, non-negative least squares: on
+pseudobulks of held-out cells, the same after a simulated change of platform, and real bulks whose
+proportions were measured.
 
 Writes evaluation.csv (with every cell type on its own as well) and evaluation.png to --weights.
 """
@@ -33,21 +39,33 @@ import torch
 from tqdm import trange
 
 import train_decoder
-from bulk2sc import decode_cells, encode_bulks
+from bulk2sc import (
+    calibration,
+    check_filled,
+    decode_cells,
+    draw_types,
+    encode_bulks,
+    sum_agreement,
+)
 from data import (
     DatasetSettings,
     InputError,
     align_genes,
     apply_split,
     choose_genes,
+    clean_label,
     codes_of,
     draw_pseudobulks,
     flag,
     library_size,
     load_cells,
     mean_counts,
+    natural_order,
+    read_bulk,
     read_counts,
+    read_table,
     run_script,
+    some,
     split_cells,
     write_whole,
 )
@@ -77,10 +95,16 @@ BEST = {  # every figure, in the order of the table, and its value for perfect c
     "marker fraction error": 0,
     "fold-change correlation": 1,
     "nearest neighbour trained on, excess": 0,
-    "proportions RMSE": 0,
-    "proportions CCC": 1,
+    "sum of cells against bulk, Pearson": 1,
+} | {
+    f"proportions {measure}{where}": best
+    for where in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
+    for measure, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
+    if measure != "Pearson" or where == ", real bulk"
 }
 N_MARKERS = 20  # per cell type
+BULKS_PER_PLATFORM = 20  # of those under a simulated shift
+SHIFT_DEPTH = 2e5  # their counts
 
 
 @dataclass
@@ -97,6 +121,13 @@ class Settings(DatasetSettings):
     """Cells in each pseudobulk."""
     baselines: bool = True
     """Measure the baselines too; --no-baselines saves their training."""
+    bulk: Path | None = None
+    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
+    fractions: Path | None = None
+    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
+    lineages: Path | None = None
+    """What --fractions calls the cell types: a csv cell_type,lineage. Alone, it has the proportions
+    of pseudobulks measured over lineages too."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +136,14 @@ class Settings(DatasetSettings):
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if self.generated is not None and self.more_weights:
             raise InputError("--generated: one file of cells, expected no --more-weights with it")
+        needed = ("bulk", "fractions", "lineages")
+        missing = [flag(name) for name in needed if getattr(self, name) is None]
+        if missing and not (self.bulk is self.fractions is None):
+            given = " and ".join(flag(name) for name in needed if flag(name) not in missing)
+            raise InputError(
+                f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
+                "--lineages together"
+            )
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -480,16 +519,68 @@ def read_generated(path, cells, cell_types):
     return X, codes
 
 
-def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
+def calibrate_to(bulk, decoder, encoder, genes):
+    """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
+
+    genes: ``(decoder's, encoder's)``.
+    """
+    X, present = align_genes(bulk, *genes, "the encoder", report=False)
+    device = decoder.mu.device
+    _, _, pi, _ = encode_bulks(encoder, X, present, device)
+    expected = (pi @ decoder.type_means()).cpu().numpy()
+    factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
+    return torch.from_numpy(factor).to(device), pi
+
+
+def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10):
+    """Rows (method, figure, None, value): cells of held-out pseudobulks, added up again.
+
+    genes: ``(decoder's, encoder's)``. 1,000 cells for each of n pseudobulks of Dirichlet(1).
+    """
+    X, _ = align_genes(cells.X, cells.var_names, genes[0], "the decoder", report=False)
+    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
+    expected = np.zeros((n, len(decoder.mu)))
+    has_cells = np.unique(codes_test)
+    expected[:, has_cells] = rng.dirichlet(np.ones(len(has_cells)), n)
+    bulk, _ = draw_pseudobulks(X_test, codes_test, expected, np.full(n, cfg.cells_per_bulk), rng)
+    factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, encoder, genes)
+    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    k = draw_types(pi, 1000, generator)
+    sample = torch.arange(n, device=k.device).repeat_interleave(1000)
+    rows = []
+    for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
+        made, _ = decode_cells(
+            decoder,
+            decoder.mu[k],
+            decoder.var[k],
+            k,
+            generator,
+            log_factor=log_factor,
+            sample=sample,
+        )
+        agreement = sum_agreement(bulk, made, sample.cpu().numpy(), np.ones(bulk.shape[1], bool))
+        rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
+    return rows
+
+
+def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, weights, cfg, rng):
     """Rows (method, figure, type code or None, value) of every method of the table."""
     test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
     wanted = codes[test]
     figures = CellFigures(cells, held_out, codes)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
 
-    def from_decoder(decoder):
+    def from_decoder(decoder, log_factor=None):
         k = torch.as_tensor(wanted, device=decoder.mu.device)
-        X, _ = decode_cells(decoder, decoder.mu[k], decoder.var[k], k, generator)
+        X, _ = decode_cells(
+            decoder,
+            decoder.mu[k],
+            decoder.var[k],
+            k,
+            generator,
+            log_factor=log_factor,
+            sample=torch.zeros_like(k),
+        )
         X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
         return X, wanted
 
@@ -524,6 +615,17 @@ def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
         chosen = draw_real(codes, wanted, train, rng)
         return cells.X[chosen], codes[chosen]
 
+    if cfg.generated is None:
+        genes = card["genes"], encoder_card["genes"]
+        bulk, _ = align_genes(
+            sp.csr_matrix(cells.X[test].sum(axis=0)),
+            cells.var_names,
+            genes[0],
+            "the decoder",
+            False,
+        )
+        log_factor, _ = calibrate_to(bulk, decoder, encoder, genes)
+        methods["calibrated"] = lambda: from_decoder(decoder, log_factor)
     methods["other real cells"] = real_cells
     if cfg.baselines:
         methods["cell-type NB"] = lambda: (
@@ -551,34 +653,222 @@ def measure_cells(cells, codes, held_out, decoder, card, weights, cfg, rng):
     return rows
 
 
-def measure_proportions(cells, codes, n_types, held_out, encoder, genes, cfg, rng):
-    """Rows (method, figure, None, value) on pseudobulks of held-out cells, NNLS on the same genes.
+# --------------------------------------------------------------------------------- proportions
 
-    genes: names of the encoder's genes.
+
+def read_rows(path):
+    """A csv as text under the names of its first line; a line with more fields is an error."""
+    table = read_table(path, header=None, encoding="utf-8-sig")
+    rows = table.iloc[1:].set_axis([str(name).strip() for name in table.iloc[0]], axis=1)
+    return rows[(rows != "").any(axis=1)]  # spreadsheets leave lines of commas
+
+
+def read_lineages(path, cell_types):
+    """Lineage of each cell type (K) by a csv cell_type,lineage; None where it has none.
+
+    Names are cleaned as labels are. Types left out are reported.
+
+    Raises:
+        InputError: unreadable, other columns, a type with two lineages, no type of the model, or
+            fewer than two lineages.
     """
+    table = read_rows(path)
+    if sorted(table.columns) != ["cell_type", "lineage"]:
+        found = some(table.columns)
+        raise InputError(f"{path}: found the columns {found}, expected cell_type and lineage")
+    table = table.map(clean_label).dropna(subset="cell_type").drop_duplicates()
+    twice = table["cell_type"][table["cell_type"].duplicated()]
+    if len(twice):
+        raise InputError(f"{path}: cell types with two different lineages ({some(twice)})")
+    given = dict(zip(table["cell_type"], table["lineage"], strict=True))
+    unknown = [name for name in given if name not in cell_types]
+    if len(unknown) == len(given):
+        raise InputError(
+            f"{path}: none of its {len(given)} cell types ({some(given)}) is one of the model's "
+            f"({some(cell_types)})"
+        )
+    if unknown:
+        print(f"{path}: {len(unknown)} cell types that the model does not know ({some(unknown)})")
+    lineage_of = [given.get(name) for name in cell_types]
+    left_out = [name for name, own in zip(cell_types, lineage_of, strict=True) if own is None]
+    if left_out:
+        print(f"{path}: {len(left_out)} cell types without a lineage left out ({some(left_out)})")
+    if len(lineages := lineages_in(lineage_of)) < 2:
+        raise InputError(f"{path}: found {len(lineages)} lineages, expected two or more")
+    return lineage_of
+
+
+def lineages_in(lineage_of):
+    """Names of the lineages (L) of :func:`read_lineages`, in natural order."""
+    return natural_order(own for own in lineage_of if own is not None)
+
+
+def read_fractions(path, lineages, lineage_file):
+    """Measured fractions (samples x lineages) of a csv: first column sample, then lineages.
+
+    They may be of any scale, percentages too, as only ratios within a sample are used. Columns that
+    are none of the lineages are left out and reported.
+
+    Raises:
+        InputError: unreadable, a lineage or a name is missing or there twice, a value is no number
+            of 0 or more, or a sample has nothing of these lineages.
+    """
+    table = read_rows(path)
+    samples, table = table.iloc[:, 0].astype(str).str.strip(), table.iloc[:, 1:]
+    missing = [name for name in lineages if name not in table]
+    if missing:
+        raise InputError(
+            f"{path}: has no column {some(missing)}, which {lineage_file} names as lineage; found "
+            f"{some(table.columns, 8)}"
+        )
+    for what, names in (("columns", table.columns), ("samples", pd.Index(samples))):
+        if names.has_duplicates:
+            raise InputError(f"{path}: {what} there twice ({some(names[names.duplicated()])})")
+    left_out = [name for name in table if name not in lineages]
+    if left_out:
+        print(f"{path}: {len(left_out)} columns that are no lineage left out ({some(left_out)})")
+    text = table[lineages].set_axis(samples)
+    values = text.apply(pd.to_numeric, errors="coerce").astype(float)
+    wrong = ~(np.isfinite(values) & (values >= 0)).to_numpy()
+    if wrong.any():
+        i, j = (int(at[0]) for at in np.nonzero(wrong))
+        raise InputError(
+            f"{path}: found {text.iat[i, j]!r} (sample {values.index[i]}, {lineages[j]}), expected "
+            "a number, 0 or more"
+        )
+    empty = values.index[values.sum(axis=1) == 0]
+    if len(empty):
+        raise InputError(
+            f"{path}: {len(empty)} samples ({some(empty)}) have nothing of {some(lineages, 8)}"
+        )
+    return values
+
+
+def to_lineages(proportions, names, lineages):
+    """Proportions (S x K) summed to lineages and renormalised over these (S x L).
+
+    names: lineage of each column (K), None or another name where it is left out. A row that has
+    nothing of any lineage becomes even.
+    """
+    member = np.array([[name == lineage for lineage in lineages] for name in names], float)
+    summed = proportions @ member
+    total = summed.sum(axis=1, keepdims=True)
+    return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))
+
+
+def shift_platform(bulk, rng):
+    """Expected counts of bulks (S x G) as other platforms or donors would measure them.
+
+    Each 20 bulks in turn share a platform: factors exp(0.6 t) of genes, t of Student's t with 4
+    degrees of freedom, the logarithm cut at ±4; and a tenth of the genes, drawn anew for each
+    platform, is lost: it reads 0 and no one is told. Rows sum to 200,000; Poisson noise is left to
+    the caller. The Bulk Encoder trains on another model of noise, log-normal, with a sd of each
+    bulk's own and no gene lost, and without a platform that bulks share.
+    """
+    n_platforms, n_genes = -(-len(bulk) // BULKS_PER_PLATFORM), bulk.shape[1]
+    t = rng.standard_t(4, (n_platforms, n_genes))
+    factors = np.exp(np.clip(0.6 * t, -4, 4))
+    factors[rng.random(factors.shape).argsort(axis=1) < round(0.1 * n_genes)] = 0
+    shifted = bulk * factors.repeat(BULKS_PER_PLATFORM, axis=0)[: len(bulk)]
+    return shifted / shifted.sum(axis=1, keepdims=True) * SHIFT_DEPTH
+
+
+def proportion_figures(true, predicted, where):
+    """dict: name of figure -> value, over all entries; true, predicted (S, K or L).
+
+    where: the end of the names, as in ``BEST``.
+    """
+    error = predicted - true
+    values = {
+        "RMSE": np.sqrt(np.mean(error**2)),
+        "CCC": concordance(true, predicted),
+        "MAE": np.abs(error).mean(),
+    }
+    return {f"proportions {measure}{where}": value for measure, value in values.items()}
+
+
+def predict_proportions(encoder, bulk, present, profiles):
+    """Proportions (S x K) of bulks (S x G) by each method, all on the genes that are present (G).
+
+    profiles: mean counts of training cells (K x G). Returns a dict: method -> array.
+    """
+    _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
+    return {
+        "bulk2sc": pi.cpu().numpy(),
+        "NNLS": nnls_proportions(bulk[:, present], profiles[:, present]),
+    }
+
+
+def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, rng):
+    """Rows (method, figure, None, value) on pseudobulks of held-out cells, plain and shifted.
+
+    card: the encoder's. lineage_of: of each type (K), or None.
+    """
+    genes, n_types = card["genes"], len(card["cell_types"])
     X, present = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
     X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
     profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], n_types)
     # A type of which no cell is held out cannot be in a held-out bulk.
     has_cells = np.isin(np.arange(n_types), codes_test)
     rows = []
-    for _ in range(cfg.n_draws):
+    for where in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
         expected = np.zeros((cfg.n_pseudobulks, n_types))
         expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
         bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)
-        _, _, pi = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
-        for method, predicted in (
-            ("bulk2sc", pi.cpu().numpy()),
-            ("NNLS", nnls_proportions(bulk, profiles)),
-        ):
-            rmse = np.sqrt(np.mean((predicted - true) ** 2))
-            rows += [(method, "proportions RMSE", None, rmse)]
-            rows += [(method, "proportions CCC", None, concordance(true, predicted))]
+        if where:
+            bulk = rng.poisson(shift_platform(bulk, rng))
+        for method, predicted in predict_proportions(encoder, bulk, present, profiles).items():
+            figures = proportion_figures(true, predicted, where)
+            if lineage_of is not None:
+                lineages = lineages_in(lineage_of)
+                told = true[:, [own is not None for own in lineage_of]].any(axis=1)
+                pair = (to_lineages(p[told], lineage_of, lineages) for p in (true, predicted))
+                figures |= proportion_figures(*pair, f"{where}, lineages")
+            rows += [(method, figure, None, value) for figure, value in figures.items()]
     return rows
 
 
+def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractions, cfg):
+    """Rows (method, figure, None, value) on the real bulks of --bulk; nothing is drawn.
+
+    card: the encoder's. lineage_of: of each type (K). fractions: of :func:`read_fractions`.
+
+    Raises:
+        InputError: as :func:`data.read_bulk`; or no sample is in both files.
+    """
+    genes, lineages = card["genes"], list(fractions.columns)
+    bulk, present, samples = read_bulk(cfg.bulk, genes, card.get("gene_ids"))
+    at = fractions.index.get_indexer([str(name).strip() for name in samples])
+    if (at < 0).all():
+        raise InputError(
+            f"{cfg.fractions}: none of its samples ({some(fractions.index)}) is in {cfg.bulk} "
+            f"({some(samples)})"
+        )
+    n = np.sum(at >= 0)
+    print(
+        f"{cfg.bulk}: {n} samples with measured fractions, {len(samples) - n} without; "
+        f"{len(fractions) - n} of {cfg.fractions} are not in it"
+    )
+    bulk = bulk[np.flatnonzero(at >= 0)]
+    check_filled(bulk, [name for name, i in zip(samples, at, strict=True) if i >= 0], cfg.bulk)
+    X, _ = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
+    profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], len(lineage_of))
+    true = to_lineages(fractions.to_numpy()[at[at >= 0]], lineages, lineages)
+    rows = []
+    for method, pi in predict_proportions(encoder, bulk.toarray(), present, profiles).items():
+        predicted = to_lineages(pi, lineage_of, lineages)
+        figures = proportion_figures(true, predicted, ", real bulk")
+        correlation = np.corrcoef(true.ravel(), predicted.ravel())[0, 1]
+        figures["proportions Pearson, real bulk"] = correlation
+        rows += [(method, figure, None, value) for figure, value in figures.items()]
+    return rows
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
 def load_weights(weights, cells, cell_types, device):
-    """Both models of a folder, checked against the data and each other, and the split (N)."""
+    """Both models of a folder and their cards, checked against the data, and the split (N)."""
     decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
@@ -588,7 +878,7 @@ def load_weights(weights, cells, cell_types, device):
     held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
     if held_out.sum() < 2:
         raise InputError(f"{decoder_file}: no cells were held out, so nothing can be measured")
-    return decoder, decoder_card, encoder, encoder_card["genes"], held_out
+    return decoder, decoder_card, encoder, encoder_card, held_out
 
 
 def summarise(table, n_weights):
@@ -612,18 +902,51 @@ def summarise(table, n_weights):
     return table.rename(columns={"count": "n"}).reset_index(drop=True)
 
 
+def shown(table):
+    """A table of mean ± std as it is printed: figures with their best values x methods.
+
+    table: of :func:`summarise`, figures of all cell types together.
+    """
+    text = [
+        f"{m:.4f}" + ("" if np.isnan(s) else f" ± {s:.4f}")
+        for m, s in zip(table["mean"], table["std"], strict=True)
+    ]
+    wide = table.assign(text=text).pivot(index="figure", columns="method", values="text")
+    figures = [f for f in BEST if f in wide.index]
+    wide = wide.loc[figures, list(dict.fromkeys(table["method"]))].fillna("")
+    wide.index = [f"{f} ({BEST[f]:g})" for f in figures]
+    return wide.to_string()
+
+
 def main(cfg):
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
+    lineage_of = fractions = None
+    if cfg.lineages is not None:
+        lineage_of = read_lineages(cfg.lineages, cell_types)
+    if cfg.fractions is not None:
+        fractions = read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
     folders = [cfg.weights, *cfg.more_weights]
     loaded = [load_weights(folder, cells, cell_types, device) for folder in folders]
     rows = []
-    for folder, (decoder, card, encoder, genes, held_out) in zip(folders, loaded, strict=True):
+    for folder, models in zip(folders, loaded, strict=True):
+        decoder, card, encoder, encoder_card, held_out = models
+        measured = []
+        if cfg.bulk is not None:  # first, so that a file that cannot be used is found in seconds
+            measured += measure_real_bulk(
+                cells, codes, held_out, encoder, encoder_card, lineage_of, fractions, cfg
+            )
         rng = seed_everything(cfg.seed)
-        measured = measure_cells(cells, codes, held_out, decoder, card, folder, cfg, rng)
+        measured += measure_cells(
+            cells, codes, held_out, decoder, card, encoder, encoder_card, folder, cfg, rng
+        )
+        if cfg.generated is None:
+            genes = card["genes"], encoder_card["genes"]
+            for _ in range(cfg.n_draws):
+                measured += measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng)
         measured += measure_proportions(
-            cells, codes, len(cell_types), held_out, encoder, genes, cfg, rng
+            cells, codes, held_out, encoder, encoder_card, lineage_of, cfg, rng
         )
         rows += [(str(folder), *row) for row in measured]
     table = pd.DataFrame(rows, columns=["weights", "method", "figure", "cell_type", "value"])
@@ -633,22 +956,14 @@ def main(cfg):
     overall = table[table["cell_type"] == ""]
     write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
     write_evaluation(cfg.weights / "evaluation.png", overall)
-    overall = overall.assign(
-        shown=[
-            f"{m:.4f}" + ("" if np.isnan(s) else f" ± {s:.4f}")
-            for m, s in zip(overall["mean"], overall["std"], strict=True)
-        ]
-    )
-    methods = list(dict.fromkeys(overall["method"]))
-    wide = overall.pivot(index="figure", columns="method", values="shown")
-    figures = [f for f in BEST if f in wide.index]
-    wide = wide.loc[figures, methods].fillna("")
-    wide.index = [f"{f} ({BEST[f]:g})" for f in figures]
     print(
         "figure (best value), mean ± std over "
         + (f"{len(folders)} trainings" if len(folders) > 1 else f"{cfg.n_draws} draws")
     )
-    print(wide.to_string())
+    of_proportions = overall["figure"].str.startswith("proportions")
+    print(shown(overall[~of_proportions]))
+    print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, beside least squares")
+    print(shown(overall[of_proportions]))
     if cfg.baselines and not importlib.util.find_spec("scvi"):
         print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
     n_cells = ", ".join(str(entry[-1].sum()) for entry in loaded)

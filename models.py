@@ -227,15 +227,20 @@ class CountDecoder(nn.Module):
         """Dispersion of each gene (G), positive; variance = mean + mean² / theta."""
         return self.log_theta.exp()
 
-    def forward(self, z, library):
-        """Returns mean (B, G), and dropout logits (B, G) for ``zinb``, else None."""
+    def forward(self, z, library, log_factor=None):
+        """Returns mean (B, G), and dropout logits (B, G) for ``zinb``, else None.
+
+        log_factor: (B, G), added to the logarithm of each gene's mean, before the genes of a cell
+        are scaled to its library size.
+        """
         h = self.hidden(z)  # (B, H)
+        log_factor = 0.0 if log_factor is None else log_factor
         if self.likelihood == "mse_l1":
-            return F.relu(self.out(h)), None
+            return F.relu(self.out(h)) * torch.as_tensor(log_factor).exp(), None
         # A cell without counts in these genes, or a softmax that underflows, must not read as
         # mean 0, which makes any count impossible.
-        mean = library[:, None].clamp(min=1.0) * torch.softmax(self.out(h), dim=-1)  # (B, G)
-        mean = mean.clamp(min=1e-10)
+        mean = library[:, None].clamp(min=1.0) * torch.softmax(self.out(h) + log_factor, dim=-1)
+        mean = mean.clamp(min=1e-10)  # (B, G)
         return mean, self.dropout_logits(h) if self.likelihood == "zinb" else None
 
     def loss(self, x, z, library):
@@ -251,9 +256,9 @@ class CountDecoder(nn.Module):
             return -zinb_log_prob(x, mean, self.theta, dropout_logits).sum(dim=1)
         return ((x - mean) ** 2 + (x - mean).abs()).sum(dim=1)
 
-    def sample(self, z, library, generator=None):
+    def sample(self, z, library, generator=None, log_factor=None):
         """Draw whole-number counts (B, G); ``mse_l1`` has no distribution and is rounded."""
-        mean, dropout_logits = self(z, library)
+        mean, dropout_logits = self(z, library, log_factor)
         if self.likelihood == "nb":
             return sample_nb(mean, self.theta, generator)
         if self.likelihood == "zinb":
@@ -432,6 +437,20 @@ class scDecoder(CountDecoder):
         low = u.floor().clamp(max=n - 1).long()
         a, b = self.log_library[codes, low], self.log_library[codes, low + 1]
         return torch.exp(a + (u - low) * (b - a))
+
+    @torch.no_grad()
+    def type_means(self, n=500, seed=0):
+        """Expected counts of a cell of each type (K, G): means over n draws of z and library."""
+        generator = torch.Generator(self.mu.device).manual_seed(seed)
+        means = []
+        for k in range(len(self.mu)):
+            codes = torch.full((n,), k, device=self.mu.device)
+            z = self.sample_latent(self.mu[codes], self.var[codes], codes, generator)
+            mean, dropout_logits = self(z, self.sample_library(codes, generator))  # (n, G)
+            if dropout_logits is not None:
+                mean = mean * torch.sigmoid(-dropout_logits)
+            means.append(mean.mean(dim=0))
+        return torch.stack(means)
 
 
 class BulkEncoder(nn.Module):

@@ -2,7 +2,21 @@
 
 import csv
 
+import numpy as np
+
 from data import write_whole
+
+# Seven colours of Okabe and Ito, then each the one furthest (in Oklab) from white and from all
+# before it, as seen by the one who needs it most: full colour vision, protanopia or deuteranopia
+# (Machado et al., IEEE TVCG 2009). The last is still 0.05 from any other; black to white is 1.
+TYPE_COLORS = [
+    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4B1E00"),
+    *("#000087", "#873C4B", "#0000FF", "#C3D2B4", "#5A87FF", "#003CB4", "#4B004B", "#B4D2FF"),
+    *("#B43C00", "#A5B487", "#4B3C78", "#691E3C", "#964B87", "#0F69F0", "#782D00", "#E1C369"),
+    *("#965A5A", "#78FF96", "#69C3C3", "#F05A69", "#E100C3", "#0087D2", "#D2E1E1", "#1E963C"),
+    *("#4B0F2D", "#1EA5FF", "#1E00A5", "#2D2D69", "#966987", "#4B4B96", "#5A692D", "#E1965A"),
+]
+MOST_NAMED = 60  # samples in a picture; of more, names would be too small or the picture too tall
 
 
 def write_losses(stem, rows):
@@ -104,6 +118,71 @@ def write_evaluation(path, table):
         for axis in axes.flat[len(figures) :]:
             axis.set_visible(False)
         picture.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
+        picture.savefig(path, dpi=110)
+        plt.close(picture)
+
+    write_whole(path, write_png)
+
+
+def type_colors(cell_types):
+    """Colour of each cell type, the same in every picture of one model.
+
+    cell_types: all names of the model in its order (K). Beyond 40 types colours repeat.
+
+    Returns:
+        dict: name -> "#RRGGBB".
+    """
+    return {name: TYPE_COLORS[k % len(TYPE_COLORS)] for k, name in enumerate(cell_types)}
+
+
+def plain_text(name, longest=40):
+    """A name as matplotlib shows it letter by letter, cut if it is very long."""
+    name = str(name)
+    name = name if len(name) <= longest else name[: longest - 1] + "…"
+    return name.replace("$", r"\$")  # between two of them stands a formula
+
+
+def write_proportions(path, proportions, samples, cell_types):
+    """Write cell-type proportions as stacked bars, one for each bulk sample, the first on top.
+
+    Args:
+        path: of the .png.
+        proportions: (S, K), rows summing to 1. samples: names (S). cell_types: names (K).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    n, names, types = len(samples), map(plain_text, samples), map(plain_text, cell_types)
+    names, types = list(names), list(types)
+    named = n <= MOST_NAMED
+    height = max(0.9 + 0.22 * n if named else 9, 0.6 + 0.2 * len(types))
+    letters = max(map(len, types)) + (max(map(len, names)) if named else 0)
+    ends, rows = np.cumsum(proportions, axis=1), np.arange(1, n + 1)
+    colors, sideways = type_colors(cell_types).values(), {"orientation": "horizontal"}
+
+    def write_png(path):
+        picture, axis = plt.subplots(figsize=(6 + 0.08 * letters, height), layout="constrained")
+        for k, color in enumerate(colors):
+            start = ends[:, k] - proportions[:, k]
+            if named:
+                axis.barh(rows, proportions[:, k], left=start, color=color, height=0.8)
+            else:  # one outline for each type, so that thousands of samples draw at once
+                edges = np.arange(n + 1) + 0.5
+                axis.stairs(ends[:, k], edges, baseline=start, fill=True, color=color, **sideways)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(n + 0.5, 0.5)
+        axis.set_xlabel("predicted proportion")
+        if named:
+            axis.set_yticks(rows, names, fontsize=8)
+        else:
+            axis.set_ylabel(f"{n:,} bulk samples in the order of the file (too many for names)")
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        handles = [Patch(color=color) for color in colors]
+        picture.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
         picture.savefig(path, dpi=110)
         plt.close(picture)
 

@@ -168,6 +168,7 @@ def main(cfg):
         model,
         cfg,
         genes=genes,
+        gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
         held_out=list(cells.obs_names[held_out]),
         held_out_fraction=fraction,

@@ -11,8 +11,8 @@ import scipy.stats
 from sklearn.datasets import make_blobs
 
 import evaluate
-from conftest import assert_one_line_error, make_cells, run, run_inside
-from data import codes_of, split_cells
+from conftest import CELL_TYPES, assert_one_line_error, make_cells, run, run_inside
+from data import InputError, codes_of, load_cells, split_cells
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,104 @@ def test_concordance_and_nnls():
     assert evaluate.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
 
 
+def test_lineages_are_summed_and_renormalised():
+    proportions = np.array([[0.1, 0.2, 0.3, 0.4], [0.0, 0.5, 0.5, 0.0], [0, 0, 0, 1]])
+    read = evaluate.to_lineages(proportions, ["T", "B", "T", None], ["B", "T"])
+    assert read == pytest.approx(np.array([[1 / 3, 2 / 3], [0.5, 0.5], [0.5, 0.5]]))  # even: none
+    # Measured fractions go the same way: a column that is no lineage is left out.
+    read = evaluate.to_lineages(np.array([[30.0, 10, 99]]), ["T", "B", "Unknown"], ["B", "T"])
+    assert read == pytest.approx(np.array([[0.25, 0.75]]))
+
+
+def test_proportion_figures_of_perfect_wrong_and_permuted_predictions():
+    true = np.random.default_rng(0).dirichlet(np.ones(4), 50)
+    read = evaluate.proportion_figures(true, true, ", shift")
+    assert read == pytest.approx({
+        "proportions RMSE, shift": 0, "proportions CCC, shift": 1, "proportions MAE, shift": 0,
+    })  # fmt: skip
+    wrong = list(evaluate.proportion_figures(true, true[:, [1, 2, 3, 0]], "").values())
+    assert wrong[0] > 0.2 and wrong[1] < 0.3 and wrong[2] > 0.15
+    a, b = np.array([[0.2, 0.8]]), np.array([[0.5, 0.5]])
+    assert evaluate.proportion_figures(a, b, "")["proportions RMSE"] == pytest.approx(0.3)
+    a, b = np.array([[0.2, 0.8], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.5, 0.5]])
+    assert evaluate.proportion_figures(a, b, "")["proportions MAE"] == pytest.approx(0.2)
+
+
+def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes():
+    rng = np.random.default_rng(0)
+    bulk = rng.gamma(2.0, 100.0, (45, 1000))  # three platforms, the last of five bulks
+    shifted = evaluate.shift_platform(bulk, rng)
+    assert shifted.sum(axis=1) == pytest.approx(2e5)
+    ratio = shifted / bulk
+    platform = np.arange(45) // 20
+    for p in range(3):
+        own = ratio[platform == p]
+        lost = own[0] == 0
+        assert lost.sum() == 100
+        # Up to the depth of each bulk, a number of its own.
+        own = own[:, ~lost] / own[:, ~lost].mean(axis=1, keepdims=True)
+        assert own == pytest.approx(np.tile(own[0], (len(own), 1)))
+        assert ((ratio[platform == p] == 0) == lost).all()
+        spread = np.log(own[0])
+        assert 0.6 < spread.std() < 1.1  # 0.6 sqrt(2), Student's t with 4 degrees of freedom
+        assert np.ptp(spread) <= 8 + 1e-9
+    first, second = ratio[0], ratio[20]
+    assert ((first == 0) & (second == 0)).sum() < 40  # another tenth; about 10 are shared
+    both = (first > 0) & (second > 0)
+    assert abs(np.corrcoef(np.log(first[both]), np.log(second[both]))[0, 1]) < 0.15
+
+
+MAP = "cell_type,lineage\n"
+
+
+def test_lineage_file(tmp_path, capsys):
+    """Names are cleaned as labels are; what is left out, and what is unknown, is said."""
+    path = tmp_path / "map.csv"
+    path.write_text(
+        f"\ufeff{MAP} Natural killer  cells , NK\nMartian,T\n\nB cells,B\nB cells,B\nCD4,\n,\n",
+        encoding="utf-8",
+    )
+    assert evaluate.read_lineages(path, [*CELL_TYPES, "CD4"]) == ["B", None, "NK", None]
+    said = capsys.readouterr().out
+    assert "2 cell types without a lineage left out (CD4+/CD25 T, CD4)" in said
+    assert "1 cell types that the model does not know (Martian)" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("type,lineage\nB cells,B\n", "found the columns type, lineage, expected cell_type"),
+        (MAP + "B cells,B\nB cells,T\n", "two different lineages .B cells."),
+        (MAP + "Natural killer cells,NK\n", "none of its 1 cell types"),  # one blank of two
+        (MAP + "B cells,B\nCD4+/CD25 T,B\n", "found 1 lineages"),
+        (MAP + "T, helper,T\nB cells,B\n", "not a readable table"),
+        ("", "not a readable table"),
+    ],
+)
+def test_lineage_files_that_cannot_be_used(tmp_path, text, words):
+    (tmp_path / "map.csv").write_text(text)
+    with pytest.raises(InputError, match=f"map.csv: .*{words}"):
+        evaluate.read_lineages(tmp_path / "map.csv", CELL_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sample,B\ns1,0.5\n", "no column T, which map.csv names"),
+        ("sample,B,T\ns1,0.5,many\n", "found 'many' .sample s1, T."),
+        ("sample,B,T\ns1,0.5,\n", "found '' .sample s1, T."),
+        ("sample,B,T\ns1,0.5,0.5\ns2,-0.1,1\n", "found '-0.1' .sample s2, B."),
+        ("sample,B,T\ns1,0.5,0.5\ns1,0.1,1\n", "samples there twice .s1."),
+        ("sample,B,T,B\ns1,0.5,0.5,0.1\n", "columns there twice .B."),
+        ("sample,B,T,Unknown\ns1,0,0,1\n", "1 samples .s1. have nothing of B, T"),
+    ],
+)
+def test_fractions_that_cannot_be_used(tmp_path, text, words):
+    (tmp_path / "f.csv").write_text(text)
+    with pytest.raises(InputError, match=f"f.csv: .*{words}"):
+        evaluate.read_fractions(tmp_path / "f.csv", ["B", "T"], "map.csv")
+
+
 def test_cell_type_nb_has_the_moments_of_the_type():
     cells = make_cells((400, 300, 20))
     X, codes = cells.X, cells.obs["cell_type"].astype("category").cat.codes.to_numpy()
@@ -189,9 +287,11 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
         "bulk2sc", "other real cells", "unseen real cells", "cell-type NB", "published recipe",
         "NNLS",
     }  # fmt: skip
-    assert set(table["figure"]) == set(evaluate.BEST)
+    # Lineages and real bulks need files of their own.
+    figures = {f for f in evaluate.BEST if not f.endswith((", lineages", ", real bulk"))}
+    assert set(table["figure"]) == figures
     assert table["cell_type"].nunique() == 4  # three types, and all together
-    for figure in evaluate.BEST:
+    for figure in figures:
         assert figure in done.stdout
     assert matplotlib.image.imread(weights / "evaluation.png").std() > 0.01
     value = table[table["cell_type"] == ""].set_index(["method", "figure"])["mean"].astype(float)
@@ -229,3 +329,102 @@ def test_evaluate_refuses_what_is_not_generated_cells(trained, h5ad, tmp_path):
     strange.write_h5ad(tmp_path / "strange.h5ad")
     done = run_inside("evaluate.py", *where, "--generated", tmp_path / "strange.h5ad")
     assert_one_line_error(done, "strange.h5ad", "Martian")
+
+
+@pytest.mark.parametrize("given", ["bulk", "fractions", "bulk fractions", "bulk lineages",
+                                   "fractions lineages"])  # fmt: skip
+def test_bulk_fractions_and_lineages_go_together(given):
+    flags = [f"--{name}" for name in given.split()]
+    missing = {"--bulk", "--fractions", "--lineages"} - set(flags)
+    done = run_inside("evaluate.py", *(a for flag in flags for a in (flag, "file.csv")))
+    given = done.stderr.split(": found")[0]
+    assert_one_line_error(done, *(f"no {flag}" for flag in missing), "together")
+    assert all(flag in given for flag in flags)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Files of 12 bulks of known composition, the fractions of 11 of them and of another, a map.
+
+    Bulks are of another platform; fractions are in percent, beside a column that is no lineage.
+    """
+    cells, rng = make_cells(seed=0), np.random.default_rng(5)
+    is_b = (cells.obs["cell_type"] == CELL_TYPES[0]).to_numpy()
+    share = np.linspace(0, 1, 12)
+    profile = np.stack([cells.X[own].toarray().mean(axis=0) for own in (is_b, ~is_b)])
+    profile *= rng.lognormal(0, 0.2, profile.shape[1])
+    bulk = pd.DataFrame(
+        np.stack([share, 1 - share], axis=1) @ profile,
+        index=[f"donor {i}" for i in range(12)],
+        columns=cells.var_names,
+    )
+    bulk.iloc[:, 5:].T.to_csv(tmp_path / "bulk.csv")  # five of the model's genes are not there
+    fractions = pd.DataFrame({"T and NK": 70 * (1 - share), "Unknown": 30, "B": 70 * share})
+    fractions = fractions.set_axis(bulk.index).rename({"donor 3": "nobody"})
+    fractions.iloc[::-1].to_csv(tmp_path / "fractions.csv", index_label="sample")
+    names = [f" {CELL_TYPES[0]},B", f"{CELL_TYPES[1]},T and NK", f"{CELL_TYPES[2]} ,T and NK"]
+    (tmp_path / "map.csv").write_text(MAP + "\n".join(names) + "\n")
+    return [
+        *("--bulk", tmp_path / "bulk.csv", "--fractions", tmp_path / "fractions.csv"),
+        *("--lineages", tmp_path / "map.csv"),
+    ]
+
+
+def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured):
+    where = ["--data", h5ad, "--weights", weights, "--no-baselines"]
+    done = run_inside("evaluate.py", *where, "--n-draws", 2, "--n-pseudobulks", 25, *measured)
+    assert done.returncode == 0, done.stderr
+    assert "11 samples with measured fractions, 1 without; 1 of" in done.stdout
+    assert "columns that are no lineage left out (Unknown)" in done.stdout
+    table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
+    assert set(table["figure"]) == set(evaluate.BEST)
+    table = table.astype({"mean": float})
+    for method in ("bulk2sc", "NNLS"):
+        own = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("figure")
+        read = own["mean"]
+        assert own.loc["proportions RMSE, real bulk", "n"] == 1  # nothing is drawn
+        assert own.loc["proportions RMSE, shift", "n"] == 2
+        assert read["proportions RMSE, real bulk"] < 0.15
+        assert read["proportions CCC, real bulk"] > 0.85
+        assert read["proportions Pearson, real bulk"] > 0.9
+        assert read["proportions CCC, lineages"] > 0.8
+    two = done.stdout.split("\nproportions of ")
+    assert len(two) == 2 and "NNLS" not in two[0] and "NNLS" in two[1]
+    assert all(f in two[1] for f in evaluate.BEST if f.startswith("proportions"))
+
+
+def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured):
+    """Columns swapped in the file; and what --lineages alone measures, without a whole run."""
+    swapped = pd.read_csv(measured[3]).rename(columns={"B": "T and NK", "T and NK": "B"})
+    swapped.to_csv(measured[3], index=False)
+    paths = {"bulk": measured[1], "fractions": measured[3], "lineages": measured[5]}
+    cfg = evaluate.Settings(data=h5ad, weights=trained, n_draws=1, n_pseudobulks=5, **paths)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    _, _, encoder, card, held_out = evaluate.load_weights(trained, cells, cell_types, "cpu")
+    lineage_of = evaluate.read_lineages(cfg.lineages, cell_types)
+    fractions = evaluate.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
+    models = cells, codes, held_out, encoder, card
+    rows = evaluate.measure_real_bulk(*models, lineage_of, fractions, cfg)
+    read = {(method, figure.split()[1]): value for method, figure, _, value in rows}
+    for method in ("bulk2sc", "NNLS"):
+        assert read[method, "Pearson,"] < -0.8 and read[method, "RMSE,"] > 0.5
+    for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
+        rng = np.random.default_rng(0)
+        rows = evaluate.measure_proportions(*models, given, cfg, rng)
+        expected = {f for f in evaluate.BEST if f.startswith("proportions")}
+        assert {row[1] for row in rows} == {f for f in expected if not f.endswith(left_out)}
+
+
+def test_samples_of_other_names_and_bulks_of_other_genes(trained, h5ad, measured, tmp_path):
+    where = ["--data", h5ad, "--weights", trained]
+    (tmp_path / "other.csv").write_text("sample,B,T and NK\npatient,0.5,0.5\n")
+    given = [*measured[:3], tmp_path / "other.csv", *measured[4:]]
+    done = run_inside("evaluate.py", *where, *given)
+    assert_one_line_error(done, "other.csv", "patient", "bulk.csv", "donor 0")
+    (tmp_path / "empty.csv").write_text("gene,donor 0\nGENE1,0\nALIEN,5\n")
+    done = run_inside("evaluate.py", *where, "--bulk", tmp_path / "empty.csv", *measured[2:])
+    error = done.stderr.splitlines()[-1]  # after the warning that few genes are found
+    assert done.returncode == 1 and "bulk donor 0 and 0 others have no counts" in error
+    missing = run_inside("evaluate.py", *where, "--lineages", tmp_path / "none.csv")
+    assert_one_line_error(missing, "none.csv", "no such file")

@@ -1,5 +1,7 @@
 """The networks' shapes and invariances, and the files they are saved in."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -7,7 +9,14 @@ import scipy.sparse as sp
 import scipy.stats
 import torch
 
-from bulk2sc import decode_cells, encode_bulks
+from bulk2sc import (
+    bulk_fit,
+    calibration,
+    decode_cells,
+    encode_bulks,
+    misfit,
+    sum_agreement,
+)
 from conftest import make_cells
 from data import DatasetSettings, InputError
 from models import (
@@ -267,6 +276,107 @@ def test_deconvolution_stands_gene_wise_factors():
     assert np.abs(ours - true).mean() < 0.5 * np.abs(least_squares - true).mean()
 
 
+def test_halves_of_the_genes_tell_how_sure_the_proportions_are():
+    """Noise-free bulks hardly depend on the genes read, noisy ones do, and pi stays the same."""
+    model, signature = fitted_encoder()
+    true = torch.distributions.Dirichlet(torch.ones(K)).sample((50,))
+    clean = (true @ signature).numpy()
+    noisy = clean * np.random.default_rng(0).lognormal(0, 0.5, clean.shape)
+    spread = []
+    for bulk in (clean, noisy):
+        X, present = sp.csr_matrix(bulk), np.ones(G, bool)
+        _, _, pi, sd = encode_bulks(model, X, present, "cpu", n_halves=20)
+        assert torch.equal(pi, encode_bulks(model, X, present, "cpu")[2])
+        spread.append(sd.mean().item())
+    assert 5 * spread[0] < spread[1]
+    # The errors are as large as said, within a factor of two.
+    error = (pi - true).square().mean().sqrt().item()
+    assert 0.5 < error / sd.square().mean().sqrt().item() < 2
+
+
+# A reference of three types, 400 genes, and bulks of it.
+PROFILES = np.random.default_rng(0).lognormal(5, 1.5, (K, 400))
+MIXED = np.random.default_rng(1).dirichlet(np.ones(K), 30) @ PROFILES
+ALL = np.ones(400, bool)
+
+
+def test_fit_tells_a_missing_type_from_another_platform():
+    rng = np.random.default_rng(2)
+    noise = rng.lognormal(0, 0.5, 400) * rng.lognormal(0, 0.1, MIXED.shape)
+    foreign = np.where(rng.random(400) < 0.1, 20, 0.1) * PROFILES.mean(axis=0)  # its own markers
+    bulks = {
+        "same": MIXED * rng.lognormal(0, 0.1, MIXED.shape),
+        "platform": MIXED * noise,
+        "missing": (MIXED + foreign) * noise,
+        "shuffled": rng.permuted(MIXED, axis=1),
+    }
+    read = {name: bulk_fit(bulk, MIXED, ALL) for name, bulk in bulks.items()}
+    correlation, unexplained = ({n: r[i].mean() for n, r in read.items()} for i in (0, 1))
+    assert correlation["same"] > 0.95 > correlation["platform"] > 0.7 > 0.3
+    assert abs(correlation["shuffled"]) < 0.3
+    assert max(abs(unexplained["same"]), abs(unexplained["platform"])) < 0.02
+    assert unexplained["missing"] > 0.04
+    # One number: in standard deviations of what is usual, the worse of the two.
+    usual = {"correlation": [0.9, 0.1], "unexplained": [0.0, 0.01]}
+    assert misfit(0.5, 0.0, usual) == pytest.approx(4) == misfit(0.9, 0.04, usual)
+    # Neither scale nor genes that the bulk lacks matter.
+    part = np.arange(400) < 300
+    empty = np.where(part, MIXED * noise * 1e3, 7.0)
+    again = bulk_fit(empty, MIXED, part)
+    np.testing.assert_allclose(again, bulk_fit(empty[:, :300], MIXED[:, :300], part[:300]))
+    assert np.isnan(bulk_fit(MIXED, MIXED, np.arange(400) < 5)[0]).all()  # too few genes
+
+
+def test_calibration_turns_the_expected_sum_into_the_bulk():
+    rng = np.random.default_rng(3)
+    bulk = MIXED * rng.lognormal(0, 0.5, 400)
+    bulk[:, 0], bulk[:, 1], bulk[:, 2] = 0, MIXED[:, 1] * 30, 5.0  # lost; too strong; not measured
+    present = np.arange(400) != 2
+    factor = calibration(bulk, MIXED, present)
+    assert factor.dtype == np.float32 and np.abs(factor).max() == pytest.approx(np.log(10))
+    assert (factor[:, 0] == -np.float32(np.log(10))).all() and (factor[:, 2] == 0).all()
+    rest = np.arange(3, 400)
+    ratio = (MIXED * np.exp(factor))[:, rest] / bulk[:, rest]
+    assert (ratio.std(axis=1) / ratio.mean(axis=1)).max() < 0.02  # up to the depth
+
+
+def test_sum_agreement_is_of_each_sample_with_its_own_cells():
+    rng = np.random.default_rng(4)
+    sample = np.repeat([0, 1, 2], [40, 60, 0])
+    cells = sp.csr_matrix(rng.poisson(MIXED[sample] / 200))
+    found = sum_agreement(MIXED[:3] * 7, cells, sample, ALL)
+    log = [
+        np.log2(x / x.sum() * 1e6 + 1)
+        for x in (MIXED[1], np.asarray(cells[40:].sum(axis=0)).ravel())
+    ]
+    assert found[1] == pytest.approx(np.corrcoef(*log)[0, 1])
+    assert found[1] > 0.9 and np.isnan(found[2])  # the third has no cells
+
+
+def test_log_factor_scales_genes_and_keeps_the_library_size():
+    model = decoder()
+    z, library = torch.randn(4, D), torch.full((4,), 500.0)
+    factor = torch.zeros(4, G)
+    factor[:, 3] = math.log(5)
+    (plain, _), (scaled, _) = model(z, library), model(z, library, factor)
+    torch.testing.assert_close(scaled.sum(1), library)
+    ratio = scaled / plain
+    torch.testing.assert_close(ratio[:, 3] / ratio[:, 4], torch.full((4,), 5.0))
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_type_means_are_those_of_drawn_cells(likelihood):
+    torch.manual_seed(0)
+    model = decoder(likelihood)
+    model.fit_library(torch.linspace(500, 2000, 90), torch.arange(90) % K)
+    model.mu.normal_()
+    k = torch.full((6000,), 1)
+    made, _ = decode_cells(model, model.mu[k], model.var[k], k, torch.Generator())
+    drawn, expected = np.asarray(made.mean(axis=0)).ravel(), model.type_means(4000)[1].numpy()
+    np.testing.assert_allclose(drawn.sum(), expected.sum(), rtol=0.03)
+    np.testing.assert_allclose(drawn, expected, rtol=0.2, atol=0.2)
+
+
 def test_each_encoder_loss_answers_to_its_own_head_alone():
     """Regression: the published variance loss added the L1 of mu."""
     target = torch.randn(K, D), torch.rand(K, D), torch.rand(5, K)
@@ -287,12 +397,13 @@ def test_all_bulks_go_through_the_encoder_once_and_without_gradients(monkeypatch
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a: passes.append(len(a[0])) or forward(*a))
     bulks = sp.csr_matrix((torch.rand(1000, K) @ signature).numpy())
-    mu, var, pi = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
+    mu, var, pi, sd = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
     assert passes == [1000]
     cells = torch.arange(30)
     X, z = decode_cells(decoder(), mu[cells, 0], var[cells, 0], cells % K, torch.Generator())
     assert passes == [1000] and X.shape == (30, G) and z.shape == (30, D)
-    assert not (mu.requires_grad or var.requires_grad or pi.requires_grad)
+    assert sd is None
+    assert not any(t.requires_grad for t in (mu, var, pi))
 
 
 # ------------------------------------------------------------------------------------- files

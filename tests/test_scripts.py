@@ -3,6 +3,8 @@
 import shutil
 
 import anndata
+import matplotlib.colors
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,8 +22,10 @@ from conftest import (
     write_labels,
 )
 from models import load_model, scGMVAE
+from plotting import type_colors, write_proportions
 
 TRAININGS = list(TINY)
+GENES = [f"GENE{i}" for i in range(60)]
 SCRIPTS = [*TRAININGS, "bulk2sc.py", "evaluate.py"]
 
 
@@ -146,6 +150,52 @@ def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path
         tmp_path / "h.h5ad", "--bulk", tmp_path / "bulk.tsv", "--weights", trained, "--n-cells", 70
     )
     assert (out.X != again.X).nnz == 0
+
+
+def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
+    """A table and a picture of the bulks given, the same numbers as in the file of cells."""
+    table = pd.DataFrame({"007": make_cells()[:40].X.sum(axis=0).A1, "b$1": 1}, index=GENES)
+    table.to_csv(tmp_path / "bulk.csv")
+    out = tmp_path / "made" / "g.h5ad"
+    cells = generate(out, "--bulk", tmp_path / "bulk.csv", "--weights", trained, "--n-cells", 3)
+    read = pd.read_csv(out.parent / "proportions.csv", dtype={"sample": str})
+    assert list(read) == ["sample", *CELL_TYPES, *(f"sd {t}" for t in CELL_TYPES)]
+    assert list(read["sample"]) == ["007", "b$1"]
+    pi, sd = (cells.uns[name] for name in ("proportions", "proportions_sd"))
+    assert pi.shape == sd.shape == (2, 3) and (pi[0] != pi[1]).all()
+    values = read.drop(columns="sample").to_numpy(np.float32)
+    np.testing.assert_array_equal(values, np.hstack([pi, sd]))
+    assert matplotlib.image.imread(out.parent / "proportions.png").std() > 0.01
+
+    names = {"g.h5ad", "proportions.csv", "proportions.png"}
+    assert {p.name for p in out.parent.iterdir()} == names  # no temporary file left
+    where = ["--data", h5ad, "--weights", trained, "--out", tmp_path / "batches" / "g.h5ad"]
+    batches = generate(where[-1], *where[:-2], "--n-cells", 5, "--batch-size", 20)
+    assert batches.uns["proportions_sd"].shape == (5, 3)
+    assert [p.name for p in (tmp_path / "batches").iterdir()] == ["g.h5ad"]
+
+
+@pytest.mark.parametrize("n", [1, 60, 61, 300])
+def test_picture_of_proportions_shows_each_type_as_wide_as_it_is(tmp_path, n):
+    """The pixels of each colour, in bars of any number; names may hold what TeX would read."""
+    types = ["a", "_b", "c$d$", "T cells $x^$"]
+    proportions = np.tile([0.1, 0.2, 0.3, 0.4], (n, 1))
+    write_proportions(tmp_path / "p.png", proportions, ["$s^$"] * n, types)
+    pixels = matplotlib.image.imread(tmp_path / "p.png")[..., :3]
+    area = [
+        np.isclose(pixels, matplotlib.colors.to_rgb(color), atol=0.01).all(axis=-1).sum()
+        for color in type_colors(types).values()
+    ]
+    assert np.array(area) / sum(area) == pytest.approx(
+        proportions[0], abs=0.02
+    )  # the legend adds a little
+
+
+def test_colours_of_cell_types_are_stable_and_differ():
+    types = [f"type {k}" for k in range(45)]
+    colors = type_colors(types)
+    assert len(set(list(colors.values())[:40])) == 40 and len(colors) == 45
+    assert type_colors(types[:3]) == {t: colors[t] for t in types[:3]}
 
 
 def test_bulk_by_ensembl_ids_gives_the_cells_of_its_symbols(trained, tmp_path):
