@@ -57,10 +57,10 @@ def test_trainings_write_what_they_say(trained):
 
 
 def test_encoder_reports_three_losses_close_to_zero(trained):
-    """mu and var fall from afar; pi starts at least squares, near its end."""
+    """mu and var start at the mixture's own moments; pi at a deconvolution, near its end."""
     curve = pd.read_csv(trained / "bulkEncoder_loss.csv")
     for name in ("mu", "var", "held_out_mu", "held_out_var"):
-        assert curve[name].iloc[-1] < 0.1 < curve[name].iloc[0]
+        assert curve[name].iloc[-1] < 0.1
     assert curve["pi"].iloc[-1] < 0.02 and curve["held_out_pi"].iloc[-1] < 0.02
 
 
@@ -159,19 +159,25 @@ def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
     out = tmp_path / "made" / "g.h5ad"
     cells = generate(out, "--bulk", tmp_path / "bulk.csv", "--weights", trained, "--n-cells", 3)
     read = pd.read_csv(out.parent / "proportions.csv", dtype={"sample": str})
-    assert list(read) == ["sample", *CELL_TYPES, *(f"sd {t}" for t in CELL_TYPES)]
+    fit = ["correlation", "unexplained", "misfit", "agreement"]
+    assert list(read) == ["sample", *CELL_TYPES, *(f"sd {t}" for t in CELL_TYPES), *fit]
     assert list(read["sample"]) == ["007", "b$1"]
     pi, sd = (cells.uns[name] for name in ("proportions", "proportions_sd"))
     assert pi.shape == sd.shape == (2, 3) and (pi[0] != pi[1]).all()
-    values = read.drop(columns="sample").to_numpy(np.float32)
+    values = read.drop(columns=["sample", *fit]).to_numpy(np.float32)
     np.testing.assert_array_equal(values, np.hstack([pi, sd]))
+    assert list(cells.uns["fit"].index) == ["007", "b$1"]
+    np.testing.assert_allclose(cells.uns["fit"][fit], read[fit])
+    misfit = cells.obs.groupby("sample", observed=True)["misfit"]
+    assert (misfit.nunique() == 1).all()
+    np.testing.assert_allclose(misfit.first()[["007", "b$1"]], read["misfit"])
     assert matplotlib.image.imread(out.parent / "proportions.png").std() > 0.01
 
     names = {"g.h5ad", "proportions.csv", "proportions.png"}
     assert {p.name for p in out.parent.iterdir()} == names  # no temporary file left
     where = ["--data", h5ad, "--weights", trained, "--out", tmp_path / "batches" / "g.h5ad"]
     batches = generate(where[-1], *where[:-2], "--n-cells", 5, "--batch-size", 20)
-    assert batches.uns["proportions_sd"].shape == (5, 3)
+    assert batches.uns["proportions"].shape == (5, 3) and "fit" not in batches.uns
     assert [p.name for p in (tmp_path / "batches").iterdir()] == ["g.h5ad"]
 
 
@@ -213,15 +219,52 @@ def test_bulk_by_ensembl_ids_gives_the_cells_of_its_symbols(trained, tmp_path):
     assert (out[0].X != out[1].X).nnz == 0 and list(out[1].uns["samples"]) == ["1", "2"]
 
     shutil.copytree(trained, tmp_path / "w")
-    older = torch.load(tmp_path / "w" / "bulkEncoder_model.pt", weights_only=True)
-    del older["gene_ids"]
-    torch.save(older, tmp_path / "w" / "bulkEncoder_model.pt")
+    for model in ("scDecoder", "bulkEncoder"):
+        older = torch.load(tmp_path / "w" / f"{model}_model.pt", weights_only=True)
+        del older["gene_ids"]
+        torch.save(older, tmp_path / "w" / f"{model}_model.pt")
     settings = ["--weights", tmp_path / "w", "--n-cells", 5, "--out", tmp_path / "g.h5ad"]
     done = run_inside("bulk2sc.py", "--bulk", files[0], *settings)
     assert "2 bulk samples x 60 genes; 60 of the model's 60 genes found" in done.stdout
     assert (anndata.read_h5ad(tmp_path / "g.h5ad").X != out[0].X).nnz == 0
     done = run_inside("bulk2sc.py", "--bulk", files[1], *settings)
     assert_one_line_error(done, files[1], "ENSG00000000000.3", "no ids")
+
+
+def test_bulks_that_do_not_belong_are_warned_of(trained, tmp_path):
+    """Gene-shuffled bulks are; sums of the reference's own cells are not."""
+    rng = np.random.default_rng(0)
+    cells = make_cells()
+    own = {f"own {i}": cells.X[rng.permutation(90)[:60]].sum(axis=0).A1 for i in range(4)}
+    table = pd.DataFrame(own, index=cells.var_names)
+    table["strange 1"], table["strange 2"] = (rng.permutation(table["own 0"]) for _ in range(2))
+    table.to_csv(tmp_path / "bulk.csv")
+    done = run(
+        "bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained,
+        "--n-cells", 2, "--out", tmp_path / "g.h5ad",
+    )  # fmt: skip
+    fit = pd.read_csv(tmp_path / "proportions.csv", index_col="sample")
+    assert (fit.loc[list(own), "misfit"] < 3).all(), fit
+    assert (fit.loc[["strange 1", "strange 2"], "misfit"] > 5).all(), fit
+    assert "2 of 6 samples (strange 1, strange 2) are not" in done.stderr
+
+
+def test_calibrated_cells_add_up_to_their_bulk(trained, tmp_path):
+    """Of a platform that sees each gene with another factor."""
+    rng = np.random.default_rng(0)
+    cells = make_cells()
+    bulk = cells.X.sum(axis=0).A1 * rng.lognormal(0, 0.5, cells.n_vars)
+    pd.DataFrame({"a": bulk}, index=cells.var_names).to_csv(tmp_path / "bulk.csv")
+    agreement, totals = [], []
+    for extra in ([], ["--calibrate"]):
+        out = generate(
+            tmp_path / "g.h5ad", "--bulk", tmp_path / "bulk.csv", "--weights", trained,
+            "--n-cells", 1000, *extra,
+        )  # fmt: skip
+        agreement.append(out.uns["fit"].loc["a", "agreement"])
+        totals.append(out.X.sum(axis=1).A1.mean())
+    assert agreement[0] < 0.97 and agreement[1] > 0.99
+    assert totals[0] == pytest.approx(totals[1], rel=0.05)  # cells keep their library sizes
 
 
 def test_generated_cells_vary_within_a_type(trained, h5ad, tmp_path):
@@ -451,6 +494,10 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
         ("train_decoder.py", ["--loss", "l3"], "--loss: found l3"),
         ("train_decoder.py", ["--lr", 0], "--lr: found 0"),
         ("train_encoder.py", ["--noise", -1], "--noise: found -1"),
+        ("train_encoder.py", ["--lost", 1], "--lost: found 1"),
+        ("train_encoder.py", ["--folds", 0], "--folds: found 0"),
+        ("train_decoder.py", ["--n-components", 0], "--n-components: found 0"),
+        ("bulk2sc.py", ["--calibrate"], "--calibrate: found no --bulk"),
         ("bulk2sc.py", ["--n-cells", -1], "--n-cells: found -1"),
         ("bulk2sc.py", ["--out", "cells.csv"], "ends in .h5ad"),
         ("bulk2sc.py", ["--batch-size", 701], "at most the 700 cells"),
