@@ -148,13 +148,13 @@ def misfit(correlation, unexplained, usual):
 def calibration(bulk, expected, present):
     """Logarithm of the factors (S, G) float32 that turn the expected sum into the bulk.
 
-        ln f_g = ln( (p_g + 1e-6) / (q_g + 1e-6) ), kept within ± ln 10; 0 for genes not in the bulk
+        ln f_g = ln( (p_g + 2e-7) / (q_g + 2e-7) ), kept within ± ln 10; 0 for genes not in the bulk
 
-    p, q: fractions of bulk and expected sum (S, G). One count per million added to both shrinks the
+    p, q: fractions of bulk and expected sum (S, G). A fifth of a count per million, added to both, shrinks the
     factors of genes that are hardly there.
     """
     p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
-    p, q = (part / part.sum(axis=1, keepdims=True) + 1e-6 for part in (p, q))
+    p, q = (part / part.sum(axis=1, keepdims=True) + 2e-7 for part in (p, q))
     return np.where(present, np.clip(np.log(p / q), -np.log(10), np.log(10)), 0).astype(np.float32)
 
 
@@ -193,7 +193,7 @@ def decode_cells(decoder, mu, var, codes, generator, progress=False, log_factor=
         z = decoder.sample_latent(m, v, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
         factor = None if log_factor is None else log_factor[sample[i : i + CHUNK]]  # (B, G)
-        counts = decoder.sample(z, library, generator, factor)  # (B, G)
+        counts = decoder.sample_cells(z, library, k, generator, factor)  # (B, G)
         blocks.append(to_csr(counts))
         latents.append(z.cpu().numpy())
     n_genes, n_latent = decoder.config["n_genes"], mu.shape[1]

@@ -256,11 +256,14 @@ class CountDecoder(nn.Module):
             return -zinb_log_prob(x, mean, self.theta, dropout_logits).sum(dim=1)
         return ((x - mean) ** 2 + (x - mean).abs()).sum(dim=1)
 
-    def sample(self, z, library, generator=None, log_factor=None):
-        """Draw whole-number counts (B, G); ``mse_l1`` has no distribution and is rounded."""
+    def sample(self, z, library, generator=None, log_factor=None, theta=None):
+        """Draw whole-number counts (B, G); ``mse_l1`` has no distribution and is rounded.
+
+        log_factor: see :meth:`forward`. theta: dispersions (B, G) in place of its own, for ``nb``.
+        """
         mean, dropout_logits = self(z, library, log_factor)
         if self.likelihood == "nb":
-            return sample_nb(mean, self.theta, generator)
+            return sample_nb(mean, self.theta if theta is None else theta, generator)
         if self.likelihood == "zinb":
             return sample_zinb(mean, self.theta, dropout_logits, generator)
         return mean.round()
@@ -373,6 +376,10 @@ class scDecoder(CountDecoder):
         self.register_buffer("shape_mean", torch.zeros(shape))  # (K, C, D)
         self.register_buffer("shape_sd", torch.ones(shape))  # (K, C, D)
         self.register_buffer("log_library", torch.zeros(n_types, n_quantiles))
+        # Until they are fitted (:meth:`fit_types`): what the network and its dispersions say.
+        self.register_buffer("type_log_factor", torch.zeros(n_types, n_genes))
+        self.register_buffer("type_log_theta", torch.zeros(n_types, n_genes))
+        self.register_buffer("type_fitted", torch.zeros(n_types))
 
     @torch.no_grad()
     def fit_shape(self, mean, var, codes, seed):
@@ -439,14 +446,72 @@ class scDecoder(CountDecoder):
         return torch.exp(a + (u - low) * (b - a))
 
     @torch.no_grad()
+    def fit_types(self, X, codes, n=1000, seed=0):
+        """Match mean and dispersion of each gene in each type to its cells; z as for new cells.
+
+            ln f_kg = ln( (Σ_i x_ig + ½) / (Σ_i l_i E[p_g] + ½) ),   then with p scaled by f
+            1/θ_kg = w · max(0, E_i[x² - x] / (E_i[l²] E[p_g²]) - 1) + (1 - w) / θ_g,
+            w = Σ_i x_ig / (Σ_i x_ig + 200)
+
+        over the cells i of type k, with library sizes l and expected fractions p. One dispersion
+        for all types makes the markers of a type too noisy in that type, since it must also hold
+        the odd cell of another in which they are seen. Only for ``nb``.
+
+        Args:
+            X: counts of the training cells (N x G), CSR. codes: their types (N), a tensor.
+            n: draws of z for each type. seed: of the draws.
+        """
+        if self.likelihood != "nb":
+            return
+        generator = torch.Generator(self.mu.device).manual_seed(seed)
+        for k in codes.unique().tolist():
+            own = X[np.flatnonzero(codes.cpu().numpy() == k)].astype(np.float64)
+            size = np.asarray(own.sum(axis=1)).ravel()  # (n_k,)
+            total, pairs = (
+                torch.from_numpy(np.asarray(part.sum(axis=0)).ravel()).to(self.mu.device)
+                for part in (own, own.multiply(own) - own)
+            )  # (G,)
+            z = self.draw_latent_of_type(k, n, generator)
+            one = torch.ones(n, device=z.device)
+            fraction = self(z, one)[0].double()  # (n, G)
+            factor = (total + 0.5) / (size.sum() * fraction.mean(dim=0) + 0.5)
+            self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
+            fraction = self(z, one, self.type_log_factor[k])[0].double()
+            expected = (size**2).sum() * (fraction**2).mean(dim=0)  # E[l²] E[p²], times n_k
+            found = (pairs / expected - 1).clamp(min=0)  # 1 / θ
+            weight = total / (total + 200)
+            inverse = weight * found + (1 - weight) / self.theta.double()
+            self.type_log_theta[k] = -inverse.clamp(1e-4, 1e4).log().float()
+            self.type_fitted[k] = 1.0
+
+    def draw_latent_of_type(self, k, n, generator=None):
+        """z (n, D) of n cells of type k."""
+        codes = torch.full((n,), k, device=self.mu.device)
+        return self.sample_latent(self.mu[codes], self.var[codes], codes, generator)
+
+    def sample_cells(self, z, library, codes, generator=None, log_factor=None):
+        """Draw whole-number counts (B, G) of cells of types ``codes`` (B).
+
+        As :meth:`sample`, with the means and dispersions of each type (:meth:`fit_types`);
+        log_factor (B, G) comes on top.
+        """
+        own = self.type_log_factor[codes]  # (B, G)
+        own = own if log_factor is None else own + log_factor
+        theta = None
+        if self.likelihood == "nb":
+            fitted = self.type_fitted[codes, None] > 0  # a type without cells is not
+            theta = torch.where(fitted, self.type_log_theta[codes], self.log_theta).exp()
+        return self.sample(z, library, generator, own, theta)
+
+    @torch.no_grad()
     def type_means(self, n=500, seed=0):
         """Expected counts of a cell of each type (K, G): means over n draws of z and library."""
         generator = torch.Generator(self.mu.device).manual_seed(seed)
         means = []
         for k in range(len(self.mu)):
-            codes = torch.full((n,), k, device=self.mu.device)
-            z = self.sample_latent(self.mu[codes], self.var[codes], codes, generator)
-            mean, dropout_logits = self(z, self.sample_library(codes, generator))  # (n, G)
+            z = self.draw_latent_of_type(k, n, generator)
+            library = self.sample_library(torch.full((n,), k, device=z.device), generator)
+            mean, dropout_logits = self(z, library, self.type_log_factor[k])  # (n, G)
             if dropout_logits is not None:
                 mean = mean * torch.sigmoid(-dropout_logits)
             means.append(mean.mean(dim=0))

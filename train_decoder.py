@@ -58,7 +58,7 @@ class Settings(TrainingSettings):
     posterior if scGMVAE_model.pt is there, else prior."""
     loss: str = "nb"
     """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
-    n_components: int = 8
+    n_components: int = 12
     """Gaussians that z of one cell type is drawn from, together of mean mu_k and variance
     sigma_k^2. With 1, as published, rarer kinds of cells inside a type are lost."""
     dropout: float = 0.2
@@ -163,6 +163,9 @@ def main(cfg):
         curve.append(row)
         bar.set_postfix(reconstruction=f"{row['reconstruction']:.1f}")
 
+    model.eval()
+    if posterior:
+        model.fit_types(cells.X[train], codes[train], seed=cfg.seed)
     save_model(
         cfg.weights / "scDecoder_model.pt",
         model,

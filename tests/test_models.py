@@ -364,6 +364,40 @@ def test_log_factor_scales_genes_and_keeps_the_library_size():
     torch.testing.assert_close(ratio[:, 3] / ratio[:, 4], torch.full((4,), 5.0))
 
 
+def test_means_and_dispersions_of_each_type_are_those_of_its_cells():
+    """Two types whose genes have the same mean, ten times as dispersed in one as in the other."""
+    rng = np.random.default_rng(5)
+    codes = np.repeat([0, 1], 3000)
+    rate = np.linspace(2, 30, G) * 10 / G
+    theta = np.where(codes == 0, 2.0, 20.0)[:, None]
+    X = sp.csr_matrix(rng.poisson(rate * rng.gamma(theta, 1 / theta, (6000, G))).astype(np.int32))
+    model = decoder()
+    library, codes = torch.from_numpy(np.asarray(X.sum(1)).ravel()), torch.from_numpy(codes)
+    model.fit_library(library, codes)
+    model.fit_types(X, codes)
+    for k in (0, 1):
+        wanted = torch.full((3000,), k)
+        made, _ = decode_cells(
+            model, model.mu[wanted], model.var[wanted], wanted, torch.Generator()
+        )
+        real, made = (x.toarray().astype(float) for x in (X[codes.numpy() == k], made))
+        np.testing.assert_allclose(made.mean(0), real.mean(0), rtol=0.15)
+        assert made.var(0).mean() / real.var(0).mean() == pytest.approx(1, abs=0.25)
+    ratio = model.type_log_theta[1] - model.type_log_theta[0]
+    assert ratio.median().item() > math.log(3)
+    # A type without cells keeps what the network and its dispersions say.
+    assert model.type_fitted.tolist() == [1, 1, 0]
+    z, size, third = torch.randn(5, D), torch.full((5,), 300.0), torch.full((5,), 2)
+    draws = [
+        make(torch.Generator().manual_seed(1))
+        for make in (
+            lambda g: model.sample_cells(z, size, third, g),
+            lambda g: model.sample(z, size, g),
+        )
+    ]
+    assert torch.equal(*draws)
+
+
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
 def test_type_means_are_those_of_drawn_cells(likelihood):
     torch.manual_seed(0)
