@@ -150,8 +150,8 @@ def calibration(bulk, expected, present):
 
         ln f_g = ln( (p_g + 2e-7) / (q_g + 2e-7) ), kept within ± ln 10; 0 for genes not in the bulk
 
-    p, q: fractions of bulk and expected sum (S, G). A fifth of a count per million, added to both, shrinks the
-    factors of genes that are hardly there.
+    p, q: fractions of bulk and expected sum (S, G). A fifth of a count per million, added to both,
+    shrinks the factors of genes that are hardly there.
     """
     p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
     p, q = (part / part.sum(axis=1, keepdims=True) + 2e-7 for part in (p, q))
