@@ -529,7 +529,7 @@ class BulkEncoder(nn.Module):
         π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
     """
 
-    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=60):
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=100):
         super().__init__()
         self.config = dict(
             n_genes=n_genes,
@@ -594,8 +594,10 @@ class BulkEncoder(nn.Module):
 
         The Itakura-Saito divergence (Févotte, Bertin and Durrieu, Neural Computation 2009): errors
         count as ratios, because platforms differ from gene to gene by factors; under least squares
-        a few strong genes decide. Stopping after some updates keeps types apart that the data
-        hardly tell apart. w_g is learned.
+        a few strong genes decide. w_g is learned and, after the first updates, divided by
+        1 + ln(p_g / q_g)², the weight of Cauchy's robust loss: a gene that is off by a large factor
+        is the platform's and says nothing of the cells. Stopping after some updates keeps types
+        apart that the data hardly tell apart.
 
         Args: fractions (S, G), present (G), signature (K, G), default its own.
         Returns (S, K), rows summing to 1.
@@ -606,10 +608,13 @@ class BulkEncoder(nn.Module):
         S = self.signature if signature is None else signature  # (K, G)
         p = fractions + floor  # (S, G)
         pi = torch.full((len(p), len(S)), 1 / len(S), device=p.device)
-        for _ in range(self.config["n_iterations"]):
+        for i in range(self.config["n_iterations"]):
             q = pi @ S + floor  # (S, G)
-            down = (weight / q) @ S.T  # (S, K)
-            pi = pi * ((weight * p / q**2) @ S.T) / down.clamp(min=1e-12)
+            own = weight
+            if i >= 20:  # before, q is too far from anything for its errors to mean much
+                own = weight / (1 + torch.log(p / q).detach() ** 2)  # (S, G)
+            down = (own / q) @ S.T  # (S, K)
+            pi = pi * ((own * p / q**2) @ S.T) / down.clamp(min=1e-12)
         return pi / pi.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
     def forward(self, bulk, present=None, signature=None):

@@ -47,7 +47,7 @@ from plotting import write_losses
 class Settings(TrainingSettings):
     n_genes: int = 1000
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
-    epochs: int = 1000
+    epochs: int = 600
     """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
     """Pseudobulks per step."""
@@ -69,7 +69,7 @@ class Settings(TrainingSettings):
     max_pool: int = 20
     """Most such cells. Small pools make a type look different from bulk to bulk, as it will look
     in cells that training never saw; numbers are drawn evenly on a log scale."""
-    noise: float = 1.2
+    noise: float = 0.6
     """Largest sd of the gene-wise log-normal factor that stands for another platform; each bulk
     draws its own sd between 0 and this."""
     lost: float = 0.1
