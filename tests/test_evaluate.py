@@ -285,8 +285,8 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
     done = run("evaluate.py", "--data", h5ad, "--weights", weights, *FEW)
     table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False, na_values=["nan"])
     assert set(table["method"]) >= {
-        "bulk2sc", "other real cells", "unseen real cells", "cell-type NB", "published recipe",
-        "NNLS",
+        "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
+        "published recipe", "NNLS",
     }  # fmt: skip
     # Lineages and real bulks need files of their own.
     figures = {f for f in evaluate.BEST if not f.endswith((", lineages", ", real bulk"))}
@@ -299,6 +299,10 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
     # Regression: unpaired z leaves no variation within a type.
     published = value["published recipe", "within-type variance ratio"]
     assert published < 0.1 < value["bulk2sc", "within-type variance ratio"]
+    plain, calibrated = (
+        value[method, "sum of cells against bulk, Pearson"] for method in ("bulk2sc", "calibrated")
+    )
+    assert plain < calibrated <= 1
 
 
 def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path):
