@@ -126,7 +126,7 @@ TINY = {
         *("--epochs", 60, "--vae-epochs", 20, "--batch-size", 8, "--n-hidden", 32, "--n-latent", 5)
     ],
     "train_decoder.py": ["--epochs", 60, "--batch-size", 8, "--n-hidden", 32],
-    "train_encoder.py": ["--epochs", 400, "--batch-size", 32, "--n-hidden", 64, "--lr", 2e-3],
+    "train_encoder.py": ["--epochs", 200, "--batch-size", 32, "--n-hidden", 64, "--lr", 2e-3],
 }
 
 
