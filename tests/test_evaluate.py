@@ -377,7 +377,7 @@ def measured(tmp_path):
 
 def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured):
     where = ["--data", h5ad, "--weights", weights, "--no-baselines"]
-    done = run_inside("evaluate.py", *where, "--n-draws", 1, "--n-pseudobulks", 25, *measured)
+    done = run_inside("evaluate.py", *where, "--n-draws", 2, "--n-pseudobulks", 25, *measured)
     assert done.returncode == 0, done.stderr
     assert "11 samples with measured fractions, 1 without; 1 of" in done.stdout
     assert "columns that are no lineage left out (Unknown)" in done.stdout
