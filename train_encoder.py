@@ -200,7 +200,8 @@ def usual_fit(model, decoder, cells, genes, rng, n=200):
     made = (pi @ decoder.to(device).type_means()).cpu().numpy()
     readings = bulk_fit(bulk, made, np.ones(bulk.shape[1], bool))
     return {
-        name: [float(np.nanmean(values)), max(float(np.nanstd(values)), 1e-3)]
+        # Never finer than one gene more or less.
+        name: [float(np.nanmean(values)), max(float(np.nanstd(values)), 1 / bulk.shape[1])]
         for name, values in zip(("correlation", "unexplained"), readings, strict=True)
     }
 
