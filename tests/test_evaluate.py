@@ -305,7 +305,7 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
     assert plain < calibrated <= 1
 
 
-def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path):
+def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path, no_forests):
     where = ["--data", h5ad, "--weights", weights]
     out = tmp_path / "g.h5ad"
     run("bulk2sc.py", *where, "--n-cells", 200, "--batch-size", 30, "--out", out)
@@ -375,7 +375,13 @@ def measured(tmp_path):
     ]
 
 
-def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured):
+@pytest.fixture
+def no_forests(monkeypatch):
+    """The slowest figure by far, for runs in which it is not looked at."""
+    monkeypatch.setattr(evaluate, "random_forest_auroc", lambda real, made, seed: 0.5)
+
+
+def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, no_forests):
     where = ["--data", h5ad, "--weights", weights, "--no-baselines"]
     done = run_inside("evaluate.py", *where, "--n-draws", 2, "--n-pseudobulks", 25, *measured)
     assert done.returncode == 0, done.stderr
