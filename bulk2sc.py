@@ -105,6 +105,18 @@ def encode_bulks(encoder, X, present, device, n_halves=0):
     return mu, var, pi, sd if n_halves else None
 
 
+def log_cpm(bulk, present, more):
+    """log2(CPM + more) of bulks (S, G) over the genes that are present (G); nan without counts."""
+    part = bulk[:, present]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + more)
+
+
+def expected_bulk(decoder, pi):
+    """The sum (S, G), a numpy array, that proportions pi (S, K) make of each type's mean counts."""
+    return (pi @ decoder.type_means()).cpu().numpy()
+
+
 def bulk_fit(bulk, expected, present):
     """How far a bulk is what the reference's cell types add up to; two readings of it.
 
@@ -118,11 +130,7 @@ def bulk_fit(bulk, expected, present):
         (three robust standard deviations of the log-ratio) less the share far below. A platform
         moves genes both ways, a cell type that the reference lacks only up.
     """
-    logs = []
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for part in (bulk, expected):
-            part = part[:, present]
-            logs.append(np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + 10))
+    logs = (log_cpm(part, present, 10) for part in (bulk, expected))
     correlation, unexplained = np.full(len(bulk), np.nan), np.full(len(bulk), np.nan)
     for i, (b, e) in enumerate(zip(*logs, strict=True)):
         on = (b > np.log2(40)) | (e > np.log2(40))
@@ -165,14 +173,9 @@ def sum_agreement(bulk, counts, sample, present):
     """
     at = (sample, np.arange(len(sample)))
     member = sp.csr_matrix((np.ones(len(sample)), at), (len(bulk), len(sample)))
-
-    def log_cpm(part):
-        part = part[:, present]
-        return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + 1)
-
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample without cells reads nan
-        pairs = zip(log_cpm(bulk), log_cpm((member @ counts).toarray()), strict=True)
-        return np.array([np.corrcoef(b, made)[0, 1] for b, made in pairs])
+    logs = (log_cpm(part, present, 1) for part in (bulk, (member @ counts).toarray()))
+    with np.errstate(invalid="ignore"):  # a sample without cells reads nan
+        return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])
 
 
 @torch.inference_mode()
@@ -254,7 +257,7 @@ def main(cfg):
     log_factor = None
     if cfg.bulk is not None:
         whole = whole.toarray()  # (S, G)
-        expected = (pi @ decoder.type_means()).cpu().numpy()  # (S, G)
+        expected = expected_bulk(decoder, pi)  # (S, G)
         fit = pd.DataFrame(index=samples)
         fit["correlation"], fit["unexplained"] = bulk_fit(whole, expected, measured)
         usual = encoder_card.get("fit")

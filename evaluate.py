@@ -45,6 +45,7 @@ from bulk2sc import (
     decode_cells,
     draw_types,
     encode_bulks,
+    expected_bulk,
     sum_agreement,
 )
 from data import (
@@ -519,6 +520,23 @@ def read_generated(path, cells, cell_types):
     return X, codes
 
 
+def new_cells(decoder, k, generator, log_factor=None, sample=None):
+    """Counts (N x G), CSR, of new cells of types k (N) by the mixture itself; no bulk moves it."""
+    mu, var = decoder.mu[k], decoder.var[k]
+    return decode_cells(decoder, mu, var, k, generator, log_factor=log_factor, sample=sample)[0]
+
+
+def draw_test_bulks(X, codes, n_types, n, n_cells, rng):
+    """Sums of n_cells cells, proportions from Dirichlet(1): counts (n x G), proportions (n x K).
+
+    A type that has no cell in X (N x G), codes (N), is in no bulk.
+    """
+    has_cells = np.isin(np.arange(n_types), codes)
+    expected = np.zeros((n, n_types))
+    expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), n)
+    return draw_pseudobulks(X, codes, expected, n_cells, rng)
+
+
 def calibrate_to(bulk, decoder, encoder, genes):
     """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
 
@@ -527,8 +545,7 @@ def calibrate_to(bulk, decoder, encoder, genes):
     X, present = align_genes(bulk, *genes, "the encoder", report=False)
     device = decoder.mu.device
     _, _, pi, _ = encode_bulks(encoder, X, present, device)
-    expected = (pi @ decoder.type_means()).cpu().numpy()
-    factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
+    factor = calibration(bulk.toarray(), expected_bulk(decoder, pi), np.ones(bulk.shape[1], bool))
     return torch.from_numpy(factor).to(device), pi
 
 
@@ -539,25 +556,14 @@ def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10
     """
     X, _ = align_genes(cells.X, cells.var_names, genes[0], "the decoder", report=False)
     X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
-    expected = np.zeros((n, len(decoder.mu)))
-    has_cells = np.unique(codes_test)
-    expected[:, has_cells] = rng.dirichlet(np.ones(len(has_cells)), n)
-    bulk, _ = draw_pseudobulks(X_test, codes_test, expected, np.full(n, cfg.cells_per_bulk), rng)
+    bulk, _ = draw_test_bulks(X_test, codes_test, len(decoder.mu), n, cfg.cells_per_bulk, rng)
     factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, encoder, genes)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
     k = draw_types(pi, 1000, generator)
     sample = torch.arange(n, device=k.device).repeat_interleave(1000)
     rows = []
     for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
-        made, _ = decode_cells(
-            decoder,
-            decoder.mu[k],
-            decoder.var[k],
-            k,
-            generator,
-            log_factor=log_factor,
-            sample=sample,
-        )
+        made = new_cells(decoder, k, generator, log_factor, sample)
         agreement = sum_agreement(bulk, made, sample.cpu().numpy(), np.ones(bulk.shape[1], bool))
         rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
     return rows
@@ -572,15 +578,7 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
 
     def from_decoder(decoder, log_factor=None):
         k = torch.as_tensor(wanted, device=decoder.mu.device)
-        X, _ = decode_cells(
-            decoder,
-            decoder.mu[k],
-            decoder.var[k],
-            k,
-            generator,
-            log_factor=log_factor,
-            sample=torch.zeros_like(k),
-        )
+        X = new_cells(decoder, k, generator, log_factor, torch.zeros_like(k))
         X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
         return X, wanted
 
@@ -617,13 +615,8 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
 
     if cfg.generated is None:
         genes = card["genes"], encoder_card["genes"]
-        bulk, _ = align_genes(
-            sp.csr_matrix(cells.X[test].sum(axis=0)),
-            cells.var_names,
-            genes[0],
-            "the decoder",
-            False,
-        )
+        X, _ = align_genes(cells.X[test], cells.var_names, genes[0], "the decoder", report=False)
+        bulk = sp.csr_matrix(X.sum(axis=0))
         log_factor, _ = calibrate_to(bulk, decoder, encoder, genes)
         methods["calibrated"] = lambda: from_decoder(decoder, log_factor)
     methods["other real cells"] = real_cells
@@ -808,13 +801,11 @@ def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, 
     X, present = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
     X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
     profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], n_types)
-    # A type of which no cell is held out cannot be in a held-out bulk.
-    has_cells = np.isin(np.arange(n_types), codes_test)
     rows = []
     for where in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
-        expected = np.zeros((cfg.n_pseudobulks, n_types))
-        expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), cfg.n_pseudobulks)
-        bulk, true = draw_pseudobulks(X_test, codes_test, expected, cfg.cells_per_bulk, rng)
+        bulk, true = draw_test_bulks(
+            X_test, codes_test, n_types, cfg.n_pseudobulks, cfg.cells_per_bulk, rng
+        )
         if where:
             bulk = rng.poisson(shift_platform(bulk, rng))
         for method, predicted in predict_proportions(encoder, bulk, present, profiles).items():

@@ -81,8 +81,9 @@ def write_evaluation(path, table):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Okabe and Ito's colours, told apart by the colour-blind too.
+    # Okabe and Ito's colours, told apart by the colour-blind too, and a grey: eight methods.
     colors = ["#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9"]
+    colors += ["#7F7F7F"]
     methods = list(dict.fromkeys(table["method"]))
     color_of = {m: colors[i % len(colors)] for i, m in enumerate(methods)}
     figures = list(dict.fromkeys(table["figure"]))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from bulk2sc import bulk_fit, encode_bulks
+from bulk2sc import bulk_fit, encode_bulks, expected_bulk
 from data import (
     InputError,
     TrainingSettings,
@@ -197,8 +197,7 @@ def usual_fit(model, decoder, cells, genes, rng, n=200):
     X, present = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
     device = model.mu.device
     _, _, pi, _ = encode_bulks(model.eval(), X, present, device)
-    made = (pi @ decoder.to(device).type_means()).cpu().numpy()
-    readings = bulk_fit(bulk, made, np.ones(bulk.shape[1], bool))
+    readings = bulk_fit(bulk, expected_bulk(decoder.to(device), pi), np.ones(bulk.shape[1], bool))
     return {
         # Never finer than one gene more or less.
         name: [float(np.nanmean(values)), max(float(np.nanstd(values)), 1 / bulk.shape[1])]
