@@ -156,14 +156,14 @@ def misfit(correlation, unexplained, usual):
 def calibration(bulk, expected, present):
     """Logarithm of the factors (S, G) float32 that turn the expected sum into the bulk.
 
-        ln f_g = ln( (p_g + 2e-7) / (q_g + 2e-7) ), kept within ± ln 10; 0 for genes not in the bulk
+        ln f_g = ln( (p_g + 5e-8) / (q_g + 5e-8) ), kept within ± ln 30; 0 for genes not in the bulk
 
-    p, q: fractions of bulk and expected sum (S, G). A fifth of a count per million, added to both,
-    shrinks the factors of genes that are hardly there.
+    p, q: fractions of bulk and expected sum (S, G). A twentieth of a count per million, added to
+    both, shrinks the factors of genes that are hardly there.
     """
     p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
-    p, q = (part / part.sum(axis=1, keepdims=True) + 2e-7 for part in (p, q))
-    return np.where(present, np.clip(np.log(p / q), -np.log(10), np.log(10)), 0).astype(np.float32)
+    p, q = (part / part.sum(axis=1, keepdims=True) + 5e-8 for part in (p, q))
+    return np.where(present, np.clip(np.log(p / q), -np.log(30), np.log(30)), 0).astype(np.float32)
 
 
 def sum_agreement(bulk, counts, sample, present):
