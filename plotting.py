@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from data import write_whole
+from data import natural_order, write_whole
 
 # Seven colours of Okabe and Ito, then each the one furthest (in Oklab) from white and from all
 # before it, as seen by the one who needs it most: full colour vision, protanopia or deuteranopia
@@ -184,6 +184,46 @@ def write_proportions(path, proportions, samples, cell_types):
         axis.spines[["top", "right", "left"]].set_visible(False)
         handles = [Patch(color=color) for color in colors]
         picture.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
+        picture.savefig(path, dpi=110)
+        plt.close(picture)
+
+    write_whole(path, write_png)
+
+
+def write_clusters(path, at, clusters, cell_type):
+    """Write cells in two dimensions, coloured by cell type, clusters named by their number.
+
+    Args:
+        path: of the .png.
+        at: UMAP coordinates (N, 2). clusters: integer codes (N). cell_type: names (N).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = type_colors(natural_order(set(cell_type) - {"Unknown"}))
+    colors |= {"Unknown": "#CCCCCC"} if "Unknown" in cell_type else {}
+
+    def write_png(path):
+        letters = max(map(len, map(plain_text, colors)))
+        picture, axis = plt.subplots(figsize=(5.6 + 0.08 * letters, 5), layout="constrained")
+        for name, color in colors.items():
+            own = cell_type == name
+            axis.scatter(*at[own].T, s=max(1, min(8, 2e4 / len(at))), color=color, lw=0)
+        for cluster in np.unique(clusters):
+            x, y = np.median(at[clusters == cluster], axis=0)
+            box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
+            axis.text(x, y, str(cluster), ha="center", va="center", fontsize=8, bbox=box)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_xlabel("UMAP 1")
+        axis.set_ylabel("UMAP 2")
+        axis.set_title("Cell types by ScType; numbers are clusters", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
+        names = [plain_text(name) for name in colors]
+        picture.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
         picture.savefig(path, dpi=110)
         plt.close(picture)
 

@@ -69,6 +69,24 @@ def write_10x(folder, adata, layout="new"):
     return folder
 
 
+def write_10x_h5(path, adata):
+    """The layout of Cell Ranger 3, written with h5py."""
+    import h5py
+
+    X = sp.csc_matrix(adata.X.T)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(X, name)
+        group["shape"] = np.array(X.shape)
+        group["barcodes"] = np.array(adata.obs_names, dtype="S")
+        features = group.create_group("features")
+        features["name"] = np.array(adata.var_names, dtype="S")
+        features["id"] = np.array(adata.var["gene_ids"], dtype="S")
+        features["feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
+        features["genome"] = np.array(["GRCh38"] * adata.n_vars, dtype="S")
+
+
 def write_labels(path, adata, header=True):
     lines = ["barcode,cell_type"] * header
     lines += [f"{b},{t}" for b, t in zip(adata.obs_names, adata.obs["cell_type"], strict=True)]

@@ -1,0 +1,331 @@
+"""Cell types from counts without R: the ScType score on scanpy's clusters.
+
+    python annotate.py --data pbmc1k_v3
+    python annotate.py --data liver.h5ad --db ScTypeDB_full.xlsx --tissue Liver --out liver
+
+Does what scType.R does, by the same score on the same kind of clusters (Ianevski, Giri and
+Aittokallio, Nature Communications 2022), and writes the same files to --out:
+barcode_to_celltype.csv, clusters.csv and clusters.png.
+"""
+
+import gzip
+import re
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.io
+import scipy.sparse as sp
+from sklearn.neighbors import NearestNeighbors
+
+from data import (
+    EMBEDDED,
+    LABEL_FILE,
+    InputError,
+    bare_id,
+    library_size,
+    one_line,
+    read_counts,
+    read_table,
+    run_script,
+    some,
+    write_whole,
+)
+from models import seed_everything
+from plotting import write_clusters
+
+# Of the marker table, named as ScType's own.
+COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
+
+
+@dataclass
+class Settings:
+    data: str = EMBEDDED
+    """Cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
+    db: str = "markers.csv"
+    """Marker table: a csv, ScType's xlsx, or the address of one, which is downloaded once and kept
+    in the current folder."""
+    tissue: str = "Immune system"
+    """One of the table's tissues."""
+    out: Path | None = None
+    """Folder to write to. Default: where the data is, unless cell types are there already."""
+    resolution: float = 0.8
+    """Of the clustering; more gives more and smaller clusters."""
+    dims: int = 10
+    """Principal components that clustering and UMAP read."""
+    n_features: int = 2000
+    """Highly variable genes that the PCA reads."""
+    n_neighbors: int = 20
+    """Of each cell in the graph that is clustered."""
+    seed: int = 0
+    """Seed of PCA, clustering and UMAP."""
+    export: Path | None = None
+    """Only write the counts to this folder in 10x layout, for scType.R or other tools."""
+
+    def __post_init__(self):
+        for name in ("dims", "n_features", "n_neighbors"):
+            if (found := getattr(self, name)) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag}: found {found}, expected 1 or more")
+        if not 0 < self.resolution < np.inf:
+            raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
+
+
+def fetch(db):
+    """The marker table's file; an address is downloaded once, into the current folder."""
+    if not re.match(r"(https?|ftp|file)://", db):
+        if not Path(db).is_file():
+            raise InputError(f"{db}: no such file, expected a marker table for --db")
+        return Path(db)
+    kept = Path(Path(re.sub(r"[?#].*", "", db)).name)
+    if not kept.is_file():
+        try:
+            with urllib.request.urlopen(db, timeout=60) as answer:
+                content = answer.read()
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise InputError(f"{db}: could not be downloaded for --db ({error})") from error
+        write_whole(kept, lambda path: path.write_bytes(content))
+        print(f"{db}: downloaded, kept as {kept}")
+    return kept
+
+
+def read_markers(db, tissue):
+    """Marker sets of a tissue from a table with the columns ``COLUMNS``, comma-separated genes.
+
+    Rows of one cell type are joined. Symbols are compared in capitals, so that a table of human
+    symbols serves mouse data, too.
+
+    Returns:
+        dict: cell type -> (positive, negative), two lists of gene symbols.
+
+    Raises:
+        InputError: unreadable, columns missing, or no such tissue.
+    """
+    path = fetch(db)
+    if path.suffix.lower() == ".xlsx":
+        try:
+            table = pd.read_excel(path, dtype=str, keep_default_na=False)
+        except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
+            raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error
+    else:
+        table = read_table(path)
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise InputError(
+            f"{path}: no column {', '.join(missing)}, expected a marker table with "
+            f"{', '.join(COLUMNS)}"
+        )
+    tissues = sorted(set(table["tissueType"]) - {""})
+    if tissue not in tissues:
+        raise InputError(f"--tissue {tissue}: not in {path}, which knows {', '.join(tissues)}")
+    markers = {}
+    for _, name, *columns in table.loc[table["tissueType"] == tissue, COLUMNS].itertuples(False):
+        sets = markers.setdefault(name.strip(), ([], []))
+        for own, text in zip(sets, columns, strict=True):
+            genes = re.sub(r"\s", "", text).upper().split(",")
+            own += [g for g in dict.fromkeys(genes) if g not in {"", "NA", *own}]
+    return markers
+
+
+def sctype_scores(z, genes, markers):
+    """ScType scores (K x N) of cells by the markers of K cell types.
+
+        score_kc = Σ_{g in P_k} s_g z_gc / √|P_k| − Σ_{g in N_k} s_g z_gc / √|N_k|
+        s_g = 1 − (n_g − 1) / (K − 1)
+
+    P_k, N_k: positive and negative markers of type k that the data has; n_g: how many types have
+    gene g as a positive marker. A gene that is only ever negative has s_g = 1.
+
+    Args:
+        z: expression scaled to mean 0 and variance 1 over all cells (N x G). genes: names (G).
+        markers: as :func:`read_markers` gives them.
+    """
+    positive = [set(p) for p, _ in markers.values()]
+    times = pd.Series([g for own in positive for g in own], dtype=object).value_counts()
+    sensitivity = 1 - (times - 1) / max(len(positive) - 1, 1)
+    genes = pd.Index(genes).str.upper()
+    weight = sensitivity.reindex(genes).fillna(1.0).to_numpy(float)  # (G,)
+
+    def weights(sets):
+        member = np.array([genes.isin(list(own)) for own in sets], float)  # (K, G)
+        return member * weight / np.sqrt(np.maximum(member.sum(axis=1, keepdims=True), 1))
+
+    negative = [n for _, n in markers.values()]
+    return (weights(positive) - weights(negative)) @ np.asarray(z, float).T
+
+
+def name_clusters(scores, cell_types, clusters):
+    """The three best types of each cluster, and its name: the best one, or Unknown.
+
+    A cluster's score is the sum over its cells; under a quarter of their number it is Unknown.
+
+    Args:
+        scores: (K x N). cell_types: names (K). clusters: integer codes (N).
+
+    Returns:
+        DataFrame: cluster, cells, cell_type, rank, candidate, score; up to three rows a cluster.
+    """
+    rows = []
+    for cluster in np.unique(clusters):
+        own = clusters == cluster
+        total = scores[:, own].sum(axis=1)
+        best = np.argsort(-total, kind="stable")[:3]
+        name = "Unknown" if total[best[0]] < own.sum() / 4 else cell_types[best[0]]
+        for rank, k in enumerate(best, 1):
+            rows.append((cluster, own.sum(), name, rank, cell_types[k], round(total[k], 3)))
+    return pd.DataFrame(
+        rows, columns=["cluster", "cells", "cell_type", "rank", "candidate", "score"]
+    )
+
+
+def shared_neighbors(pcs, k):
+    """Graph of cells by the neighbours they share, as Seurat makes it: CSR (N x N).
+
+        w_ij = |N_i ∩ N_j| / |N_i ∪ N_j|, 0 below 1/15
+
+    N_i: the k nearest cells of cell i, itself among them. pcs: (N x D).
+    """
+    A = NearestNeighbors(n_neighbors=k).fit(pcs).kneighbors_graph(pcs)  # (N, N)
+    shared = (A @ A.T).tocsr()
+    shared.data /= 2 * k - shared.data
+    shared.data[shared.data < 1 / 15] = 0
+    shared.setdiag(0)
+    shared.eliminate_zeros()
+    return shared
+
+
+def cluster_cells(cells, cfg):
+    """Log-normalise, choose variable genes, and cluster the cells in their PCs.
+
+    Seurat's way, but for Leiden in place of Louvain.
+
+    Returns:
+        AnnData of log-normalised cells with ``.obs["cluster"]`` (codes by falling size) and
+        ``.obsm["X_umap"]``.
+    """
+    import scanpy as sc
+
+    work = cells.copy()
+    n_pcs = min(50, work.n_obs - 1, work.n_vars - 1, cfg.n_features - 1)
+    if n_pcs < cfg.dims:
+        raise InputError(
+            f"--dims: found {cfg.dims}, expected at most {max(n_pcs, 0)} for {work.n_obs} cells"
+        )
+    n_top = min(cfg.n_features, work.n_vars)
+    sc.pp.highly_variable_genes(work, n_top_genes=n_top, flavor="seurat_v3")
+    sc.pp.normalize_total(work, target_sum=1e4)
+    sc.pp.log1p(work)
+    variable = anndata.AnnData(scale_genes(work.X[:, work.var["highly_variable"].to_numpy()]))
+    sc.pp.pca(variable, n_comps=n_pcs, random_state=cfg.seed)
+    k = min(cfg.n_neighbors, work.n_obs - 1)
+    sc.tl.leiden(
+        variable,
+        resolution=cfg.resolution,
+        random_state=cfg.seed,
+        flavor="igraph",
+        n_iterations=-1,
+        directed=False,
+        adjacency=shared_neighbors(variable.obsm["X_pca"][:, : cfg.dims], k),
+    )
+    sc.pp.neighbors(variable, n_neighbors=k, n_pcs=cfg.dims, random_state=cfg.seed)
+    sc.tl.umap(variable, random_state=cfg.seed)
+    _, codes, size = np.unique(variable.obs["leiden"], return_inverse=True, return_counts=True)
+    work.obs["cluster"] = np.argsort(np.argsort(-size, kind="stable"))[codes]
+    work.obsm["X_umap"] = variable.obsm["X_umap"]
+    return work
+
+
+def scale_genes(X):
+    """Each column of a sparse matrix (N x G) to mean 0 and variance 1, at most 10; dense."""
+    X = X.toarray().astype(np.float64)
+    sd = X.std(axis=0, ddof=1)
+    return np.minimum((X - X.mean(axis=0)) / np.where(sd > 0, sd, 1), 10)
+
+
+def export_10x(cells, folder):
+    """Write counts as a 10x folder in the layout of Cell Ranger 3; each file whole or not at all.
+
+    Ids stand in the first column, symbols in the second, whichever of them is the cells' gene
+    name; a gene that has one name alone goes by it in both.
+    """
+
+    def zipped(text):
+        return lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+    def write_matrix(path):
+        with gzip.open(path, "wb", compresslevel=6) as file:
+            scipy.io.mmwrite(file, sp.coo_matrix(cells.X.T), field="integer")
+
+    rows = []
+    for name, other in zip(cells.var_names, cells.var["gene_ids"], strict=True):
+        pair = (name, other or name) if bare_id(name) else (other or name, name)
+        rows.append("\t".join((*pair, "Gene Expression")) + "\n")
+    write_whole(folder / "barcodes.tsv.gz", zipped("".join(f"{b}\n" for b in cells.obs_names)))
+    write_whole(folder / "features.tsv.gz", zipped("".join(rows)))
+    write_whole(folder / "matrix.mtx.gz", write_matrix)
+
+
+def main(cfg):
+    seed_everything(cfg.seed)
+    source = Path(cfg.data)
+    if cfg.export is not None:
+        cells = read_counts(cfg.data)
+        export_10x(cells, cfg.export)
+        print(f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {cfg.export}")
+        return
+    beside = source if source.is_dir() or cfg.data == EMBEDDED else source.parent
+    out = cfg.out or beside
+    if cfg.out is None and (out / LABEL_FILE).exists():
+        raise InputError(
+            f"{out / LABEL_FILE}: cell types are there already; name the folder with --out to "
+            "write over them"
+        )
+    markers = read_markers(cfg.db, cfg.tissue)  # before the data: it is quick
+    cells = read_counts(cfg.data)
+    if (empty := library_size(cells.X) == 0).any():
+        print(f"{cfg.data}: {empty.sum():,} cells without a single count left out")
+        cells = cells[~empty].copy()
+    print(f"{cfg.data}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
+    wanted = {g for sets in markers.values() for own in sets for g in own}
+    # Symbols are the names of the genes or, where those are ids, their other names.
+    symbols = [pd.Index(n).str.upper() for n in (cells.var_names, cells.var["gene_ids"])]
+    names = max(symbols, key=lambda n: n.isin(wanted).sum())
+    used = names.isin(wanted)
+    if not used.any():
+        raise InputError(
+            f"{cfg.db}: none of its {len(wanted)} markers ({some(sorted(wanted))}) is a gene of "
+            f"the data ({some(cells.var_names)})"
+        )
+    print(
+        f"{cfg.db}: {len(markers)} cell types of {cfg.tissue}; {len(set(names[used]))} of "
+        f"{len(wanted)} markers are genes of the data"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        clustered = cluster_cells(cells, cfg)
+    clusters = clustered.obs["cluster"].to_numpy()
+    scores = sctype_scores(scale_genes(clustered.X[:, used]), names[used], markers)
+    table = name_clusters(scores, list(markers), clusters)
+    best = table[table["rank"] == 1].set_index("cluster")
+    cell_type = best["cell_type"].reindex(clusters).to_numpy()
+
+    labels = pd.DataFrame({"barcode": cells.obs_names, "cell_type": cell_type})
+    write_whole(out / LABEL_FILE, lambda path: labels.to_csv(path, index=False))
+    write_whole(out / "clusters.csv", lambda path: table.to_csv(path, index=False))
+    write_clusters(out / "clusters.png", clustered.obsm["X_umap"], clusters, cell_type)
+    print(best[["cells", "cell_type", "score"]].to_string())
+    print(
+        f"wrote {LABEL_FILE}, clusters.csv and clusters.png to {out}: "
+        f"{len(set(cell_type) - {'Unknown'})} cell types, {np.sum(cell_type == 'Unknown'):,} of "
+        f"{len(cell_type):,} cells Unknown"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
