@@ -450,8 +450,12 @@ def read_label_csv(path, barcodes):
     return given.reindex(barcodes)
 
 
-def read_labels(adata, data, labels):
+def read_labels(adata, data, labels, weights=None):
     """Cell-type labels of every cell, by the rules in :class:`DatasetSettings`.
+
+    Args:
+        weights: folder that may hold the cell types that train_gmvae.py found without labels; they
+            come before those of the data, as the models were trained on them.
 
     Returns:
         Series (str or None) in the order of ``adata.obs_names``, or None when ``labels`` is None
@@ -460,6 +464,9 @@ def read_labels(adata, data, labels):
     Raises:
         InputError: ``labels`` is neither a file nor a column of ``.obs``.
     """
+    if labels is None and weights is not None and (Path(weights) / LABEL_FILE).is_file():
+        labels = str(Path(weights) / LABEL_FILE)
+        print(f"{labels}: cell types found by train_gmvae.py")
     if labels is None:
         beside = Path(data) / LABEL_FILE if Path(data).is_dir() else Path(data).parent / LABEL_FILE
         if str(data) == EMBEDDED:
@@ -480,11 +487,12 @@ def read_labels(adata, data, labels):
     return series.map(clean_label).astype(object)
 
 
-def load_cells(settings, need_labels=True):
+def load_cells(settings, need_labels=True, found=True):
     """Read the reference: counts, and cell types in ``.obs["cell_type"]``.
 
     Unlabelled cells are counted and left out; so are cells without a single count. Without
-    ``need_labels`` all cells with counts stay, and labels may be absent altogether.
+    ``need_labels`` all cells with counts stay, and labels may be absent altogether. ``found``: the
+    cell types that train_gmvae.py found without labels count as labels, if it wrote any.
 
     Returns:
         AnnData; ``.obs["cell_type"]`` is categorical, its categories in natural order, code k =
@@ -500,7 +508,10 @@ def load_cells(settings, need_labels=True):
         adata = adata[~empty].copy()
     if adata.n_obs == 0:
         raise InputError(f"{settings.data}: every count is zero, expected raw counts")
-    labels = read_labels(adata, settings.data, settings.labels) if need_labels else None
+    labels = None
+    if need_labels:
+        weights = settings.weights if found else None
+        labels = read_labels(adata, settings.data, settings.labels, weights)
     adata.uns["source"] = str(settings.data)
     if not need_labels:
         print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
@@ -508,7 +519,8 @@ def load_cells(settings, need_labels=True):
     if labels is None:
         raise InputError(
             f"{settings.data}: no cell types found; give --labels (a {LABEL_FILE} or a column of "
-            ".obs), made with ScType or any other annotation tool"
+            ".obs), made with scType.R, annotate.py or any other tool; or let train_gmvae.py find "
+            "them, by --n-types"
         )
     labelled = labels.notna().to_numpy()
     if not labelled.any():
@@ -598,6 +610,15 @@ def choose_genes(adata, n_genes):
     return list(adata.var_names[counts.var["highly_variable"]])
 
 
+# Symbols of genes whose share of a library is the protocol's rather than the cells': proteins of
+# the ribosome, the mitochondrial genome, and RNAs that stay in the nucleus (in any case, so that
+# mouse is meant, too). Chu et al. (Nature Cancer 2022) leave them out of deconvolution as well.
+PROTOCOL_GENES = re.compile(
+    r"RP[LS]\d+(A|AL|L|X|Y)?\d*(P\d+)?(-\d+)?|RPLP[0-2]|RPSA|UBA52|FAU|MT-.+|MALAT1|NEAT1",
+    re.IGNORECASE,
+)
+
+
 def choose_marker_genes(adata, codes, n_genes):
     """Names of the ``n_genes`` genes that tell the cell types apart best, in the data's order.
 
@@ -608,8 +629,13 @@ def choose_marker_genes(adata, codes, n_genes):
         F_g = Σ_k f_k (m_gk - m_g)² / (Σ_k f_k v_gk + 0.02)
 
     with f_k the share of cells of type k, m and v the mean and variance of log1p counts per 10,000.
-    codes: cell types (N).
+    Genes by the name or the other name of ``PROTOCOL_GENES`` are not among them, unless those alone
+    are left. codes: cell types (N).
     """
+    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
+    usable = np.array([not any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
+    if usable.any():
+        adata = adata[:, usable]
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
     total = np.maximum(library_size(adata.X), 1)

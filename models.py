@@ -269,6 +269,12 @@ class CountDecoder(nn.Module):
         return mean.round()
 
 
+def normal_kl(mean, var, prior_mean, prior_var):
+    """KL(N(mean, var) || N(prior_mean, prior_var)) of diagonal normals, summed over D, the last."""
+    ratio = var / prior_var
+    return 0.5 * (ratio - ratio.log() + (mean - prior_mean) ** 2 / prior_var - 1).sum(dim=-1)
+
+
 class scGMVAE(nn.Module):
     """Variational autoencoder whose prior is a Gaussian mixture with one component per cell type.
 
@@ -318,11 +324,29 @@ class scGMVAE(nn.Module):
         with k the cell's own type; without codes the prior is the standard normal.
         """
         if codes is None:
-            prior_mean, prior_var = torch.zeros_like(mean), torch.ones_like(var)
-        else:
-            prior_mean, prior_var = self.mu[codes], self.var[codes]  # (B, D)
-        ratio = var / prior_var
-        return 0.5 * (ratio - ratio.log() + (mean - prior_mean) ** 2 / prior_var - 1).sum(dim=1)
+            return normal_kl(mean, var, torch.zeros_like(mean), torch.ones_like(var))
+        return normal_kl(mean, var, self.mu[codes], self.var[codes])
+
+    def mixture_kl(self, mean, var, log_weight):
+        """KL of each cell (B) to the whole mixture, and responsibilities q(k|x) (B, K).
+
+            KL = -ln Σ_k π_k exp(-KL_k),   q(k|x) = π_k exp(-KL_k) / Σ_j π_j exp(-KL_j)
+
+        which is Σ_k q(k|x) KL_k + KL(q(k|x) || π) at its best q(k|x), as in VaDE (Jiang et al.,
+        IJCAI 2017) and autoCell; KL_k is that to component k. For cells whose type is not known.
+
+        Args:
+            mean, var: (B, D). log_weight: ln π_k (K); -inf for components that are not in use.
+        """
+        each = normal_kl(mean[:, None], var[:, None], self.mu, self.var)  # (B, K)
+        joint = log_weight - each
+        return -joint.logsumexp(dim=1), joint.softmax(dim=1)
+
+    def keep_types(self, kept):
+        """Keep these components alone, in this order. kept: indices (K' of K)."""
+        self.mu = nn.Parameter(self.mu.detach()[kept].clone())
+        self.log_var = nn.Parameter(self.log_var.detach()[kept].clone())
+        self.config["n_types"] = len(kept)
 
     @torch.no_grad()
     def fit_mixture(self, mean, var, codes):

@@ -5,12 +5,16 @@
 
 Reads gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_model.pt from --weights; with the two mixture files
 alone (from autoCell, say) it pairs by prior. Writes scDecoder_model.pt and the loss curves there.
+
+    python train_decoder.py --components "T cells" "B cells" "NK cells"   # of foreign mixture files
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import quadratic_assignment
 from tqdm import trange
 
 from data import (
@@ -18,10 +22,13 @@ from data import (
     TrainingSettings,
     align_genes,
     choose_held_out,
+    choose_marker_genes,
     codes_of,
     library_size,
     load_cells,
+    mean_counts,
     run_script,
+    some,
 )
 from models import (
     LIKELIHOODS,
@@ -58,6 +65,9 @@ class Settings(TrainingSettings):
     posterior if scGMVAE_model.pt is there, else prior."""
     loss: str = "nb"
     """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
+    components: tuple[str, ...] = ()
+    """Cell type of each component of mixture files that come without scGMVAE_model.pt, in their
+    order. Default: the cell types in natural order."""
     n_components: int = 12
     """Gaussians that z of one cell type is drawn from, together of mean mu_k and variance
     sigma_k^2. With 1, as published, rarer kinds of cells inside a type are lost."""
@@ -78,6 +88,76 @@ class Settings(TrainingSettings):
             raise InputError(f"--n-components: found {self.n_components}, expected 1 or more")
 
 
+def order_components(components, cell_types):
+    """Component of each cell type (K): where the type stands in --components.
+
+    Raises:
+        InputError: --components are not the cell types, each once.
+    """
+    if not components:
+        return list(range(len(cell_types)))
+    unknown = [name for name in components if name not in cell_types]
+    if unknown:
+        raise InputError(
+            f"--components: {some(unknown)} not among the cell types, which are "
+            f"{some(cell_types, len(cell_types))}"
+        )
+    if sorted(components) != sorted(cell_types):
+        raise InputError(
+            f"--components: found {len(components)} ({len(set(components))} different), expected "
+            f"each of the {len(cell_types)} cell types once"
+        )
+    return [components.index(name) for name in cell_types]
+
+
+def type_profiles(cells, codes):
+    """Log-normalised mean expression of the types (K, G) in 1,000 genes that tell them apart."""
+    genes = choose_marker_genes(cells, codes, 1000)
+    X = cells[:, genes].X
+    share = torch.from_numpy(mean_counts(X, codes, codes.max() + 1))
+    return torch.log1p(1e4 * share / share.sum(dim=1, keepdim=True).clamp(min=1e-9))
+
+
+def check_components(mu, var, order, profile, cell_types):
+    """Say how well the mixture's geometry is that of the cell types; warn if another order fits.
+
+    Types with like expression lie near each other in any latent worth its name, so distances
+    between the μ_k should follow distances between the types' profiles: their Pearson correlation
+    over all pairs, as ordered, and in the best order that a quadratic assignment finds. Three types
+    or fewer have too few distances to tell.
+
+    Args:
+        mu, var: (K, D), as in the files. order: the component that each type is taken to be (K).
+        profile: log-normalised means of the types (K, G). cell_types: their names (K).
+    """
+    K = len(mu)
+    if K < 4:
+        print("too few cell types to check their order by distances")
+        return
+    scaled = mu / var.mean(dim=0).sqrt()
+    pairs = np.triu_indices(K, 1)
+    latent, expressed = (torch.cdist(x, x).numpy() for x in (scaled, profile))
+
+    def agreement(order):
+        return np.corrcoef(latent[np.ix_(order, order)][pairs], expressed[pairs])[0, 1]
+
+    def search(seed):
+        options = {"maximize": True, "rng": np.random.default_rng(seed)}
+        return quadratic_assignment(expressed, latent, method="2opt", options=options).col_ind
+
+    own = agreement(order)
+    orders = [search(seed) for seed in range(20)]
+    best = max(orders, key=agreement)
+    print(f"distances between components follow those between cell types: correlation {own:.2f}")
+    if agreement(best) > own + 0.2:
+        names = [cell_types[i] for i in np.argsort(best)]
+        print(
+            f"warning: in another order of the components it is {agreement(best):.2f}: "
+            f"--components {' '.join(repr(name) for name in names)}",
+            file=sys.stderr,
+        )
+
+
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -86,7 +166,7 @@ def main(cfg):
     genes = list(cells.var_names)
     mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
     gmvae_file = cfg.weights / "scGMVAE_model.pt"
-    gmvae, card = None, None
+    gmvae, card, order = None, None, list(range(len(cell_types)))
     if cfg.pairing == "posterior" or gmvae_file.exists():
         gmvae, card = load_model(gmvae_file, scGMVAE, device)
         check_cell_types(gmvae_file, card, cell_types)
@@ -99,8 +179,15 @@ def main(cfg):
         f"z from {'the posterior of each cell' if posterior else 'the prior of its cell type'}"
     )
     if gmvae is None:
-        names = "; ".join(f"{k} = {name}" for k, name in enumerate(cell_types))
-        print(f"mixture files without scGMVAE_model.pt: component k is taken as type k ({names})")
+        order = order_components(cfg.components, cell_types)
+        names = "; ".join(f"{k} = {cell_types[i]}" for k, i in enumerate(np.argsort(order)))
+        print(f"mixture files without scGMVAE_model.pt, components taken as cell types: {names}")
+        check_components(mu, var, order, type_profiles(cells[train], codes[train]), cell_types)
+        mu, var = mu[order], var[order]
+    elif cfg.components:
+        raise InputError(
+            f"--components: {gmvae_file} says which component is which cell type; expected none"
+        )
 
     # Mean and variance that each cell's z is drawn from, (N, D).
     codes = torch.as_tensor(codes)
@@ -176,6 +263,7 @@ def main(cfg):
         held_out=list(cells.obs_names[held_out]),
         held_out_fraction=fraction,
         pairing="posterior" if posterior else "prior",
+        components=order,  # which component of the mixture files each type is
         epoch=cfg.epochs,
     )
     write_losses(cfg.weights / "scDecoder", curve)

@@ -214,6 +214,8 @@ def main(cfg):
     decoder_file = cfg.weights / "scDecoder_model.pt"
     decoder, card = load_model(decoder_file, scDecoder)
     check_cell_types(decoder_file, card, cell_types)
+    order = card.get("components", range(len(cell_types)))  # of foreign files: as stage 2 took them
+    mu, var = mu[list(order)], var[list(order)]
     check_mixture(decoder_file, decoder, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
     held_out, fraction = choose_held_out(cells, codes, cfg, card, decoder_file)
     genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)

@@ -5,17 +5,25 @@ a plain VAE, a fit of the mixture to its latent, then both together.
 
     python train_gmvae.py
     python train_gmvae.py --data filtered_feature_bc_matrix --labels barcode_to_celltype.csv
+    python train_gmvae.py --data filtered_feature_bc_matrix --n-types 0       # without labels
 
-Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curves to --weights.
+Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curves to --weights;
+without labels also barcode_to_celltype.csv, the type it found for each cell, which the later
+steps then read.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+from sklearn.mixture import GaussianMixture
 from tqdm import trange
 
 from data import (
+    LABEL_FILE,
     InputError,
     TrainingSettings,
     align_genes,
@@ -23,7 +31,10 @@ from data import (
     choose_held_out,
     codes_of,
     load_cells,
+    natural_order,
+    read_labels,
     run_script,
+    write_whole,
 )
 from models import (
     mean_profile,
@@ -37,9 +48,14 @@ from models import (
 )
 from plotting import write_losses
 
+MOST_TYPES = 20  # that the BIC chooses from
+
 
 @dataclass
 class Settings(TrainingSettings):
+    n_types: int | None = None
+    """Find this many cell types without labels, 0 for as many as the BIC asks for (up to 20).
+    Labels are then only compared with. Default: the types are those of the labels."""
     epochs: int = 150
     """Passes over the training cells, all three phases together (autoCell: 400 of batch 128)."""
     vae_epochs: int = 40
@@ -71,6 +87,8 @@ class Settings(TrainingSettings):
         super().__post_init__()
         if self.loss not in ("nb", "zinb"):
             raise InputError(f"--loss: found {self.loss}, expected nb or zinb")
+        if self.n_types is not None and self.n_types < 0:
+            raise InputError(f"--n-types: found {self.n_types}, expected 0 or more")
         if self.n_latent < 1 or self.n_hidden < 1:
             raise InputError("--n-latent, --n-hidden: expected 1 or more")
         if min(self.kl_start, self.kl_end) < 0:
@@ -82,11 +100,98 @@ class Settings(TrainingSettings):
             raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")
 
 
+def choose_mixture(mean, n_types, seed):
+    """Component of each cell (N) and weights π (K) by a mixture of Gaussians on the latents.
+
+    Their covariances are full: a type's latents are correlated, and the BIC of diagonal Gaussians
+    would fill each type with ever more of them.
+
+    Args:
+        mean: posterior means of the training cells (N, D), a tensor.
+        n_types: K; 0 for the one of up to MOST_TYPES with the lowest BIC.
+
+    Raises:
+        InputError: more types than cells.
+    """
+    if n_types > len(mean):
+        raise InputError(f"--n-types: found {n_types}, expected at most the {len(mean)} cells")
+
+    mean = mean.cpu().numpy()
+
+    def fit(k):
+        return GaussianMixture(k, n_init=3, reg_covar=1e-4, random_state=seed).fit(mean)
+
+    if n_types:
+        mixture = fit(n_types)
+    else:
+        tried = [fit(k) for k in range(1, min(MOST_TYPES, len(mean)) + 1)]
+        mixture = min(tried, key=lambda mixture: mixture.bic(mean))
+        print(f"\nBIC is lowest with {mixture.n_components} of 1 to {len(tried)} cell types")
+    return mixture.predict(mean), mixture.weights_
+
+
+def name_types(found, labels):
+    """Names of the types found without labels (K), and a table of how they match labels.
+
+    Types and labels are assigned one to one, most cells in common (Hungarian method). A type has
+    the label's name if that is also the most common label among its cells, else "type k".
+
+    Args:
+        found: type of each cell (N), 0 to K - 1. labels: Series (N) of labels, None where there is
+            none; or None.
+    """
+    names = [f"type {k + 1}" for k in range(found.max() + 1)]
+    table = pd.DataFrame({"cells": np.bincount(found)})
+    if labels is None or labels.isna().all():
+        return names, table
+    # A name that is one of the labels is for the type that is matched to it alone.
+    names = [f"{name} (found)" if name in set(labels) else name for name in names]
+    known = labels.notna().to_numpy()
+    shared = pd.crosstab(found[known], labels[known].to_numpy())
+    shared = shared.reindex(range(len(names)), fill_value=0)  # (K, number of labels)
+    for k, label in zip(*linear_sum_assignment(-shared.to_numpy()), strict=True):
+        if 0 < shared.iloc[k, label] == shared.iloc[k].max():
+            names[k] = shared.columns[label]
+    table["most common label"] = shared.idxmax(axis=1)
+    table["its share"] = shared.max(axis=1) / shared.sum(axis=1).clip(lower=1)
+    agreement = adjusted_rand_score(labels[known], found[known])
+    print(f"adjusted Rand index with the labels: {agreement:.2f} ({known.sum():,} labelled cells)")
+    return names, table
+
+
+def settle_types(model, mean, var, log_weight, train, labels):
+    """Give each cell the type it most likely comes from, and keep the types of training cells.
+
+    Args:
+        model: scGMVAE, whose other components are dropped. mean, var: posteriors of all cells
+            (N, D). log_weight: ln π (K). train: indices of the training cells. labels: as
+            :func:`name_types` takes them.
+
+    Returns:
+        codes (N) and names of the types, in natural order, which is that of the model from now on.
+    """
+    likely = model.mixture_kl(mean, var, log_weight)[1]  # (N, K)
+    size = torch.bincount(likely[torch.from_numpy(train)].argmax(dim=1), minlength=len(log_weight))
+    kept = size.argsort(descending=True, stable=True)[: (size > 0).sum()]  # (K',)
+    found = likely[:, kept].argmax(dim=1).cpu().numpy()
+    names, table = name_types(found, labels)
+    cell_types = natural_order(names)
+    order = [names.index(name) for name in cell_types]
+    model.keep_types(kept[order])
+    print(table.iloc[order].set_axis(cell_types).to_string(float_format="{:.2f}".format))
+    return np.argsort(order)[found], cell_types
+
+
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
+    label_free = cfg.n_types is not None
+    cells = load_cells(cfg, need_labels=not label_free, found=False)
+    if label_free:
+        labels = read_labels(cells, cfg.data, cfg.labels)
+        codes, cell_types = np.zeros(cells.n_obs, int), [""] * (cfg.n_types or MOST_TYPES)
+    else:
+        codes, cell_types = codes_of(cells)
     held_out, fraction = choose_held_out(cells, codes, cfg)
     genes = choose_genes(cells[~held_out], cfg.n_genes)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
@@ -103,6 +208,8 @@ def main(cfg):
     steps = -(-len(train) // cfg.batch_size)
     optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps, fused=False)
 
+    log_weight = None  # ln π (K), once types were found without labels
+
     def losses(rows, joint):
         """Reconstruction and KL of cells, each (B,); once joint, the prior is the cell's type."""
         x = to_dense(X, rows, device)  # (B, G)
@@ -113,7 +220,11 @@ def main(cfg):
             seen = torch.binomial(x, share.expand_as(x))
         mean, var = model.encode(seen)  # (B, D)
         z = mean + var.sqrt() * torch.randn_like(mean)
-        return model.decoder.loss(x, z, x.sum(dim=1)), model.kl(mean, var, k)
+        if joint and log_weight is not None:
+            kl, _ = model.mixture_kl(mean, var, log_weight)
+        else:
+            kl = model.kl(mean, var, k)
+        return model.decoder.loss(x, z, x.sum(dim=1)), kl
 
     @torch.no_grad()
     def over_cells(function, rows):
@@ -122,14 +233,22 @@ def main(cfg):
         parts = [function(r) for r in np.array_split(rows, -(-len(rows) // cfg.batch_size))]
         return [torch.cat(p) for p in zip(*parts, strict=True)]
 
+    def posteriors(rows):
+        return over_cells(lambda r: model.encode(to_dense(X, r, device)), rows)  # (N, D) each
+
     def fit_mixture():
-        mean, var = over_cells(lambda rows: model.encode(to_dense(X, rows, device)), train)
-        model.fit_mixture(mean, var, torch.as_tensor(codes[train], device=device))
+        model.fit_mixture(*posteriors(train), torch.as_tensor(codes[train], device=device))
+
+    def find_types():
+        codes[train], weight = choose_mixture(posteriors(train)[0], cfg.n_types, cfg.seed)
+        more = len(cell_types) - len(weight)  # that the BIC has no use for
+        return torch.tensor([*np.log(weight), *[-np.inf] * more], device=device).float()
 
     curve = []
     for epoch in (bar := trange(1, cfg.epochs + 1, desc="scGMVAE", unit="epoch")):
         joint = epoch > cfg.vae_epochs
         if epoch == cfg.vae_epochs + 1:
+            log_weight = find_types() if label_free else None
             fit_mixture()
         # Warm-up: at full weight from the start the KL empties the latent before it is of use.
         beta = cfg.kl_end
@@ -155,6 +274,11 @@ def main(cfg):
         curve.append(row)
         bar.set_postfix(reconstruction=f"{row['reconstruction']:.1f}", kl=f"{row['kl']:.2f}")
 
+    if label_free:
+        log_weight = find_types() if log_weight is None else log_weight
+        codes, cell_types = settle_types(
+            model, *posteriors(np.arange(cells.n_obs)), log_weight, train, labels
+        )
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
     fit_mixture()
     save_model(
@@ -168,6 +292,13 @@ def main(cfg):
         epoch=cfg.epochs,
     )
     save_mixture(cfg.weights, model.mu, model.var)
+    found_types = cfg.weights / LABEL_FILE
+    if label_free:
+        table = pd.DataFrame({"barcode": cells.obs_names, "cell_type": np.array(cell_types)[codes]})
+        write_whole(found_types, lambda path: table.to_csv(path, index=False))
+        print(f"wrote {found_types}: {len(cell_types)} cell types")
+    else:  # of an earlier run without labels: no longer what these weights know
+        found_types.unlink(missing_ok=True)
     write_losses(cfg.weights / "scGMVAE", curve)
     print(
         f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "

@@ -9,8 +9,9 @@ import pytest
 import scipy.sparse as sp
 
 import data
-from conftest import CELL_TYPES, write_10x, write_labels
+from conftest import CELL_TYPES, write_10x, write_10x_h5, write_labels
 from data import (
+    PROTOCOL_GENES,
     DatasetSettings,
     InputError,
     align_genes,
@@ -47,24 +48,6 @@ def test_10x_folder_both_layouts(tmp_path, cells, layout):
     assert list(read.var_names) == list(cells.var_names)
     assert list(read.var["gene_ids"]) == list(cells.var["gene_ids"])
     assert (read.X != cells.X).nnz == 0
-
-
-def write_10x_h5(path, adata):
-    """The layout of Cell Ranger 3, written with h5py."""
-    import h5py
-
-    X = sp.csc_matrix(adata.X.T)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("matrix")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(X, name)
-        group["shape"] = np.array(X.shape)
-        group["barcodes"] = np.array(adata.obs_names, dtype="S")
-        features = group.create_group("features")
-        features["name"] = np.array(adata.var_names, dtype="S")
-        features["id"] = np.array(adata.var["gene_ids"], dtype="S")
-        features["feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
-        features["genome"] = np.array(["GRCh38"] * adata.n_vars, dtype="S")
 
 
 def test_10x_h5(tmp_path, cells):
@@ -266,10 +249,26 @@ def test_marker_genes_are_those_that_tell_types_apart():
     X[:, 3] += 6 * codes  # differs between the types
     X[:, 7] = rng.permutation(X[:, 3] ** 2)  # varies more, whatever the type
     X[0, 11] += 5000  # one odd cell
-    cells = anndata.AnnData(sp.csr_matrix(X), var=pd.DataFrame(index=[f"g{i}" for i in range(30)]))
+    var = pd.DataFrame({"gene_ids": ""}, index=[f"g{i}" for i in range(30)])
+    cells = anndata.AnnData(sp.csr_matrix(X), var=var)
     assert choose_marker_genes(cells, codes, 1) == ["g3"]
     assert choose_marker_genes(cells, codes, 40) == list(cells.var_names)
     assert len(choose_marker_genes(cells, codes, 12)) == 12
+    # A ribosome's protein is not chosen, however different, be that its name or its other name.
+    for name, other in (("RPL13A", ""), ("ENSG00000142541", "Rpl13a")):
+        cells.var_names = [name if i == 3 else f"g{i}" for i in range(30)]
+        cells.var["gene_ids"] = [other if i == 3 else "" for i in range(30)]
+        assert choose_marker_genes(cells, codes, 1) != [name]
+        assert name not in choose_marker_genes(cells, codes, 40)
+    only = cells[:, 3].copy()  # unless there is nothing else
+    assert choose_marker_genes(only, codes, 1) == ["ENSG00000142541"]
+
+
+def test_protocol_genes_are_no_others():
+    yes = "RPL13A RPS4Y1 RPL36AL RPL22L1 RPLP0 RPSA RPL23AP42 RPL7-1 MT-CO1 mt-Nd1 Rps27 MALAT1 FAU"
+    no = "RPS6KA1 RPS6KB1 RPS19BP1 RPN1 RPP38 MRPL12 MTOR MT1X FAUX IL7R"
+    assert all(map(PROTOCOL_GENES.fullmatch, yes.split()))
+    assert not any(map(PROTOCOL_GENES.fullmatch, no.split()))
 
 
 def test_folds_spread_every_type_evenly():

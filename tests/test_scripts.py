@@ -348,7 +348,7 @@ def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
         torch.save(torch.rand(1, 4, 3) + low, tmp_path / name)
     settings = [*TINY["train_decoder.py"], "--data", h5ad, "--weights", tmp_path]
     done = run("train_decoder.py", *settings, *arguments)
-    assert "component k is taken as type k (0 = B cells" in done.stdout
+    assert "components taken as cell types: 0 = B cells; " in done.stdout
     run("train_encoder.py", *TINY["train_encoder.py"], "--data", h5ad, "--weights", tmp_path)
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 30,
                    "--batch-size", 20)  # fmt: skip
