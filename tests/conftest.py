@@ -17,6 +17,9 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
+# One thread for each of the tests that run side by side; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

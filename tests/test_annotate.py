@@ -345,6 +345,29 @@ def test_r_reads_layers_of_seurat_5_and_slots_of_4():
 
 
 @needs_r
+def test_r_looks_aliases_up_where_hgnchelper_is_installed(tmp_path, table):
+    """With a stand-in for the package, whose real tables are not at hand."""
+    package = tmp_path / "HGNChelper"
+    (package / "R").mkdir(parents=True)
+    (package / "DESCRIPTION").write_text("Package: HGNChelper\nVersion: 0.0.1\nTitle: T\n")
+    (package / "NAMESPACE").write_text("export(checkGeneSymbols)\n")
+    (package / "R" / "a.R").write_text(
+        "checkGeneSymbols <- function(x) {\n"
+        '  known <- c(CD20 = "MS4A1", TWO = "A1 /// B1", CD19 = "CD19")\n'
+        "  data.frame(x = x, Suggested.Symbol = unname(known[x]))\n}\n"
+    )
+    (tmp_path / "library").mkdir()
+    install = ["R", "CMD", "INSTALL", f"--library={tmp_path}/library", "--no-docs", str(package)]
+    assert subprocess.run(install, capture_output=True).returncode == 0
+    text = f'{",".join(annotate.COLUMNS)}\nT,a,"CD20,TWO,odd",CD19\n'
+    (tmp_path / "alias.csv").write_text(text)
+    show = f"m <- read_markers('{tmp_path}/alias.csv', 'T'); cat(unlist(m))"
+    done = run_r(code=f".libPaths('{tmp_path}/library'); {show}")
+    assert done.stdout == "MS4A1 A1 B1 ODD CD19", done.stderr
+    assert run_r(code=show).stdout in ("CD20 TWO ODD CD19", done.stdout)  # as it is without
+
+
+@needs_r
 def test_r_bad_input_ends_in_one_line(tmp_path, blocks, table):
     folder = write_10x(tmp_path / "cells", blocks)
     good = ["--db", table, "--tissue", "T", "--out", tmp_path / "out"]
@@ -415,6 +438,7 @@ def pbmc(tmp_path_factory):
 
 @needs_pbmc
 @needs_r
+@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
 def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     from sklearn.metrics import adjusted_rand_score
 
@@ -429,11 +453,13 @@ def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
 @needs_pbmc
 @needs_r
 @pytest.mark.parametrize("db", [ROOT / "markers.csv", SCTYPE], ids=["own", "sctype"])
+@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
 def test_python_agrees_with_r_on_pbmc1k(pbmc, db):
     assert agreement(pbmc("annotate.py", db), pbmc("scType.R", db), lineage) >= 0.95
 
 
 @needs_pbmc
+@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
 def test_python_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     given = labels_of(PBMC1K / "barcode_to_celltype.csv")
     assert agreement(pbmc("annotate.py", SCTYPE), given, lineage) >= 0.95
