@@ -228,3 +228,239 @@ def write_clusters(path, at, clusters, cell_type):
         plt.close(picture)
 
     write_whole(path, write_png)
+
+
+def pyplot():
+    """matplotlib.pyplot without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def write_whole_figure(path, figure, **options):
+    """Save a matplotlib figure whole or not at all, and close it. options: of its savefig."""
+    write_whole(path, lambda part: figure.savefig(part, dpi=130, **options))
+    pyplot().close(figure)
+
+
+def legend_of(figure, cell_types, **where):
+    """A legend of cell types, in the colours that they have everywhere."""
+    plt = pyplot()
+    colors = type_colors(cell_types)
+    dots = [plt.Line2D([], [], marker="o", ls="", ms=8, color=c) for c in colors.values()]
+    names = [plain_text(name) for name in colors]
+    figure.legend(dots, names, frameon=False, fontsize=11, handletextpad=0.2, **where)
+
+
+def bare(axis):
+    """Take ticks and frame away: the axes of a t-SNE have no units."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.set_aspect("equal", adjustable="datalim")
+
+
+def legend_width(cell_types):
+    """Inches that :func:`legend_of` takes."""
+    return 0.6 + 0.095 * max(len(plain_text(name)) for name in cell_types)
+
+
+def scatter_types(axis, at, names, cell_types):
+    """Points (N, 2) in the colours of their types, in random order so that none hides another."""
+    colors = type_colors(cell_types)
+    order = np.random.default_rng(0).permutation(len(at))
+    size = float(np.clip(1.2e4 / len(at), 2, 18))
+    axis.scatter(*at[order].T, s=size, c=[colors[names[i]] for i in order], lw=0)
+
+
+def write_panel(path, at, names, cell_types, title):
+    """Write one t-SNE panel with its legend.
+
+    Args:
+        path: of the .png. at: (N, 2). names: cell type of each point (N). cell_types: all (K).
+    """
+    width = 4.6 + legend_width(cell_types)
+    figure, axis = pyplot().subplots(figsize=(width, 4.6), layout="constrained")
+    scatter_types(axis, at, names, cell_types)
+    bare(axis)
+    axis.set_title(title, fontsize=15)
+    legend_of(figure, cell_types, loc="outside right center")
+    write_whole_figure(path, figure)
+
+
+def write_legend(path, cell_types):
+    """Write the colours of the cell types (K) alone."""
+    figure = pyplot().figure(figsize=(legend_width(cell_types), 0.2 + 0.25 * len(cell_types)))
+    legend_of(figure, cell_types, loc="center")
+    write_whole_figure(path, figure)
+
+
+def write_joint(path, at, names, cell_types, made, share, n_neighbors, unseen):
+    """Write real and generated cells in one t-SNE: by origin on the left, by type on the right.
+
+    Args:
+        at: (N, 2). names: cell types (N). made: which are generated (N). share: of generated cells
+            among the ``n_neighbors`` neighbours of a real one. unseen: no training saw the real.
+    """
+    width = 9.4 + legend_width(cell_types)
+    figure, axes = pyplot().subplots(1, 2, figsize=(width, 4.9), layout="constrained")
+    order = np.random.default_rng(0).permutation(len(at))
+    size = float(np.clip(1.2e4 / len(at), 2, 18))
+    colors = np.where(made, "#D55E00", "#0072B2")
+    axes[0].scatter(*at[order].T, s=size, c=colors[order], lw=0)
+    real = "real, never trained on" if unseen else "real, trained on"
+    for label, color in ((real, "#0072B2"), ("generated", "#D55E00")):
+        axes[0].scatter([], [], s=50, color=color, label=label)
+    axes[0].legend(frameon=False, fontsize=11, loc="upper center", ncols=2, handletextpad=0.1,
+                   bbox_to_anchor=(0.5, 0.0))  # fmt: skip
+    scatter_types(axes[1], at, names, cell_types)
+    for axis, title in zip(axes, ("real and generated cells", "their cell types"), strict=True):
+        bare(axis)
+        axis.set_title(title, fontsize=15)
+    axes[1].text(
+        *(0.5, -0.06),
+        f"generated cells among the {n_neighbors} nearest neighbours\n"
+        f"of a real cell: {100 * share:.0f} % (50 % if they were alike)",
+        transform=axes[1].transAxes,
+        ha="center",
+        va="top",
+        fontsize=11,
+    )
+    legend_of(figure, cell_types, loc="outside right center")
+    write_whole_figure(path, figure)
+
+
+def write_points(path, panels, axes_names, names=None, cell_types=()):
+    """Write scatter plots side by side, each with the line on which both would be equal.
+
+    Args:
+        panels: title -> (x, y), arrays of one shape. axes_names: of x and y.
+        names: cell type of each point, if they are to be coloured; cell_types: all (K).
+    """
+    extra = legend_width(cell_types) if names is not None else 0
+    figure, axes = pyplot().subplots(
+        *(1, len(panels)), figsize=(4.2 * len(panels) + extra, 4.2), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    end = max(np.nanmax(values) for pair in panels.values() for values in pair)
+    for axis, (title, (x, y)) in zip(axes[0], panels.items(), strict=True):
+        axis.axline((0, 0), slope=1, color="0.6", lw=1, ls="--", zorder=0)
+        points = np.column_stack([np.ravel(x), np.ravel(y)])
+        if names is None:
+            axis.scatter(*points.T, s=4, color="#0072B2", alpha=0.3, lw=0, rasterized=True)
+        else:
+            scatter_types(axis, points, names, cell_types)
+        axis.set_title(title, fontsize=13)
+        axis.set_xlabel(axes_names[0], fontsize=11)
+        axis.set_xlim(-0.02 * end, 1.03 * end)
+        axis.set_ylim(-0.02 * end, 1.03 * end)
+        axis.set_box_aspect(1)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(axes_names[1], fontsize=11)
+    if names is not None:
+        legend_of(figure, cell_types, loc="outside right center")
+    write_whole_figure(path, figure)
+
+
+def write_curves(path, curves):
+    """Write the loss curves of the trainings in one picture, a row each.
+
+    curves: stage -> data frame as :func:`write_losses` writes it.
+    """
+    columns = {
+        stage: [n for n in table if n != "epoch" and not n.startswith("held_out_")]
+        for stage, table in curves.items()
+    }
+    width = max(map(len, columns.values()))
+    figure, axes = pyplot().subplots(
+        *(len(curves), width), figsize=(3.4 * width + 1.3, 2.5 * len(curves)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, (stage, table) in zip(axes, curves.items(), strict=True):
+        for axis in row[len(columns[stage]) :]:
+            axis.set_visible(False)
+        for axis, name in zip(row, columns[stage], strict=False):
+            values = []
+            for key, color in ((name, "#0072B2"), (f"held_out_{name}", "#D55E00")):
+                part = table[["epoch", key]].dropna() if key in table else table.iloc[:0]
+                if len(part):
+                    axis.plot(part["epoch"], part[key], color=color, lw=1.4)
+                    values += list(part[key])
+            if values and min(values) > 0 and max(values) > 20 * min(values):
+                axis.set_yscale("log")
+            elif values and max(values) == 0:  # targets met from the first step on
+                axis.set_ylim(-0.05, 1)
+            axis.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=11)
+            axis.set_xlabel("epoch")
+            axis.spines[["top", "right"]].set_visible(False)
+    lines = [pyplot().Line2D([], [], color=c, lw=2) for c in ("#0072B2", "#D55E00")]
+    figure.legend(lines, ["training", "held out"], frameon=False, loc="outside right upper")
+    write_whole_figure(path, figure)
+
+
+def write_schematic(path):
+    """Write the three networks and what flows between them, as README explains them."""
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    figure, axis = pyplot().subplots(figsize=(10.4, 5.2))
+    figure.subplots_adjust(0, 0, 1, 1)
+    axis.set_xlim(0, 104)
+    axis.set_ylim(0, 52)
+    axis.axis("off")
+
+    def box(x, y, width, height, text, color, edge="#333333"):
+        patch = FancyBboxPatch((x, y), width, height, "round,pad=0.4,rounding_size=1.4",
+                               fc=color, ec=edge, lw=1.3)  # fmt: skip
+        axis.add_patch(patch)
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10.5)
+
+    def arrow(start, end, text="", at=None, bend=0.0):
+        style = f"arc3,rad={bend}"
+        axis.add_patch(
+            FancyArrowPatch(
+                start,
+                end,
+                arrowstyle="-|>",
+                mutation_scale=14,
+                lw=1.4,
+                color="#333333",
+                connectionstyle=style,
+            )  # fmt: skip
+        )
+        if text:
+            axis.text(*at, text, ha="center", va="center", fontsize=9, color="#333333")
+
+    data, network, latent = "#F2F2F2", "#CFE5F5", "#FBE3C4"
+    for y, label in ((44, "TRAINING, on a labelled single-cell reference"),):
+        axis.text(2, y + 5.4, label, fontsize=10.5, weight="bold", color="#333333")
+    axis.text(2, 16.6, "GENERATION", fontsize=10.5, weight="bold", color="#333333")
+    axis.plot([1, 103], [20.5, 20.5], color="0.7", lw=1, ls=":")
+
+    box(2, 36, 15, 9, "reference cells\ncounts x\ncell types k", data)
+    box(27, 36, 18, 9, "1  scGMVAE\nencoder of cells,\nmixture prior", network)
+    box(56, 36, 17, 9, "latent z of each cell\nμₖ, σₖ² of\neach type", latent)
+    box(84, 36, 17, 9, "2  scDecoder\nz → counts of\nall genes (NB)", network)
+    box(2, 23.4, 15, 7.4, "pseudobulks of\ndrawn cells", data)
+    box(27, 23.4, 18, 7.4, "3  Bulk Encoder\ndeconvolution, network", network)
+    box(56, 23.4, 17, 7.4, "μ̂ₖ, σ̂ₖ², π̂", latent)
+    arrow((17.6, 40.5), (26.4, 40.5))
+    arrow((45.6, 40.5), (55.4, 40.5))
+    arrow((73.6, 40.5), (83.4, 40.5), "z paired with\nits own x", (78.5, 45.2))
+    arrow((9.5, 35.4), (9.5, 31.4), "Σ", (11.6, 33.4))
+    arrow((17.6, 27.1), (26.4, 27.1))
+    arrow((45.6, 27.1), (55.4, 27.1))
+    arrow((64.5, 35.4), (64.5, 31.4), "targets", (68.6, 33.4))
+
+    box(2, 3.5, 15, 9, "bulk RNA-seq\nof a sample", data)
+    box(27, 3.5, 18, 9, "3  Bulk Encoder\n(trained)", network)
+    box(56, 3.5, 17, 9, "k ~ π̂\nz ~ N(μ̂ₖ, σ̂ₖ²)", latent)
+    box(84, 3.5, 17, 9, "2  scDecoder\n→ one cell's\ncounts", network)
+    arrow((17.6, 8), (26.4, 8))
+    arrow((45.6, 8), (55.4, 8), "μ̂ₖ, σ̂ₖ², π̂", (50.5, 10))
+    arrow((73.6, 8), (83.4, 8), "z", (78.5, 10))
+    # A white ground: the page behind may be dark.
+    figure.patch.set_facecolor("white")
+    write_whole_figure(path, figure)
