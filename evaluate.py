@@ -120,6 +120,8 @@ class Settings(DatasetSettings):
     """Pseudobulks of held-out cells per draw, proportions from Dirichlet(1)."""
     cells_per_bulk: int = 500
     """Cells in each pseudobulk."""
+    n_trees: int = 300
+    """Trees of each random forest, the slowest of the figures."""
     baselines: bool = True
     """Measure the baselines too; --no-baselines saves their training."""
     bulk: Path | None = None
@@ -132,7 +134,7 @@ class Settings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk"):
+        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees"):
             if (found := getattr(self, name)) < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if self.generated is not None and self.more_weights:
@@ -166,7 +168,7 @@ def within_type_variance_ratio(real, real_codes, made, made_codes):
     return ratios
 
 
-def random_forest_auroc(real, made, seed):
+def random_forest_auroc(real, made, seed, n_trees=300):
     """Cross-validated AUROC of a random forest told to tell real from made; 0.5 is best."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.metrics import roc_auc_score
@@ -174,7 +176,7 @@ def random_forest_auroc(real, made, seed):
 
     X = np.vstack([real, made])
     y = np.repeat([0, 1], [len(real), len(made)])
-    forest = RandomForestClassifier(300, random_state=seed, n_jobs=-1)
+    forest = RandomForestClassifier(n_trees, random_state=seed, n_jobs=-1)
     # Shuffled: cells may come sorted by type, and a fold of one type alone reads far below 0.5.
     folds = StratifiedKFold(min(5, len(real), len(made)), shuffle=True, random_state=seed)
     score = cross_val_predict(forest, X, y, cv=folds, method="predict_proba")
@@ -272,9 +274,10 @@ class CellFigures:
 
     Args:
         cells: AnnData (N) of real cells. held_out: bool (N). codes: cell types (N).
+        n_trees: of each random forest.
     """
 
-    def __init__(self, cells, held_out, codes):
+    def __init__(self, cells, held_out, codes, n_trees=300):
         import scanpy
         from sklearn.decomposition import PCA
 
@@ -291,7 +294,7 @@ class CellFigures:
         log = self.log(cells.X)
         self.pca = PCA(min(20, *log.shape), random_state=0).fit(log)
         self.all_pcs, self.held_out = self.pca.transform(log), held_out
-        self.codes = codes[held_out]
+        self.codes, self.n_trees = codes[held_out], n_trees
         self.real = self.describe(cells.X[np.flatnonzero(held_out)])
         # What copying must be compared with: real cells that nothing was trained on.
         self.expected_share = trained_on_share(
@@ -325,9 +328,13 @@ class CellFigures:
         made, real = self.describe(X), self.real
         zeros = np.abs((made["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
         share = trained_on_share(made["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on)
+        auroc_pcs, auroc_genes = (
+            random_forest_auroc(real[space], made[space], seed, self.n_trees)
+            for space in ("pcs", "log")
+        )
         whole = {
-            "random-forest AUROC, PCs": random_forest_auroc(real["pcs"], made["pcs"], seed),
-            "random-forest AUROC, genes": random_forest_auroc(real["log"], made["log"], seed),
+            "random-forest AUROC, PCs": auroc_pcs,
+            "random-forest AUROC, genes": auroc_genes,
             "MMD2, PCs": mmd2(real["pcs"], made["pcs"]),
             "gene-gene correlation RMSE": correlation_rmse(real["correlated"], made["correlated"]),
             "zero-fraction error": zeros.mean(),
@@ -573,7 +580,7 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
     """Rows (method, figure, type code or None, value) of every method of the table."""
     test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
     wanted = codes[test]
-    figures = CellFigures(cells, held_out, codes)
+    figures = CellFigures(cells, held_out, codes, cfg.n_trees)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
 
     def from_decoder(decoder, log_factor=None):
@@ -637,7 +644,7 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
             compared = figures.compare(*draw_cells(), at, trained_on=is_real)
             rows += [(method, *row) for row in compared]
     if len(np.unique(codes[unseen])) > 1:
-        without = CellFigures(cells[kept].copy(), held_out[kept], codes[kept])
+        without = CellFigures(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
         compared = without.compare(cells.X[unseen], codes[unseen], cfg.seed)
         # The unseen cells are no neighbours of themselves, nor trained on in any sense.
         rows += [

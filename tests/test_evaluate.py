@@ -378,7 +378,7 @@ def measured(tmp_path):
 @pytest.fixture
 def no_forests(monkeypatch):
     """The slowest figure by far, for runs in which it is not looked at."""
-    monkeypatch.setattr(evaluate, "random_forest_auroc", lambda real, made, seed: 0.5)
+    monkeypatch.setattr(evaluate, "random_forest_auroc", lambda *_: 0.5)
 
 
 def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, no_forests):
