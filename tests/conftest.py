@@ -151,6 +151,22 @@ TINY = {
 }
 
 
+# For tests that look at shapes and files, not at what was learned.
+QUICK = TINY | {
+    "train_gmvae.py": [*TINY["train_gmvae.py"], "--epochs", 6, "--vae-epochs", 2],
+    "train_decoder.py": [*TINY["train_decoder.py"], "--epochs", 6],
+    "train_encoder.py": [*TINY["train_encoder.py"], "--epochs", 20],
+}
+
+
+def train(*where, settings=TINY, **extra):
+    """Run the three trainings within this process; extra: further flags by the script's stem."""
+    for script, own in settings.items():
+        more = extra.get(script.removesuffix(".py"), [])
+        done = run_inside(script, *where, *own, *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture
 def cells():
     return make_cells()

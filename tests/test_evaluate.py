@@ -272,7 +272,7 @@ def test_summary_is_over_trainings_where_there_are_several():
 
 # --------------------------------------------------------------------------------- the script
 
-FEW = ["--n-draws", 1, "--n-pseudobulks", 5]
+FEW = ["--n-draws", 1, "--n-pseudobulks", 5, "--n-trees", 20]
 
 
 @pytest.fixture

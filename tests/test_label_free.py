@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from conftest import (
     CELL_TYPES,
+    QUICK,
     ROOT,
     TINY,
     assert_one_line_error,
@@ -33,10 +34,9 @@ def unlabelled(tmp_path_factory):
     return path
 
 
-def train(data, weights, *arguments):
-    done = run_inside(
-        "train_gmvae.py", "--data", data, "--weights", weights, *TINY["train_gmvae.py"], *arguments
-    )
+def find_types(data, weights, *arguments, settings=TINY):
+    where = ["--data", data, "--weights", weights]
+    done = run_inside("train_gmvae.py", *where, *settings["train_gmvae.py"], *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -47,13 +47,13 @@ def found_in(weights):
 
 
 def test_from_counts_without_labels_to_cells(tmp_path, unlabelled):
-    train(unlabelled, tmp_path, "--n-types", 3)
+    find_types(unlabelled, tmp_path, "--n-types", 3)
     found, true = found_in(tmp_path), make_cells().obs["cell_type"]
     assert set(found) == {"type 1", "type 2", "type 3"}
     assert list(found.index) == list(true.index)  # the held-out ones, too
     assert adjusted_rand_score(true, found) > 0.9
     for script in ("train_decoder.py", "train_encoder.py", "bulk2sc.py"):
-        arguments = TINY.get(script, ["--n-cells", 60, "--batch-size", 20])
+        arguments = QUICK.get(script, ["--n-cells", 60, "--batch-size", 20])
         out = ["--out", tmp_path / "out.h5ad"] if script == "bulk2sc.py" else []
         done = run_inside(script, "--data", unlabelled, "--weights", tmp_path, *arguments, *out)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -64,7 +64,7 @@ def test_from_counts_without_labels_to_cells(tmp_path, unlabelled):
 
 def test_without_labels_the_run_repeats_and_gives_way_to_labels(tmp_path, unlabelled, h5ad):
     for name in ("a", "b"):
-        train(unlabelled, tmp_path / name, "--n-types", 0)
+        find_types(unlabelled, tmp_path / name, "--n-types", 0, settings=QUICK)
     for name in ("gmm_mu_c.pt", "gmm_var_c.pt"):
         a, b = (torch.load(tmp_path / x / name, weights_only=True) for x in "ab")
         assert torch.equal(a, b)
@@ -72,7 +72,7 @@ def test_without_labels_the_run_repeats_and_gives_way_to_labels(tmp_path, unlabe
     _, card = load_model(tmp_path / "a" / "scGMVAE_model.pt", scGMVAE)
     assert card["cell_types"] == sorted(set(found_in(tmp_path / "a")))
     # Trained again with labels, the weights know those, and the found types are gone.
-    train(h5ad, tmp_path / "a")
+    find_types(h5ad, tmp_path / "a", settings=QUICK)
     assert not (tmp_path / "a" / "barcode_to_celltype.csv").exists()
     done = run_inside("train_gmvae.py", "--data", unlabelled, "--weights", tmp_path / "c")
     assert_one_line_error(done, "no cell types found", "--n-types")
@@ -80,7 +80,7 @@ def test_without_labels_the_run_repeats_and_gives_way_to_labels(tmp_path, unlabe
 
 
 def test_found_types_are_matched_to_labels(tmp_path, h5ad):
-    done = train(h5ad, tmp_path, "--n-types", 4)
+    done = find_types(h5ad, tmp_path, "--n-types", 4)
     found, true = found_in(tmp_path), make_cells().obs["cell_type"]
     assert "adjusted Rand index with the labels" in done.stdout
     named = found.isin(CELL_TYPES)

@@ -14,11 +14,13 @@ import torch
 from bulk2sc import MISFIT
 from conftest import (
     CELL_TYPES,
+    QUICK,
     TINY,
     assert_one_line_error,
     make_cells,
     run,
     run_inside,
+    train,
     write_10x,
     write_labels,
 )
@@ -300,9 +302,8 @@ def test_more_than_ten_types_given_as_numbers(tmp_path):
     cells = make_cells(n_per_type=(12,) * 12, n_genes=72)
     cells.obs["leiden"] = cells.obs["cell_type"].str.removeprefix("type ")
     cells.write_h5ad(tmp_path / "a.h5ad")
-    for script, settings in TINY.items():
-        where = ["--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w"]
-        run(script, *where, *settings)
+    where = ["--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w"]
+    train(*where, settings=QUICK)
     for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
         assert card(tmp_path / "w", model)["cell_types"] == [str(i) for i in range(12)]
     out = generate(tmp_path / "g.h5ad", "--data", tmp_path / "a.h5ad", "--weights", tmp_path / "w",
@@ -313,13 +314,13 @@ def test_more_than_ten_types_given_as_numbers(tmp_path):
 def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
     folder = write_10x(tmp_path / "10x", make_cells(), "old")
     labels = write_labels(tmp_path / "labels.csv", make_cells(), header=False)
-    for script, settings in TINY.items():
+    for script, settings in QUICK.items():
         run(script, "--data", folder, "--labels", labels, "--weights", tmp_path / "w", *settings)
     out = generate(tmp_path / "g.h5ad", "--data", folder, "--weights", tmp_path / "w",
                    "--n-cells", 5, "--batch-size", 20)  # fmt: skip
     assert out.n_obs == 5
     done = run("evaluate.py", "--data", folder, "--labels", labels, "--weights", tmp_path / "w",
-               "--n-draws", 2, "--n-pseudobulks", 5)  # fmt: skip
+               "--n-draws", 2, "--n-pseudobulks", 5, "--n-trees", 20)  # fmt: skip
     table = pd.read_csv(tmp_path / "w" / "evaluation.csv")
     assert "within-type variance ratio" in done.stdout
     assert set(table["method"]) >= {"bulk2sc", "other real cells", "cell-type NB", "NNLS"}
@@ -329,9 +330,7 @@ def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
 def test_nothing_held_out(tmp_path, h5ad):
     """All cells train, no held-out loss is read, and evaluate.py says why it cannot measure."""
     where = ["--data", h5ad, "--weights", tmp_path]
-    extra = {"train_gmvae.py": ["--held-out", 0]}
-    for script, settings in TINY.items():
-        run(script, *where, *settings, *extra.get(script, []))
+    train(*where, settings=QUICK, train_gmvae=["--held-out", 0])
     assert card(tmp_path, "bulkEncoder")["held_out"] == []
     assert_one_line_error(run_inside("evaluate.py", *where), "no cells were held out")
 
@@ -346,10 +345,11 @@ def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
     """autoCell leaves two files, 1 x D x K, and D need not be K."""
     for name, low in (("gmm_mu_c.pt", 0.0), ("gmm_var_c.pt", 0.5)):
         torch.save(torch.rand(1, 4, 3) + low, tmp_path / name)
-    settings = [*TINY["train_decoder.py"], "--data", h5ad, "--weights", tmp_path]
-    done = run("train_decoder.py", *settings, *arguments)
+    where = ["--data", h5ad, "--weights", tmp_path]
+    done = run_inside("train_decoder.py", *where, *QUICK["train_decoder.py"], *arguments)
     assert "components taken as cell types: 0 = B cells; " in done.stdout
-    run("train_encoder.py", *TINY["train_encoder.py"], "--data", h5ad, "--weights", tmp_path)
+    done = run_inside("train_encoder.py", *where, *QUICK["train_encoder.py"])
+    assert done.returncode == 0, done.stderr
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 30,
                    "--batch-size", 20)  # fmt: skip
     assert out.obsm["X_latent"].shape == (30, 4)
@@ -366,9 +366,9 @@ def test_posterior_pairing_needs_the_gmvae(tmp_path, h5ad):
 
 
 def test_zinb_from_end_to_end(tmp_path, h5ad):
-    extra = {"train_gmvae.py": ["--loss", "zinb"], "train_decoder.py": ["--loss", "zinb"]}
-    for script, settings in TINY.items():
-        run(script, "--data", h5ad, "--weights", tmp_path, *settings, *extra.get(script, []))
+    zinb = ["--loss", "zinb"]
+    where = ["--data", h5ad, "--weights", tmp_path]
+    train(*where, settings=QUICK, train_gmvae=zinb, train_decoder=zinb)
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 20,
                    "--batch-size", 20)  # fmt: skip
     assert out.X.sum() > 0
