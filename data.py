@@ -24,6 +24,8 @@ import tyro
 EMBEDDED = "pbmc68k_reduced"  # the dataset that ships inside scanpy; needs no download
 EMBEDDED_LABELS = "bulk_labels"  # its column of cell types
 LABEL_FILE = "barcode_to_celltype.csv"  # what scType.R writes
+# What train_gmvae.py writes without labels. Another name, as --weights may be the data's folder.
+FOUND_FILE = "found_celltypes.csv"
 LABEL_COLUMN = "cell_type"  # looked for in .obs when --labels is not given
 # Cells with one of these names (in any case) are unlabelled.
 NO_LABEL = {"", "unknown", "unassigned", "nan", "na", "n/a", "none", "null"}
@@ -464,8 +466,8 @@ def read_labels(adata, data, labels, weights=None):
     Raises:
         InputError: ``labels`` is neither a file nor a column of ``.obs``.
     """
-    if labels is None and weights is not None and (Path(weights) / LABEL_FILE).is_file():
-        labels = str(Path(weights) / LABEL_FILE)
+    if labels is None and weights is not None and (Path(weights) / FOUND_FILE).is_file():
+        labels = str(Path(weights) / FOUND_FILE)
         print(f"{labels}: cell types found by train_gmvae.py")
     if labels is None:
         beside = Path(data) / LABEL_FILE if Path(data).is_dir() else Path(data).parent / LABEL_FILE

@@ -865,8 +865,11 @@ def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractio
 # ------------------------------------------------------------------------------------ tables
 
 
-def load_weights(weights, cells, cell_types, device):
-    """Both models of a folder and their cards, checked against the data, and the split (N)."""
+def load_weights(weights, cells, cell_types, device, fewest=2):
+    """Both models of a folder and their cards, checked against the data, and the split (N).
+
+    fewest: held-out cells that there must be.
+    """
     decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
@@ -874,7 +877,7 @@ def load_weights(weights, cells, cell_types, device):
         check_cell_types(file, card, cell_types)
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
     held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
-    if held_out.sum() < 2:
+    if held_out.sum() < fewest:
         raise InputError(f"{decoder_file}: no cells were held out, so nothing can be measured")
     return decoder, decoder_card, encoder, encoder_card, held_out
 

@@ -26,25 +26,21 @@ from data import (
     DatasetSettings,
     InputError,
     align_genes,
-    apply_split,
     codes_of,
     library_size,
     load_cells,
     mean_counts,
     run_script,
 )
-from evaluate import concordance, draw_test_bulks, find_markers, new_cells, predict_proportions
-from models import (
-    BulkEncoder,
-    check_cell_types,
-    check_mixture,
-    load_model,
-    pick_device,
-    scDecoder,
-    scGMVAE,
-    seed_everything,
-    to_dense,
+from evaluate import (
+    concordance,
+    draw_test_bulks,
+    find_markers,
+    load_weights,
+    new_cells,
+    predict_proportions,
 )
+from models import load_model, pick_device, scGMVAE, seed_everything, to_dense
 from plotting import (
     write_curves,
     write_joint,
@@ -107,21 +103,6 @@ def tsne(points, seed):
 
     perplexity = min(30, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
-
-
-def load_models(cfg, cells, codes, cell_types, device):
-    """Decoder, encoder and, if there, scGMVAE, each with its card, and the held-out cells (N)."""
-    decoder_file, encoder_file, gmvae_file = (
-        cfg.weights / f"{name}_model.pt" for name in ("scDecoder", "bulkEncoder", "scGMVAE")
-    )
-    decoder, decoder_card = load_model(decoder_file, scDecoder, device)
-    encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
-    for file, card in ((decoder_file, decoder_card), (encoder_file, encoder_card)):
-        check_cell_types(file, card, cell_types)
-    check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
-    gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
-    held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
-    return (decoder, decoder_card), (encoder, encoder_card), gmvae, held_out
 
 
 @torch.inference_mode()
@@ -228,8 +209,10 @@ def main(cfg):
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    loaded = load_models(cfg, cells, codes, cell_types, device)
-    (decoder, card), (encoder, encoder_card), gmvae, held_out = loaded
+    loaded = load_weights(cfg.weights, cells, cell_types, device, fewest=0)
+    decoder, card, encoder, encoder_card, held_out = loaded
+    gmvae_file = cfg.weights / "scGMVAE_model.pt"
+    gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
     genes = card["genes"]
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
     generator = torch.Generator(device).manual_seed(cfg.seed)

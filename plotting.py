@@ -1,8 +1,7 @@
 """Every picture, and the tables behind them."""
 
-import csv
-
 import numpy as np
+import pandas as pd
 
 from data import natural_order, write_whole
 
@@ -19,6 +18,57 @@ TYPE_COLORS = [
 MOST_NAMED = 60  # samples in a picture; of more, names would be too small or the picture too tall
 
 
+def pyplot():
+    """matplotlib.pyplot without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a training run has none
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def write_whole_figure(path, figure, **options):
+    """Save a matplotlib figure whole or not at all, and close it. options: of its savefig."""
+    write_whole(path, lambda part: figure.savefig(part, dpi=130, **options))
+    pyplot().close(figure)
+
+
+LOSS_COLORS = {"training": "#0072B2", "held out": "#D55E00"}
+
+
+def loss_names(table):
+    """Columns of a table of losses that have a panel: neither the epoch nor a held-out twin."""
+    return [n for n in table if n != "epoch" and not n.startswith("held_out_")]
+
+
+def draw_loss(axis, table, name, title):
+    """Draw a loss, and its twin ``held_out_<name>`` where there is one, against the epoch."""
+    values = []
+    pairs = zip((name, f"held_out_{name}"), LOSS_COLORS.values(), strict=True)
+    for key, color in pairs:
+        if key in table and table[key].notna().any():
+            points = table[["epoch", key]].astype(float).dropna()
+            axis.plot(points["epoch"], points[key], color=color, lw=1.3)
+            values += list(points[key])
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axis.set_yscale("log")
+    elif values and max(values) == 0:  # targets met from the first step on
+        axis.set_ylim(-0.05, 1)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("epoch")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_of_losses(figure, tables):
+    """The legend of :func:`draw_loss`; "held out" only where one of the tables has it."""
+    held_out = any(t.filter(like="held_out_").notna().any(axis=None) for t in tables)
+    shown = list(LOSS_COLORS.items())[: 1 + held_out]
+    lines = [pyplot().Line2D([], [], color=color, lw=2) for _, color in shown]
+    names = [name for name, _ in shown]
+    figure.legend(lines, names, frameon=False, loc="outside right upper")
+
+
 def write_losses(stem, rows):
     """Write loss curves as ``<stem>_loss.csv`` and ``<stem>_loss.png``.
 
@@ -27,46 +77,17 @@ def write_losses(stem, rows):
         rows: one dict per epoch, the same keys in each; ``epoch`` first. A key ``name`` and its
             twin ``held_out_name`` share a panel; None stands for "not measured at this epoch".
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # a training run has no screen
-    import matplotlib.pyplot as plt
-
-    def write_csv(path):
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def write_png(path):
-        names = [n for n in rows[0] if n != "epoch" and not n.startswith("held_out_")]
-        figure, axes = plt.subplots(
-            1, len(names), figsize=(3.2 * len(names) + 1, 2.8), squeeze=False, layout="constrained"
-        )
-        for axis, name in zip(axes[0], names, strict=True):
-            for key, label, color in (
-                (name, "training", "#0072B2"),
-                (f"held_out_{name}", "held out", "#D55E00"),
-            ):
-                points = [(r["epoch"], r[key]) for r in rows if r.get(key) is not None]
-                if points:
-                    axis.plot(*zip(*points, strict=True), label=label, color=color, lw=1.3)
-            values = [
-                r[k] for r in rows for k in (name, f"held_out_{name}") if r.get(k) is not None
-            ]
-            if values and min(values) > 0 and max(values) > 20 * min(values):
-                axis.set_yscale("log")
-            axis.set_title(name.replace("_", " "), fontsize=10)
-            axis.set_xlabel("epoch")
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0][0].set_ylabel("loss")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside right upper")
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-
-    write_whole(f"{stem}_loss.csv", write_csv)
-    write_whole(f"{stem}_loss.png", write_png)
+    table = pd.DataFrame(rows)
+    write_whole(f"{stem}_loss.csv", lambda path: table.to_csv(path, index=False))
+    names = loss_names(table)
+    size = (3.2 * len(names) + 1, 2.8)
+    options = {"squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(1, len(names), figsize=size, **options)
+    for axis, name in zip(axes[0], names, strict=True):
+        draw_loss(axis, table, name, name.replace("_", " "))
+    axes[0][0].set_ylabel("loss")
+    legend_of_losses(figure, [table])
+    write_whole_figure(f"{stem}_loss.png", figure)
 
 
 def write_evaluation(path, table):
@@ -76,10 +97,7 @@ def write_evaluation(path, table):
         path: of the .png.
         table: data frame with the columns figure, best, method, mean, std; std may be NaN.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     # Okabe and Ito's colours, told apart by the colour-blind too, and a grey: eight methods.
     colors = ["#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9"]
@@ -150,10 +168,7 @@ def write_proportions(path, proportions, samples, cell_types):
         path: of the .png.
         proportions: (S, K), rows summing to 1. samples: names (S). cell_types: names (K).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.patches import Patch
 
     n, names, types = len(samples), map(plain_text, samples), map(plain_text, cell_types)
@@ -197,10 +212,7 @@ def write_clusters(path, at, clusters, cell_type):
         path: of the .png.
         at: UMAP coordinates (N, 2). clusters: integer codes (N). cell_type: names (N).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     colors = type_colors(natural_order(set(cell_type) - {"Unknown"}))
     colors |= {"Unknown": "#CCCCCC"} if "Unknown" in cell_type else {}
@@ -228,22 +240,6 @@ def write_clusters(path, at, clusters, cell_type):
         plt.close(picture)
 
     write_whole(path, write_png)
-
-
-def pyplot():
-    """matplotlib.pyplot without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def write_whole_figure(path, figure, **options):
-    """Save a matplotlib figure whole or not at all, and close it. options: of its savefig."""
-    write_whole(path, lambda part: figure.savefig(part, dpi=130, **options))
-    pyplot().close(figure)
 
 
 def legend_of(figure, cell_types, **where):
@@ -370,34 +366,17 @@ def write_curves(path, curves):
 
     curves: stage -> data frame as :func:`write_losses` writes it.
     """
-    columns = {
-        stage: [n for n in table if n != "epoch" and not n.startswith("held_out_")]
-        for stage, table in curves.items()
-    }
+    columns = {stage: loss_names(table) for stage, table in curves.items()}
     width = max(map(len, columns.values()))
-    figure, axes = pyplot().subplots(
-        *(len(curves), width), figsize=(3.4 * width + 1.3, 2.5 * len(curves)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (3.4 * width + 1.3, 2.5 * len(curves))
+    options = {"squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(len(curves), width, figsize=size, **options)
     for row, (stage, table) in zip(axes, curves.items(), strict=True):
         for axis in row[len(columns[stage]) :]:
             axis.set_visible(False)
         for axis, name in zip(row, columns[stage], strict=False):
-            values = []
-            for key, color in ((name, "#0072B2"), (f"held_out_{name}", "#D55E00")):
-                part = table[["epoch", key]].dropna() if key in table else table.iloc[:0]
-                if len(part):
-                    axis.plot(part["epoch"], part[key], color=color, lw=1.4)
-                    values += list(part[key])
-            if values and min(values) > 0 and max(values) > 20 * min(values):
-                axis.set_yscale("log")
-            elif values and max(values) == 0:  # targets met from the first step on
-                axis.set_ylim(-0.05, 1)
-            axis.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=11)
-            axis.set_xlabel("epoch")
-            axis.spines[["top", "right"]].set_visible(False)
-    lines = [pyplot().Line2D([], [], color=c, lw=2) for c in ("#0072B2", "#D55E00")]
-    figure.legend(lines, ["training", "held out"], frameon=False, loc="outside right upper")
+            draw_loss(axis, table, name, f"{stage}: {name.replace('_', ' ')}")
+    legend_of_losses(figure, curves.values())
     write_whole_figure(path, figure)
 
 

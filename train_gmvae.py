@@ -8,7 +8,7 @@ a plain VAE, a fit of the mixture to its latent, then both together.
     python train_gmvae.py --data filtered_feature_bc_matrix --n-types 0       # without labels
 
 Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curves to --weights;
-without labels also barcode_to_celltype.csv, the type it found for each cell, which the later
+without labels also found_celltypes.csv, the type it found for each cell, which the later
 steps then read.
 """
 
@@ -23,7 +23,7 @@ from sklearn.mixture import GaussianMixture
 from tqdm import trange
 
 from data import (
-    LABEL_FILE,
+    FOUND_FILE,
     InputError,
     TrainingSettings,
     align_genes,
@@ -292,7 +292,7 @@ def main(cfg):
         epoch=cfg.epochs,
     )
     save_mixture(cfg.weights, model.mu, model.var)
-    found_types = cfg.weights / LABEL_FILE
+    found_types = cfg.weights / FOUND_FILE
     if label_free:
         table = pd.DataFrame({"barcode": cells.obs_names, "cell_type": np.array(cell_types)[codes]})
         write_whole(found_types, lambda path: table.to_csv(path, index=False))

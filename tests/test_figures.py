@@ -7,7 +7,9 @@ import torch
 import plotting
 from conftest import assert_one_line_error, make_cells, run_inside
 from data import codes_of, load_cells
-from make_figures import Settings, generate, load_models, mixing, principal_components, reconstruct
+from evaluate import load_weights
+from make_figures import Settings, generate, mixing, principal_components, reconstruct
+from models import load_model, scGMVAE
 
 PICTURES = {
     *("pbmc1k", "Latent", "reconstructed", "generated", "labels", "joint", "markers"),
@@ -46,12 +48,13 @@ def loaded(trained, h5ad):
     cfg = Settings(data=h5ad, weights=trained)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    return cfg, cells, codes, load_models(cfg, cells, codes, cell_types, torch.device("cpu"))
+    decoder, card, *_ = load_weights(trained, cells, cell_types, "cpu")
+    return cfg, cells, codes, decoder, card, load_model(trained / "scGMVAE_model.pt", scGMVAE)
 
 
 def test_reconstructed_cells_are_those_cells(loaded):
     """Each is nearer to its own type, and has its own library size up to sampling."""
-    _, cells, codes, ((decoder, card), _, gmvae, _) = loaded
+    _, cells, codes, decoder, card, gmvae = loaded
     for model in (gmvae, None):
         generator = torch.Generator().manual_seed(0)
         X = reconstruct(cells.X, codes, decoder, model, card["genes"], generator)

@@ -18,8 +18,10 @@ from conftest import (
     assert_one_line_error,
     make_cells,
     run_inside,
+    write_10x,
     write_labels,
 )
+from data import FOUND_FILE
 from models import MIXTURE_FILES, BulkEncoder, load_model, normal_kl, scDecoder, scGMVAE
 from train_gmvae import choose_mixture, name_types
 
@@ -42,7 +44,7 @@ def find_types(data, weights, *arguments, settings=TINY):
 
 
 def found_in(weights):
-    table = pd.read_csv(weights / "barcode_to_celltype.csv", index_col="barcode")
+    table = pd.read_csv(weights / FOUND_FILE, index_col="barcode")
     return table["cell_type"]
 
 
@@ -73,7 +75,7 @@ def test_without_labels_the_run_repeats_and_gives_way_to_labels(tmp_path, unlabe
     assert card["cell_types"] == sorted(set(found_in(tmp_path / "a")))
     # Trained again with labels, the weights know those, and the found types are gone.
     find_types(h5ad, tmp_path / "a", settings=QUICK)
-    assert not (tmp_path / "a" / "barcode_to_celltype.csv").exists()
+    assert not (tmp_path / "a" / FOUND_FILE).exists()
     done = run_inside("train_gmvae.py", "--data", unlabelled, "--weights", tmp_path / "c")
     assert_one_line_error(done, "no cell types found", "--n-types")
     assert not (tmp_path / "c").exists()
@@ -90,6 +92,17 @@ def test_found_types_are_matched_to_labels(tmp_path, h5ad):
     arguments = ["--data", h5ad, "--weights", tmp_path, *TINY["train_decoder.py"], "--epochs", 1]
     done = run_inside("train_decoder.py", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_labels_of_the_data_survive_weights_in_their_folder(tmp_path):
+    """Regression: found types had the name of the label file, which a later run then removed."""
+    folder = write_10x(tmp_path / "cells", make_cells())
+    labels = write_labels(folder / "barcode_to_celltype.csv", make_cells())
+    text = labels.read_text()
+    for arguments in (["--n-types", 2], []):
+        find_types(folder, folder, *arguments, settings=QUICK)
+        assert labels.read_text() == text
+        assert (folder / FOUND_FILE).exists() == bool(arguments)
 
 
 def test_names_of_found_types():

@@ -77,6 +77,7 @@ def run_command(command, folder, ran):
         assert words[1] in SMALL, f"README runs {words[1]}, which this test does not know"
         for name in {"w1", "w2"} & set(words):  # "for each seed 0, 1, 2"
             shutil.copytree(folder / "w0", folder / name, dirs_exist_ok=True)
+        words = ["markers.csv" if word.startswith("https://") else word for word in words]
         words = [sys.executable, *words[1:], *shlex.split(SMALL[words[1]])]
     else:
         assert words[0] in ("tar", "mv"), f"README runs {words[0]}, which this test does not know"
@@ -132,7 +133,13 @@ def test_links_lead_somewhere(name):
         elif not link.startswith("https://"):
             assert (ROOT / link).exists(), link
     for path in re.findall(r"`([\w/.]+\.(?:py|R|csv|md|txt|cff))`", outside):
-        made = {"barcode_to_celltype.csv", "clusters.csv", "proportions.csv", "evaluation.csv"}
+        made = {
+            "barcode_to_celltype.csv",
+            "found_celltypes.csv",
+            "clusters.csv",
+            "proportions.csv",
+            "evaluation.csv",
+        }
         assert path in made or (ROOT / path).exists(), path
 
 
