@@ -30,7 +30,10 @@ COLORS <- c(
 
 # One line to stderr and exit status 1. Tests that source this file catch it as an error instead.
 fail <- function(...) {
-  stop(structure(class = c("input_error", "error", "condition"), list(message = paste0(...), call = NULL)))
+  stop(structure(
+    class = c("input_error", "error", "condition"),
+    list(message = paste0(...), call = NULL)
+  ))
 }
 
 need <- function(package, what) {
@@ -118,7 +121,10 @@ reading <- function(path, kind, expression) {
 }
 
 read_names <- function(path) {
-  reading(path, "table", read.delim(path, header = FALSE, quote = "", comment.char = "", colClasses = "character"))
+  reading(path, "table", read.delim(
+    path,
+    header = FALSE, quote = "", comment.char = "", colClasses = "character"
+  ))
 }
 
 # Raw counts of a 10x folder or .h5: a sparse matrix, genes x cells, gene symbols made unique.
@@ -128,7 +134,10 @@ read_counts <- function(path) {
   }
   if (!dir.exists(path)) {
     if (grepl("\\.h5ad$", path)) {
-      fail(path, ": R reads no .h5ad; make a 10x folder of it: python annotate.py --data ", path, " --export folder")
+      fail(
+        path, ": R reads no .h5ad; make a 10x folder of it: python annotate.py --data ", path,
+        " --export folder"
+      )
     }
     if (!grepl("\\.h5$", path)) fail(path, ": expected a 10x folder or a 10x .h5")
     need("hdf5r", "reading a .h5 file")
@@ -150,7 +159,10 @@ read_counts <- function(path) {
     }
     twice <- unique(barcodes[duplicated(barcodes)])
     if (length(twice)) {
-      fail(path, ": ", length(twice), " barcodes occur more than once (", some(twice), "), expected one cell per barcode")
+      fail(
+        path, ": ", length(twice), " barcodes occur more than once (", some(twice),
+        "), expected one cell per barcode"
+      )
     }
     colnames(counts) <- barcodes
     symbols <- features[[min(2, ncol(features))]]
@@ -211,17 +223,27 @@ read_markers <- function(db, tissue) {
   }
   columns <- c("tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2")
   missing <- setdiff(columns, names(table))
-  if (length(missing)) fail(path, ": no column ", paste(missing, collapse = ", "), ", expected a marker table with ", paste(columns, collapse = ", "))
+  if (length(missing)) {
+    fail(
+      path, ": no column ", paste(missing, collapse = ", "), ", expected a marker table with ",
+      paste(columns, collapse = ", ")
+    )
+  }
   table[is.na(table)] <- ""
   if (!tissue %in% table$tissueType) {
-    fail("--tissue ", tissue, ": not in ", path, ", which knows ", paste(sort(unique(table$tissueType)), collapse = ", "))
+    known <- paste(sort(unique(table$tissueType)), collapse = ", ")
+    fail("--tissue ", tissue, ": not in ", path, ", which knows ", known)
   }
   table <- table[table$tissueType == tissue, ]
   names <- trimws(table$cellName)
   split_genes <- function(text) {
-    genes <- lapply(strsplit(text, ","), function(genes) unique(correct_symbols(toupper(gsub("\\s", "", genes)))))
+    genes <- lapply(strsplit(text, ","), function(genes) {
+      correct_symbols(toupper(gsub("\\s", "", genes)))
+    })
     # Rows of one cell type are joined.
-    lapply(split(genes, factor(names, unique(names))), function(sets) setdiff(unique(unlist(sets)), c("", "NA")))
+    lapply(split(genes, factor(names, unique(names))), function(sets) {
+      setdiff(unique(unlist(sets)), c("", "NA"))
+    })
   }
   list(positive = split_genes(table$geneSymbolmore1), negative = split_genes(table$geneSymbolmore2))
 }
@@ -306,15 +328,28 @@ cluster_cells <- function(counts, markers, settings) {
   object <- Seurat::ScaleData(object, features = features, verbose = FALSE)
   n_pcs <- min(max(50, settings$dims), ncol(object) - 1, length(Seurat::VariableFeatures(object)) - 1)
   if (n_pcs < settings$dims) {
-    fail("--dims: found ", settings$dims, ", expected at most ", max(n_pcs, 0), " for ", ncol(object), " cells")
+    fail(
+      "--dims: found ", settings$dims, ", expected at most ", max(n_pcs, 0), " for ",
+      ncol(object), " cells"
+    )
   }
   dims <- seq_len(settings$dims)
   # Few cells make the approximate SVD warn, and Seurat 5 refuse; the exact one is as fast there.
-  object <- suppressWarnings(Seurat::RunPCA(object, npcs = n_pcs, approx = n_pcs < ncol(object) / 3, seed.use = settings$seed, verbose = FALSE))
+  object <- suppressWarnings(Seurat::RunPCA(
+    object,
+    npcs = n_pcs, approx = n_pcs < ncol(object) / 3, seed.use = settings$seed, verbose = FALSE
+  ))
   neighbors <- min(N_NEIGHBORS, ncol(object) - 1)
   object <- Seurat::FindNeighbors(object, dims = dims, k.param = neighbors, verbose = FALSE)
-  object <- Seurat::FindClusters(object, resolution = settings$resolution, random.seed = settings$seed, verbose = FALSE)
-  object <- suppressWarnings(Seurat::RunUMAP(object, dims = dims, n.neighbors = min(30, neighbors), umap.method = "uwot", seed.use = settings$seed, verbose = FALSE))
+  object <- Seurat::FindClusters(
+    object,
+    resolution = settings$resolution, random.seed = settings$seed, verbose = FALSE
+  )
+  object <- suppressWarnings(Seurat::RunUMAP(
+    object,
+    dims = dims, n.neighbors = min(30, neighbors), umap.method = "uwot",
+    seed.use = settings$seed, verbose = FALSE
+  ))
   list(object = object, z = layer_of(object, "scale.data")[wanted, , drop = FALSE])
 }
 
@@ -324,7 +359,9 @@ cluster_cells <- function(counts, markers, settings) {
 write_whole <- function(path, write) {
   part <- file.path(dirname(path), paste0(".", Sys.getpid(), ".tmp.", basename(path)))
   on.exit(unlink(part))
-  tryCatch(write(part), error = function(error) fail(path, ": could not be written (", conditionMessage(error), ")"))
+  tryCatch(write(part), error = function(error) {
+    fail(path, ": could not be written (", conditionMessage(error), ")")
+  })
   if (!file.rename(part, path)) fail(path, ": could not be written")
 }
 
@@ -355,7 +392,10 @@ main <- function(arguments) {
   beside <- if (dir.exists(settings$data)) settings$data else dirname(settings$data)
   out <- if (nzchar(settings$out)) settings$out else beside
   if (!nzchar(settings$out) && file.exists(file.path(out, LABELS))) {
-    fail(file.path(out, LABELS), ": cell types are there already; name the folder with --out to write over them")
+    fail(
+      file.path(out, LABELS), ": cell types are there already; name the folder with --out to ",
+      "write over them"
+    )
   }
   markers <- read_markers(settings$db, settings$tissue) # before the data: it is quick
   counts <- read_counts(settings$data)
@@ -363,12 +403,17 @@ main <- function(arguments) {
   wanted <- unique(unlist(markers))
   found <- intersect(wanted, toupper(rownames(counts)))
   if (!length(found)) {
-    fail(settings$db, ": none of its ", length(wanted), " markers (", some(wanted), ") is a gene of the data (", some(rownames(counts)), ")")
+    fail(
+      settings$db, ": none of its ", length(wanted), " markers (", some(wanted),
+      ") is a gene of the data (", some(rownames(counts)), ")"
+    )
   }
   cat(
-    settings$db, ": ", length(markers$positive), " cell types of ", settings$tissue, "; ", length(found), " of ",
-    length(wanted), " markers are genes of the data",
-    if (!requireNamespace("HGNChelper", quietly = TRUE)) " (HGNChelper is not installed: aliases such as CD20 are not looked up)",
+    settings$db, ": ", length(markers$positive), " cell types of ", settings$tissue, "; ",
+    length(found), " of ", length(wanted), " markers are genes of the data",
+    if (!requireNamespace("HGNChelper", quietly = TRUE)) {
+      " (HGNChelper is not installed: aliases such as CD20 are not looked up)"
+    },
     "\n",
     sep = ""
   )
@@ -376,7 +421,8 @@ main <- function(arguments) {
   clustered <- tryCatch(cluster_cells(counts, markers, settings),
     input_error = function(error) stop(error),
     error = function(error) {
-      fail(settings$data, ": ", ncol(counts), " cells could not be clustered (", strsplit(conditionMessage(error), "\n")[[1]][1], ")")
+      line <- strsplit(conditionMessage(error), "\n")[[1]][1]
+      fail(settings$data, ": ", ncol(counts), " cells could not be clustered (", line, ")")
     }
   )
   clusters <- as.character(Seurat::Idents(clustered$object))
@@ -385,19 +431,24 @@ main <- function(arguments) {
   best <- named[named$rank == 1, ]
   cell_type <- best$cell_type[match(clusters, best$cluster)]
 
-  if (!dir.exists(out) && !dir.create(out, recursive = TRUE, showWarnings = FALSE)) fail("--out ", out, ": could not be made")
+  if (!dir.exists(out) && !dir.create(out, recursive = TRUE, showWarnings = FALSE)) {
+    fail("--out ", out, ": could not be made")
+  }
   labels <- data.frame(barcode = colnames(counts), cell_type = cell_type)
-  quote <- which(grepl("[,\"]", c(max(labels$barcode), 0)) | c(FALSE, any(grepl("[,\"]", cell_type))))
-  write_whole(file.path(out, LABELS), function(path) {
-    utils::write.csv(labels, path, row.names = FALSE, quote = if (length(quote)) quote else FALSE, fileEncoding = "UTF-8")
-  })
-  write_whole(file.path(out, "clusters.csv"), function(path) utils::write.csv(named, path, row.names = FALSE, fileEncoding = "UTF-8"))
+  write_table <- function(table, name, quote) {
+    write_whole(file.path(out, name), function(path) {
+      utils::write.csv(table, path, row.names = FALSE, quote = quote, fileEncoding = "UTF-8")
+    })
+  }
+  write_table(labels, LABELS, any(grepl("[,\"]", unlist(labels))))
+  write_table(named, "clusters.csv", TRUE)
   write_whole(file.path(out, "clusters.png"), function(path) draw_clusters(path, clustered$object, cell_type))
   print(best[, c("cluster", "cells", "cell_type", "score")], row.names = FALSE)
   unknown <- sum(cell_type == "Unknown")
   cat(
-    "wrote ", LABELS, ", clusters.csv and clusters.png to ", out, ": ", length(unique(setdiff(cell_type, "Unknown"))),
-    " cell types, ", unknown, " of ", length(cell_type), " cells Unknown\n",
+    "wrote ", LABELS, ", clusters.csv and clusters.png to ", out, ": ",
+    length(unique(setdiff(cell_type, "Unknown"))), " cell types, ", unknown, " of ",
+    length(cell_type), " cells Unknown\n",
     sep = ""
   )
 }

@@ -345,6 +345,21 @@ def test_r_reads_layers_of_seurat_5_and_slots_of_4():
 
 
 @needs_r
+def test_r_downloads_a_marker_table_once(tmp_path, table):
+    code = f"cat(names(read_markers('{table.as_uri()}', 'T')$positive), sep = ';')"
+    first = run_r(code=code, cwd=tmp_path)
+    assert first.stdout.splitlines()[-1] == ";".join(read_markers(str(table), "T"))
+    assert "kept as markers.csv" in first.stdout
+    kept = tmp_path / "markers.csv"
+    kept.write_text(kept.read_text().replace("nowhere", "elsewhere"))
+    assert run_r(code=code, cwd=tmp_path).stdout.endswith(";elsewhere")
+    absent = (tmp_path / "absent.csv").as_uri()
+    done = run_r("--db", absent, "--data", tmp_path, "--out", tmp_path / "out", cwd=tmp_path)
+    assert_one_line_error(done, absent, "could not be downloaded")
+    assert [p.name for p in tmp_path.iterdir()] == ["markers.csv"]
+
+
+@needs_r
 def test_r_looks_aliases_up_where_hgnchelper_is_installed(tmp_path, table):
     """With a stand-in for the package, whose real tables are not at hand."""
     package = tmp_path / "HGNChelper"
