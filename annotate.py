@@ -28,6 +28,7 @@ from data import (
     LABEL_FILE,
     InputError,
     bare_id,
+    choose_genes,
     library_size,
     one_line,
     read_counts,
@@ -58,7 +59,7 @@ class Settings:
     """Of the clustering; more gives more and smaller clusters."""
     dims: int = 10
     """Principal components that clustering and UMAP read."""
-    n_features: int = 2000
+    n_genes: int = 2000
     """Highly variable genes that the PCA reads."""
     n_neighbors: int = 20
     """Of each cell in the graph that is clustered."""
@@ -68,7 +69,7 @@ class Settings:
     """Only write the counts to this folder in 10x layout, for scType.R or other tools."""
 
     def __post_init__(self):
-        for name in ("dims", "n_features", "n_neighbors"):
+        for name in ("dims", "n_genes", "n_neighbors"):
             if (found := getattr(self, name)) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag}: found {found}, expected 1 or more")
@@ -212,16 +213,15 @@ def cluster_cells(cells, cfg):
     import scanpy as sc
 
     work = cells.copy()
-    n_pcs = min(50, work.n_obs - 1, work.n_vars - 1, cfg.n_features - 1)
+    n_pcs = min(50, work.n_obs - 1, work.n_vars - 1, cfg.n_genes - 1)
     if n_pcs < cfg.dims:
         raise InputError(
             f"--dims: found {cfg.dims}, expected at most {max(n_pcs, 0)} for {work.n_obs} cells"
         )
-    n_top = min(cfg.n_features, work.n_vars)
-    sc.pp.highly_variable_genes(work, n_top_genes=n_top, flavor="seurat_v3")
+    variable = choose_genes(work, cfg.n_genes)
     sc.pp.normalize_total(work, target_sum=1e4)
     sc.pp.log1p(work)
-    variable = anndata.AnnData(scale_genes(work.X[:, work.var["highly_variable"].to_numpy()]))
+    variable = anndata.AnnData(scale_genes(work[:, variable].X))
     sc.pp.pca(variable, n_comps=n_pcs, random_state=cfg.seed)
     k = min(cfg.n_neighbors, work.n_obs - 1)
     sc.tl.leiden(

@@ -173,6 +173,8 @@ def settle_types(model, mean, var, log_weight, train, labels):
     likely = model.mixture_kl(mean, var, log_weight)[1]  # (N, K)
     size = torch.bincount(likely[torch.from_numpy(train)].argmax(dim=1), minlength=len(log_weight))
     kept = size.argsort(descending=True, stable=True)[: (size > 0).sum()]  # (K',)
+    if lost := int(log_weight.isfinite().sum()) - len(kept):
+        print(f"{lost} of {lost + len(kept)} types ended without a training cell and are left out")
     found = likely[:, kept].argmax(dim=1).cpu().numpy()
     names, table = name_types(found, labels)
     cell_types = natural_order(names)

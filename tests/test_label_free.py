@@ -135,6 +135,10 @@ def test_more_types_than_cells_is_an_error(tmp_path, unlabelled):
     assert "--n-types: found 80, expected at most the 72 cells" in done.stderr
     assert done.returncode != 0 and not (tmp_path / "w").exists()
     assert_one_line_error(run_inside("train_gmvae.py", "--n-types", -1), "--n-types", "-1")
+    # As many as cells: those that end without one are counted, not silently gone.
+    done = find_types(unlabelled, tmp_path, "--n-types", 72, settings=QUICK)
+    kept = found_in(tmp_path).nunique()
+    assert f"{72 - kept} of 72 types ended without a training cell" in done.stdout
 
 
 def test_mixture_kl_is_the_best_bound():
