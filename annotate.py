@@ -16,12 +16,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import scipy.io
 import scipy.sparse as sp
-from sklearn.neighbors import NearestNeighbors
 
 from data import (
     EMBEDDED,
@@ -29,6 +27,7 @@ from data import (
     InputError,
     bare_id,
     choose_genes,
+    flag,
     library_size,
     one_line,
     read_counts,
@@ -37,7 +36,6 @@ from data import (
     some,
     write_whole,
 )
-from models import seed_everything
 from plotting import write_clusters
 
 # Of the marker table, named as ScType's own.
@@ -71,8 +69,7 @@ class Settings:
     def __post_init__(self):
         for name in ("dims", "n_genes", "n_neighbors"):
             if (found := getattr(self, name)) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag}: found {found}, expected 1 or more")
+                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 < self.resolution < np.inf:
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
         if not 0 <= self.seed < 2**32:
@@ -192,6 +189,8 @@ def shared_neighbors(pcs, k):
 
     N_i: the k nearest cells of cell i, itself among them. pcs: (N x D).
     """
+    from sklearn.neighbors import NearestNeighbors
+
     A = NearestNeighbors(n_neighbors=k).fit(pcs).kneighbors_graph(pcs)  # (N, N)
     shared = (A @ A.T).tocsr()
     shared.data /= 2 * k - shared.data
@@ -210,6 +209,7 @@ def cluster_cells(cells, cfg):
         AnnData of log-normalised cells with ``.obs["cluster"]`` (codes by falling size) and
         ``.obsm["X_umap"]``.
     """
+    import anndata
     import scanpy as sc
 
     work = cells.copy()
@@ -272,7 +272,6 @@ def export_10x(cells, folder):
 
 
 def main(cfg):
-    seed_everything(cfg.seed)
     source = Path(cfg.data)
     if cfg.export is not None:
         cells = read_counts(cfg.data)

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 import torch
 
 import bulk2sc
-from bulk2sc import calibration, draw_types, encode_bulks, expected_bulk, log_cpm
+from bulk2sc import draw_types, log_cpm
 from data import (
     DatasetSettings,
     InputError,
@@ -33,6 +33,7 @@ from data import (
     run_script,
 )
 from evaluate import (
+    calibrate_to,
     concordance,
     draw_test_bulks,
     find_markers,
@@ -40,7 +41,7 @@ from evaluate import (
     new_cells,
     predict_proportions,
 )
-from models import load_model, pick_device, scGMVAE, seed_everything, to_dense
+from models import encode_cells, load_model, pick_device, scGMVAE, seed_everything
 from plotting import (
     write_curves,
     write_joint,
@@ -117,9 +118,7 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
     if gmvae is not None:
         model, card = gmvae
         seen, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
-        parts = np.array_split(np.arange(len(codes)), -(-len(codes) // 1024))
-        parts = [model.encode(to_dense(seen, rows, device)) for rows in parts]
-        mean, var = (torch.cat(p) for p in zip(*parts, strict=True))
+        mean, var = (part.to(device) for part in encode_cells(model, seen, bulk2sc.CHUNK))
     z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)
     blocks = [
@@ -154,23 +153,21 @@ def mixing(points, made):
     return made[near.kneighbors(return_distance=False)][~made].mean()
 
 
-def sum_points(bulk, decoder, pi, generator, n_cells=1000):
-    """log2(CPM + 1) of bulks (S, G) and of the sums of generated cells, plain and calibrated.
+def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
+    """log2(CPM + 1) of a bulk (1, G) and of the sums of generated cells, plain and calibrated.
+
+    pi (1, K), log_factor (1, G): as :func:`evaluate.calibrate_to` gives them.
 
     Returns:
-        dict: mode -> (bulk, sum), two arrays (S, G).
+        dict: mode -> (bulk, sum), two arrays (G).
     """
-    S = len(bulk)
     present = np.ones(bulk.shape[1], bool)
-    factor = torch.from_numpy(calibration(bulk, expected_bulk(decoder, pi), present))
     k = draw_types(pi, n_cells, generator)
-    sample = torch.arange(S, device=k.device).repeat_interleave(n_cells)
-    at = sample.cpu().numpy(), np.arange(S * n_cells)
-    member = sp.csr_matrix((np.ones(S * n_cells), at), (S, S * n_cells))
     points = {}
-    for mode, log_factor in (("as generated", None), ("--calibrate", factor.to(k.device))):
-        total = member @ new_cells(decoder, k, generator, log_factor, sample)
-        points[mode] = tuple(log_cpm(part, present, 1) for part in (bulk, total.toarray()))
+    for mode, factor in (("as generated", None), ("--calibrate", log_factor)):
+        total = new_cells(decoder, k, generator, factor, torch.zeros_like(k)).sum(axis=0)
+        sums = bulk, np.asarray(total)
+        points[mode] = tuple(log_cpm(part, present, 1)[0] for part in sums)
     return points
 
 
@@ -204,8 +201,7 @@ def write_dots(path, real, real_types, made, made_types, markers, genes):
 
 
 def main(cfg):
-    seed_everything(cfg.seed)
-    rng = np.random.default_rng(cfg.seed)
+    rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
@@ -239,8 +235,8 @@ def main(cfg):
     save("labels", write_legend, cell_types)
 
     # Real and generated cells together, on cells that no training saw where there are such.
-    test = np.flatnonzero(held_out if held_out.sum() >= 10 else np.ones(len(codes), bool))
-    unseen = bool(held_out.sum() >= 10)
+    unseen = held_out.sum() >= 10
+    test = np.flatnonzero(held_out if unseen else np.ones(len(codes), bool))
     test = rng.permutation(test)[: cfg.max_cells]
     k = torch.as_tensor(codes[test], device=device)
     new = new_cells(decoder, k, generator)
@@ -261,7 +257,7 @@ def main(cfg):
     # Predicted proportions and sums, on pseudobulks of the same cells.
     order = np.sort(test)
     X_encoder, present = align_genes(X, genes, encoder_card["genes"], "the encoder", report=False)
-    bulk, true = draw_test_bulks(X[order], codes[order], len(types), 100, np.full(100, 500), rng)
+    bulk, true = draw_test_bulks(X[order], codes[order], len(types), 100, 500, rng)
     at = pd.Index(genes).get_indexer(encoder_card["genes"])
     profiles = mean_counts(X_encoder[marker_cells], codes[marker_cells], len(types))
     predicted = predict_proportions(encoder, bulk[:, at], present, profiles)
@@ -271,10 +267,12 @@ def main(cfg):
     colors = np.tile(types, len(true))
     axes = ("true proportion", "predicted proportion")
     save("proportions", write_points, panels, axes, colors, cell_types)
-    _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk[:1, at]), present, device)
+    log_factor, pi = calibrate_to(
+        sp.csr_matrix(bulk[:1]), decoder, encoder, (genes, encoder_card["genes"])
+    )
     panels = {
-        f"{mode}: Pearson {np.corrcoef(*map(np.ravel, pair))[0, 1]:.3f}": pair
-        for mode, pair in sum_points(bulk[:1], decoder, pi, generator).items()
+        f"{mode}: Pearson {np.corrcoef(*pair)[0, 1]:.3f}": pair
+        for mode, pair in sum_points(bulk[:1], decoder, pi, log_factor, generator).items()
     }
     save("sums", write_points, panels, ("bulk, log2(CPM + 1)", "sum of 1,000 cells, log2(CPM + 1)"))
 

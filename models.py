@@ -47,6 +47,18 @@ def pick_device(name):
     return device
 
 
+def encode_cells(gmvae, X, batch_size):
+    """Posteriors of all cells in eval mode, in batches: mean and variance, each (N, D), on the CPU.
+
+    gmvae: scGMVAE. X: counts (N x G), CSR, in its genes.
+    """
+    device = gmvae.mu.device
+    batches = np.array_split(np.arange(X.shape[0]), -(-X.shape[0] // batch_size))
+    with torch.inference_mode():
+        parts = [gmvae.eval().encode(to_dense(X, rows, device)) for rows in batches]
+    return [torch.cat(p).cpu() for p in zip(*parts, strict=True)]
+
+
 def mean_profile(X):
     """Expression profile (G) of all cells of a CSR matrix together: positive, sums to 1.
 

@@ -28,9 +28,9 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def write_whole_figure(path, figure, **options):
+def write_whole_figure(path, figure, dpi=130, **options):
     """Save a matplotlib figure whole or not at all, and close it. options: of its savefig."""
-    write_whole(path, lambda part: figure.savefig(part, dpi=130, **options))
+    write_whole(path, lambda part: figure.savefig(part, dpi=dpi, **options))
     pyplot().close(figure)
 
 
@@ -108,39 +108,35 @@ def write_evaluation(path, table):
     n_columns = min(3, len(figures))
     n_rows = -(-len(figures) // n_columns)
 
-    def write_png(path):
-        picture, axes = plt.subplots(
-            n_rows,
-            n_columns,
-            figsize=(4.2 * n_columns, (0.8 + 0.19 * len(methods)) * n_rows),
-            squeeze=False,
-            layout="constrained",
-        )
-        for axis, figure in zip(axes.flat, figures, strict=False):
-            rows = table[table["figure"] == figure].iloc[::-1]  # the first method on top
-            axis.axvline(rows["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
-            for y, row in enumerate(rows.itertuples()):
-                axis.errorbar(
-                    row.mean,
-                    y,
-                    xerr=row.std if row.std == row.std else None,  # NaN: measured once
-                    fmt="o",
-                    ms=5,
-                    capsize=2,
-                    color=color_of[row.method],
-                )
-            axis.set_yticks(range(len(rows)), rows["method"], fontsize=8)
-            axis.set_ylim(-0.6, len(rows) - 0.4)
-            axis.tick_params(axis="x", labelsize=8)
-            axis.set_title(figure, fontsize=9)
-            axis.spines[["top", "right"]].set_visible(False)
-        for axis in axes.flat[len(figures) :]:
-            axis.set_visible(False)
-        picture.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
-        picture.savefig(path, dpi=110)
-        plt.close(picture)
-
-    write_whole(path, write_png)
+    picture, axes = plt.subplots(
+        n_rows,
+        n_columns,
+        figsize=(4.2 * n_columns, (0.8 + 0.19 * len(methods)) * n_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, figure in zip(axes.flat, figures, strict=False):
+        rows = table[table["figure"] == figure].iloc[::-1]  # the first method on top
+        axis.axvline(rows["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
+        for y, row in enumerate(rows.itertuples()):
+            axis.errorbar(
+                row.mean,
+                y,
+                xerr=row.std if row.std == row.std else None,  # NaN: measured once
+                fmt="o",
+                ms=5,
+                capsize=2,
+                color=color_of[row.method],
+            )
+        axis.set_yticks(range(len(rows)), rows["method"], fontsize=8)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(figure, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(figures) :]:
+        axis.set_visible(False)
+    picture.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
+    write_whole_figure(path, picture, dpi=110)
 
 
 def type_colors(cell_types):
@@ -179,30 +175,26 @@ def write_proportions(path, proportions, samples, cell_types):
     ends, rows = np.cumsum(proportions, axis=1), np.arange(1, n + 1)
     colors, sideways = type_colors(cell_types).values(), {"orientation": "horizontal"}
 
-    def write_png(path):
-        picture, axis = plt.subplots(figsize=(6 + 0.08 * letters, height), layout="constrained")
-        for k, color in enumerate(colors):
-            start = ends[:, k] - proportions[:, k]
-            if named:
-                axis.barh(rows, proportions[:, k], left=start, color=color, height=0.8)
-            else:  # one outline for each type, so that thousands of samples draw at once
-                edges = np.arange(n + 1) + 0.5
-                axis.stairs(ends[:, k], edges, baseline=start, fill=True, color=color, **sideways)
-        axis.set_xlim(0, 1)
-        axis.set_ylim(n + 0.5, 0.5)
-        axis.set_xlabel("predicted proportion")
+    picture, axis = plt.subplots(figsize=(6 + 0.08 * letters, height), layout="constrained")
+    for k, color in enumerate(colors):
+        start = ends[:, k] - proportions[:, k]
         if named:
-            axis.set_yticks(rows, names, fontsize=8)
-        else:
-            axis.set_ylabel(f"{n:,} bulk samples in the order of the file (too many for names)")
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        handles = [Patch(color=color) for color in colors]
-        picture.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
-        picture.savefig(path, dpi=110)
-        plt.close(picture)
-
-    write_whole(path, write_png)
+            axis.barh(rows, proportions[:, k], left=start, color=color, height=0.8)
+        else:  # one outline for each type, so that thousands of samples draw at once
+            edges = np.arange(n + 1) + 0.5
+            axis.stairs(ends[:, k], edges, baseline=start, fill=True, color=color, **sideways)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(n + 0.5, 0.5)
+    axis.set_xlabel("predicted proportion")
+    if named:
+        axis.set_yticks(rows, names, fontsize=8)
+    else:
+        axis.set_ylabel(f"{n:,} bulk samples in the order of the file (too many for names)")
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    handles = [Patch(color=color) for color in colors]
+    picture.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
+    write_whole_figure(path, picture, dpi=110)
 
 
 def write_clusters(path, at, clusters, cell_type):
@@ -217,29 +209,25 @@ def write_clusters(path, at, clusters, cell_type):
     colors = type_colors(natural_order(set(cell_type) - {"Unknown"}))
     colors |= {"Unknown": "#CCCCCC"} if "Unknown" in cell_type else {}
 
-    def write_png(path):
-        letters = max(map(len, map(plain_text, colors)))
-        picture, axis = plt.subplots(figsize=(5.6 + 0.08 * letters, 5), layout="constrained")
-        for name, color in colors.items():
-            own = cell_type == name
-            axis.scatter(*at[own].T, s=max(1, min(8, 2e4 / len(at))), color=color, lw=0)
-        for cluster in np.unique(clusters):
-            x, y = np.median(at[clusters == cluster], axis=0)
-            box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
-            axis.text(x, y, str(cluster), ha="center", va="center", fontsize=8, bbox=box)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_xlabel("UMAP 1")
-        axis.set_ylabel("UMAP 2")
-        axis.set_title("Cell types by ScType; numbers are clusters", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
-        names = [plain_text(name) for name in colors]
-        picture.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
-        picture.savefig(path, dpi=110)
-        plt.close(picture)
-
-    write_whole(path, write_png)
+    letters = max(map(len, map(plain_text, colors)))
+    picture, axis = plt.subplots(figsize=(5.6 + 0.08 * letters, 5), layout="constrained")
+    for name, color in colors.items():
+        own = cell_type == name
+        axis.scatter(*at[own].T, s=max(1, min(8, 2e4 / len(at))), color=color, lw=0)
+    for cluster in np.unique(clusters):
+        x, y = np.median(at[clusters == cluster], axis=0)
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
+        axis.text(x, y, str(cluster), ha="center", va="center", fontsize=8, bbox=box)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlabel("UMAP 1")
+    axis.set_ylabel("UMAP 2")
+    axis.set_title("Cell types by ScType; numbers are clusters", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
+    names = [plain_text(name) for name in colors]
+    picture.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
+    write_whole_figure(path, picture, dpi=110)
 
 
 def legend_of(figure, cell_types, **where):
@@ -264,12 +252,17 @@ def legend_width(cell_types):
     return 0.6 + 0.095 * max(len(plain_text(name)) for name in cell_types)
 
 
-def scatter_types(axis, at, names, cell_types):
-    """Points (N, 2) in the colours of their types, in random order so that none hides another."""
-    colors = type_colors(cell_types)
+def scatter(axis, at, colors):
+    """Points (N, 2) in their colours (N), in random order so that none hides another."""
     order = np.random.default_rng(0).permutation(len(at))
     size = float(np.clip(1.2e4 / len(at), 2, 18))
-    axis.scatter(*at[order].T, s=size, c=[colors[names[i]] for i in order], lw=0)
+    axis.scatter(*at[order].T, s=size, c=np.asarray(colors)[order], lw=0)
+
+
+def scatter_types(axis, at, names, cell_types):
+    """Points (N, 2) in the colours of their cell types: names (N) of cell_types (K)."""
+    colors = type_colors(cell_types)
+    scatter(axis, at, [colors[name] for name in names])
 
 
 def write_panel(path, at, names, cell_types, title):
@@ -303,10 +296,7 @@ def write_joint(path, at, names, cell_types, made, share, n_neighbors, unseen):
     """
     width = 9.4 + legend_width(cell_types)
     figure, axes = pyplot().subplots(1, 2, figsize=(width, 4.9), layout="constrained")
-    order = np.random.default_rng(0).permutation(len(at))
-    size = float(np.clip(1.2e4 / len(at), 2, 18))
-    colors = np.where(made, "#D55E00", "#0072B2")
-    axes[0].scatter(*at[order].T, s=size, c=colors[order], lw=0)
+    scatter(axes[0], at, np.where(made, "#D55E00", "#0072B2"))
     real = "real, never trained on" if unseen else "real, trained on"
     for label, color in ((real, "#0072B2"), ("generated", "#D55E00")):
         axes[0].scatter([], [], s=50, color=color, label=label)
@@ -390,32 +380,21 @@ def write_schematic(path):
     axis.set_ylim(0, 52)
     axis.axis("off")
 
-    def box(x, y, width, height, text, color, edge="#333333"):
+    def box(x, y, width, height, text, color):
         patch = FancyBboxPatch((x, y), width, height, "round,pad=0.4,rounding_size=1.4",
-                               fc=color, ec=edge, lw=1.3)  # fmt: skip
+                               fc=color, ec="#333333", lw=1.3)  # fmt: skip
         axis.add_patch(patch)
         axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10.5)
 
-    def arrow(start, end, text="", at=None, bend=0.0):
-        style = f"arc3,rad={bend}"
-        axis.add_patch(
-            FancyArrowPatch(
-                start,
-                end,
-                arrowstyle="-|>",
-                mutation_scale=14,
-                lw=1.4,
-                color="#333333",
-                connectionstyle=style,
-            )  # fmt: skip
-        )
+    def arrow(start, end, text="", at=None):
+        style = {"arrowstyle": "-|>", "mutation_scale": 14, "lw": 1.4, "color": "#333333"}
+        axis.add_patch(FancyArrowPatch(start, end, **style))
         if text:
             axis.text(*at, text, ha="center", va="center", fontsize=9, color="#333333")
 
     data, network, latent = "#F2F2F2", "#CFE5F5", "#FBE3C4"
-    for y, label in ((44, "TRAINING, on a labelled single-cell reference"),):
-        axis.text(2, y + 5.4, label, fontsize=10.5, weight="bold", color="#333333")
-    axis.text(2, 16.6, "GENERATION", fontsize=10.5, weight="bold", color="#333333")
+    for y, label in ((49.4, "TRAINING, on a labelled single-cell reference"), (16.6, "GENERATION")):
+        axis.text(2, y, label, fontsize=10.5, weight="bold", color="#333333")
     axis.plot([1, 103], [20.5, 20.5], color="0.7", lw=1, ls=":")
 
     box(2, 36, 15, 9, "reference cells\ncounts x\ncell types k", data)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import quadratic_assignment
 from tqdm import trange
 
 from data import (
@@ -34,6 +33,7 @@ from models import (
     LIKELIHOODS,
     check_cell_types,
     check_mixture,
+    encode_cells,
     load_mixture,
     load_model,
     mean_profile,
@@ -130,6 +130,8 @@ def check_components(mu, var, order, profile, cell_types):
         mu, var: (K, D), as in the files. order: the component that each type is taken to be (K).
         profile: log-normalised means of the types (K, G). cell_types: their names (K).
     """
+    from scipy.optimize import quadratic_assignment
+
     K = len(mu)
     if K < 4:
         print("too few cell types to check their order by distances")
@@ -194,12 +196,7 @@ def main(cfg):
     z_mean, z_var = mu[codes], var[codes]
     if posterior:
         X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
-        with torch.inference_mode():
-            parts = [
-                gmvae.encode(to_dense(X, rows, device))
-                for rows in np.array_split(np.arange(len(codes)), -(-len(codes) // cfg.batch_size))
-            ]
-        z_mean, z_var = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+        z_mean, z_var = encode_cells(gmvae, X, cfg.batch_size)
 
     model = scDecoder(
         mu.shape[1],

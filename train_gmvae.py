@@ -17,9 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
 from tqdm import trange
 
 from data import (
@@ -113,9 +110,10 @@ def choose_mixture(mean, n_types, seed):
     Raises:
         InputError: more types than cells.
     """
+    from sklearn.mixture import GaussianMixture
+
     if n_types > len(mean):
         raise InputError(f"--n-types: found {n_types}, expected at most the {len(mean)} cells")
-
     mean = mean.cpu().numpy()
 
     def fit(k):
@@ -140,6 +138,9 @@ def name_types(found, labels):
         found: type of each cell (N), 0 to K - 1. labels: Series (N) of labels, None where there is
             none; or None.
     """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score
+
     names = [f"type {k + 1}" for k in range(found.max() + 1)]
     table = pd.DataFrame({"cells": np.bincount(found)})
     if labels is None or labels.isna().all():
