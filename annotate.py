@@ -24,18 +24,14 @@ import scipy.sparse as sp
 from data import (
     EMBEDDED,
     LABEL_FILE,
-    InputError,
     bare_id,
     choose_genes,
     flag,
     library_size,
-    one_line,
     read_counts,
-    read_table,
     run_script,
-    some,
-    write_whole,
 )
+from files import InputError, one_line, read_table, some, write_whole
 from plotting import write_clusters
 
 # Of the marker table, named as ScType's own.

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from data import (
     DatasetSettings,
-    InputError,
     align_genes,
     batch_bulks,
     library_size,
@@ -29,9 +28,8 @@ from data import (
     plain_settings,
     read_bulk,
     run_script,
-    some,
-    write_whole,
 )
+from files import InputError, some, write_cells, write_whole
 from models import (
     BulkEncoder,
     check_mixture,
@@ -166,43 +164,50 @@ def calibration(bulk, expected, present):
     return np.where(present, np.clip(np.log(p / q), -np.log(30), np.log(30)), 0).astype(np.float32)
 
 
-def sum_agreement(bulk, counts, sample, present):
+def add_to_sums(sums, counts, sample):
+    """Add counts (B x G), CSR, of the cells of bulks ``sample`` (B) to the sums of bulks (S, G)."""
+    kinds, member = np.unique(sample, return_inverse=True)
+    shape = (len(kinds), len(sample))
+    S = sp.csr_matrix((np.ones(len(sample)), (member, np.arange(len(sample)))), shape)
+    sums[kinds] += (S @ counts).toarray()
+
+
+def sum_agreement(bulk, sums, present):
     """Pearson correlation (S) of log2(CPM + 1), each bulk against the sum of its cells.
 
-    bulk (S, G); counts (N x G) CSR; sample (N): which bulk each cell is of; present bool (G).
+    bulk, sums (S, G); present bool (G).
     """
-    at = (sample, np.arange(len(sample)))
-    member = sp.csr_matrix((np.ones(len(sample)), at), (len(bulk), len(sample)))
-    logs = (log_cpm(part, present, 1) for part in (bulk, (member @ counts).toarray()))
+    logs = (log_cpm(part, present, 1) for part in (bulk, sums))
     with np.errstate(invalid="ignore"):  # a sample without cells reads nan
         return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])
 
 
+def decode_cells(*arguments, **options):
+    """All cells of :func:`decode_blocks` at once: counts (N x G) CSR int32, latents (N, D)."""
+    blocks, latents = zip(*decode_blocks(*arguments, **options), strict=True)
+    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
+
+
 @torch.inference_mode()
-def decode_cells(decoder, mu, var, codes, generator, progress=False, log_factor=None, sample=None):
+def decode_blocks(decoder, mu, var, codes, generator, progress=False, log_factor=None, sample=None):
     """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
         mu, var: (N, D). codes: cell type of each cell (N). generator: on their device.
         log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (N).
 
-    Returns:
-        ``(X, z)``: counts (N x G) CSR int32 and latents (N, D) float32.
+    Yields:
+        ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32 of the next CHUNK cells;
+        of no cells at all, one empty pair.
     """
-    blocks, latents = [], []
-    starts = range(0, len(codes), CHUNK)
+    starts = range(0, max(len(codes), 1), CHUNK)
     for i in tqdm(starts, desc="cells", unit="chunk", disable=not progress):
         m, v, k = (t[i : i + CHUNK] for t in (mu, var, codes))
         z = decoder.sample_latent(m, v, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
         factor = None if log_factor is None else log_factor[sample[i : i + CHUNK]]  # (B, G)
         counts = decoder.sample_cells(z, library, k, generator, factor)  # (B, G)
-        blocks.append(to_csr(counts))
-        latents.append(z.cpu().numpy())
-    n_genes, n_latent = decoder.config["n_genes"], mu.shape[1]
-    blocks = blocks or [sp.csr_matrix((0, n_genes), dtype=np.int32)]
-    latents = latents or [np.zeros((0, n_latent), np.float32)]
-    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
+        yield to_csr(counts), z.cpu().numpy()
 
 
 def to_csr(counts):
@@ -269,7 +274,7 @@ def main(cfg):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sample = torch.arange(len(samples), device=device).repeat_interleave(per_sample)  # (N,)
     codes = draw_types(pi, per_sample, generator)  # (N,)
-    counts, latent = decode_cells(
+    blocks = decode_blocks(
         decoder,
         mu[sample, codes],
         var[sample, codes],
@@ -280,24 +285,37 @@ def main(cfg):
         sample=sample,
     )
     pi, codes, sample = (t.cpu().numpy() for t in (pi, codes, sample))
+    latents, sums = [], None if cfg.bulk is None else np.zeros(whole.shape)
 
-    obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
-    obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
-    obs["cell_type"] = pd.Categorical.from_codes(codes, categories=cell_types)
-    generated = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=decoder_card["genes"]))
-    generated.obsm["X_latent"] = latent
-    # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
-    generated.uns["proportions"] = pi
-    generated.uns["samples"] = np.array(samples, dtype=object)
-    generated.uns["cell_types"] = np.array(cell_types, dtype=object)
-    generated.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
-    if cfg.bulk is not None:
-        sd = sd.cpu().numpy()
-        fit["agreement"] = sum_agreement(whole, counts, sample, measured)
-        generated.uns["proportions_sd"] = sd
-        generated.uns["fit"] = fit
-        generated.obs["misfit"] = fit["misfit"].to_numpy()[sample]
-    write_whole(cfg.out, lambda path: generated.write_h5ad(path, compression="gzip"))
+    def counts_of():
+        at = 0
+        for counts, latent in blocks:
+            if sums is not None:
+                add_to_sums(sums, counts, sample[at : at + len(latent)])
+            latents.append(latent)
+            at += len(latent)
+            yield counts
+
+    def describe():
+        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
+        obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
+        obs["cell_type"] = pd.Categorical.from_codes(codes, categories=cell_types)
+        cells = anndata.AnnData(obs=obs)
+        cells.obsm["X_latent"] = np.concatenate(latents)
+        # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
+        cells.uns["proportions"] = pi
+        cells.uns["samples"] = np.array(samples, dtype=object)
+        cells.uns["cell_types"] = np.array(cell_types, dtype=object)
+        cells.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
+        if cfg.bulk is not None:
+            fit["agreement"] = sum_agreement(whole, sums, measured)
+            cells.uns["proportions_sd"] = sd
+            cells.uns["fit"] = fit
+            cells.obs["misfit"] = fit["misfit"].to_numpy()[sample]
+        return cells
+
+    sd = None if sd is None else sd.cpu().numpy()
+    write_cells(cfg.out, counts_of(), decoder_card["genes"], describe)
 
     table = pd.DataFrame(
         {
@@ -325,7 +343,7 @@ def main(cfg):
             )
         print(f"wrote proportions.csv and proportions.png to {folder}")
     print(
-        f"wrote {cfg.out}: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes from "
+        f"wrote {cfg.out}: {len(codes):,} cells x {len(decoder_card['genes']):,} genes from "
         f"{len(samples):,} bulks"
     )
 

@@ -5,12 +5,13 @@ Cells travel through the project as an ``anndata.AnnData`` with raw integer coun
 categories are the one name-to-code map of the run: code k is mixture component k.
 """
 
+import contextlib
 import csv
-import gzip
 import itertools
-import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,19 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 import tyro
+
+from files import (
+    MOST_COLUMNS,
+    UNREADABLE,
+    InputError,
+    check_hdf5,
+    check_memory,
+    one_line,
+    open_bounded,
+    plain,
+    read_table,
+    some,
+)
 
 EMBEDDED = "pbmc68k_reduced"  # the dataset that ships inside scanpy; needs no download
 EMBEDDED_LABELS = "bulk_labels"  # its column of cell types
@@ -67,6 +81,11 @@ class TrainingSettings(DatasetSettings):
     epochs: int = 1
     batch_size: int = 128
     lr: float = 1e-3
+    resume: bool = False
+    """Go on with an interrupted run from its checkpoint in --weights, and end as it would have; a
+    run that has ended is left as it is."""
+    checkpoint_every: float = 60
+    """Seconds between checkpoints: killed at any moment, a run loses no more training than this."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,6 +93,9 @@ class TrainingSettings(DatasetSettings):
             if getattr(self, name) < 1:
                 found = getattr(self, name)
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        if not 0 <= self.checkpoint_every < float("inf"):
+            found = self.checkpoint_every
+            raise InputError(f"--checkpoint-every: found {found}, expected 0 or more seconds")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"--lr: found {self.lr}, expected a positive number")
         for name, low, high in (("dropout", 0, 1), ("weight_decay", 0, np.inf)):
@@ -86,38 +108,83 @@ class TrainingSettings(DatasetSettings):
             raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is the one line the user sees."""
-
-
 def flag(field_name):
     """The command-line spelling of a settings field."""
     return "--" + field_name.replace("_", "-")
 
 
-def run_script(main, settings_class):
-    """Parse the command line, then run ``main(settings)``; bad input ends in one line, status 1."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end; carries its number and the line that the user sees."""
+
+    def __init__(self, number, message="interrupted: no file was left half-written"):
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """What a signal does: it ends the program at once, or calls ``later`` while that is set."""
+
+    later = None
+
+    @classmethod
+    def handle(cls, number, frame):
+        """Raise :class:`Stopped`, which lets ``finally`` clauses remove temporary files."""
+        if cls.later is None:
+            raise Stopped(number)
+        cls.later(number)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Let Ctrl-C, SIGTERM and a closed terminal go to :class:`Interruption`, then as before.
+
+    Signals that the caller's shell has set to be ignored (nohup) stay ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    numbers = [getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n is not None}
+    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
     try:
-        main(tyro.cli(settings_class))
+        for number in before:
+            signal.signal(number, Interruption.handle)
+        yield
+    finally:
+        Interruption.later = None
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def run_script(main, settings_class):
+    """Parse the command line, then run ``main(settings)``; what goes wrong ends in one line.
+
+    Exit status 1 for bad input, a full disk or too little memory; 128 + its number for a signal.
+    """
+    try:
+        settings = tyro.cli(settings_class)
+        with catch_signals():
+            main(settings)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(error)}")
     except OSError as error:  # no such file, no permission, disk full: the system's own words do
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+        sys.exit(f"error: {plain(where)}{plain(error.strerror or error)}")
+    except MemoryError as error:
+        sys.exit(f"error: not enough memory ({plain(error) or 'none left'})")
+    except RuntimeError as error:  # how torch says it, on CPU and on a GPU
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        sys.exit(f"error: not enough memory ({plain(one_line(error))}); a smaller --batch-size?")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
 
 
 def plain_settings(settings):
     """Settings as a dict of plain values, to be saved with a model or a result."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def some(names, limit=3):
-    """A few of many names, for a message."""
-    names = [str(n) for n in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 # ---------------------------------------------------------------------------- reading counts
@@ -135,11 +202,36 @@ def check_counts(X, where, cells, genes):
         cells, genes: names of the rows and columns, for the message.
 
     Raises:
-        InputError: a value is not finite, negative, not an integer, or over 2^31 - 1.
+        InputError: a value is not finite, negative, not an integer, or over 2^31 - 1; or the
+            matrix is of another kind or shape, or its indices lead outside of it.
     """
-    if not (np.issubdtype(X.dtype, np.number) or X.dtype == bool):
-        raise InputError(f"{where}: found values of type {X.dtype}, expected numbers")
+    if getattr(X, "dtype", np.dtype(object)).kind not in "biuf":
+        found = getattr(X, "dtype", type(X).__name__)
+        raise InputError(f"{where}: found values of type {found}, expected numbers")
+    if X.shape != (len(cells), len(genes)):
+        raise InputError(
+            f"{where}: found a matrix of {' x '.join(map(str, X.shape))}, expected "
+            f"{len(cells)} cells x {len(genes)} genes"
+        )
+    if sp.issparse(X):
+        try:  # before any arithmetic: a wild index reads memory that is not the matrix's
+            X = X if X.format in ("csr", "csc") else X.tocsr()
+            X.check_format(full_check=True)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{where}: a broken sparse matrix ({one_line(error)})") from error
     X = sp.csr_matrix(X)
+    check_values(X, where, cells, genes)
+    if not X.has_canonical_format:  # entries of one place are summed, in a type that holds the sum
+        X = X.astype(np.int64)
+        X.sum_duplicates()
+        check_values(X, where, cells, genes)
+    X = X.astype(np.int32)
+    X.eliminate_zeros()
+    return X
+
+
+def check_values(X, where, cells, genes):
+    """Raise the error of :func:`check_counts` for the first stored value that is no count."""
     values = X.data
     for wrong, what in (
         (~np.isfinite(values), "not finite"),
@@ -156,10 +248,26 @@ def check_counts(X, where, cells, genes):
                 f"as are {wrong.sum():,} of {values.size:,} stored values; expected raw counts "
                 "(integers, 0 or more), not normalised or transformed ones"
             )
-    X = X.astype(np.int32)
-    X.sum_duplicates()
-    X.eliminate_zeros()
-    return X
+
+
+def check_names(names, where, what):
+    """Names of genes, cells or cell types must be text that every format can hold.
+
+    Raises:
+        InputError: a name holds a NUL character or half a surrogate pair, or is no text.
+    """
+    for name in names:
+        if not isinstance(name, str) or "\0" in name or not name.isascii() and not encodable(name):
+            raise InputError(f"{where}: {what} {name!r} is no plain text, expected names")
+
+
+def encodable(text):
+    """Whether text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_counts(path=EMBEDDED):
@@ -205,6 +313,8 @@ def read_counts(path=EMBEDDED):
         if not gene.all():
             print(f"{path}: {np.sum(~gene)} features that are not gene expression left out")
             adata = adata[:, gene].copy()
+    check_names(adata.var_names, path, "gene")
+    check_names(adata.obs_names, path, "barcode")
     repeated = int(adata.var_names.duplicated().sum())
     if repeated:
         print(f"{path}: {repeated} repeated gene symbols told apart by a suffix (-1, -2, ...)")
@@ -260,14 +370,32 @@ def read_10x_folder(folder):
     barcodes = read_table(barcode_file, sep="\t", header=None)
     genes = read_table(gene_file, sep="\t", header=None)
     try:
-        X = scipy.io.mmread(matrix_file)
-    except (ValueError, TypeError, EOFError, OSError, OverflowError, gzip.zlib.error) as error:
+        with open_bounded(matrix_file) as file:
+            n_rows, n_columns, n_entries, layout, field, symmetry = scipy.io.mminfo(file)
+    except UNREADABLE as error:
         raise InputError(f"{matrix_file}: not a readable Matrix Market file ({error})") from error
-    if X.shape != (len(genes), len(barcodes)):
+    # All of it is checked by the header before memory is set aside for what the header says.
+    if (n_rows, n_columns) != (len(genes), len(barcodes)):
         raise InputError(
-            f"{matrix_file}: found {X.shape[0]} x {X.shape[1]}, expected {len(genes)} genes "
+            f"{matrix_file}: found {n_rows} x {n_columns}, expected {len(genes)} genes "
             f"({gene_file.name}) x {len(barcodes)} barcodes ({barcode_file.name})"
         )
+    if field not in ("integer", "unsigned-integer", "real") or symmetry != "general":
+        found = f"{field} {symmetry}"
+        raise InputError(f"{matrix_file}: found {found} entries, expected integer general ones")
+    # gzip shrinks to a thousandth at best, and an entry takes two bytes ("0" and a line break).
+    most = 1032 * matrix_file.stat().st_size // 2
+    if not 0 <= n_entries <= most:
+        raise InputError(
+            f"{matrix_file}: its header announces {n_entries:,} entries, which a file of its size "
+            "cannot hold"
+        )
+    check_memory(n_entries * (16 if layout == "coordinate" else 8), matrix_file, "its entries")
+    try:
+        with open_bounded(matrix_file, 100_000 + 100 * n_entries) as file:
+            X = scipy.io.mmread(file)
+    except UNREADABLE as error:
+        raise InputError(f"{matrix_file}: not a readable Matrix Market file ({error})") from error
     symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # the second column, if there are two
     var = pd.DataFrame(index=pd.Index(symbols.to_list()))
     var["gene_ids"] = genes.iloc[:, 0].to_numpy()
@@ -283,7 +411,10 @@ def read_10x_h5(path):
     import scanpy
 
     try:
+        check_hdf5(path)
         adata = scanpy.read_10x_h5(path, gex_only=False)
+    except InputError:
+        raise
     except Exception as error:  # h5py and scanpy raise many kinds on a broken or foreign file
         raise InputError(f"{path}: not a readable 10x .h5 file ({one_line(error)})") from error
     adata.X = check_counts(adata.X, path, adata.obs_names, adata.var_names)
@@ -295,7 +426,10 @@ def read_h5ad(path):
     import anndata
 
     try:
+        check_hdf5(path)
         source = anndata.read_h5ad(path)
+    except InputError:
+        raise
     except Exception as error:  # as above
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     places = []
@@ -351,22 +485,6 @@ def other_names(var):
             if mostly_ids(names) != by_id:  # else it says the same as the names, or something else
                 return names
     return [""] * len(var)
-
-
-def one_line(error):
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def read_table(path, **options):
-    """``pandas.read_csv`` with text columns by default, and one-line errors that name the file."""
-    options = {"dtype": str, "keep_default_na": False} | options
-    try:
-        return pd.read_csv(path, **options)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (ValueError, pd.errors.ParserError, EOFError, OSError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
 
 
 # ------------------------------------------------------------------------------------ labels
@@ -789,7 +907,10 @@ def read_bulk_h5ad(path):
     try:
         with warnings.catch_warnings():  # repeated genes are summed
             warnings.filterwarnings("ignore", message=".*names are not unique")
+            check_hdf5(path)
             adata = anndata.read_h5ad(path)
+    except InputError:
+        raise
     except Exception as error:  # h5py and anndata raise many kinds on a broken file
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     if adata.X is None:
@@ -820,16 +941,17 @@ def header_line(lines):
 
 def read_bulk_csv(path):
     """A csv, tsv or GCT as it stands: the first column is the index, and all names are text."""
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            lines = list(itertools.islice(file, 20))
+        with open_bounded(path) as file:
+            longest = 100 * MOST_COLUMNS  # a file without line breaks is one line
+            lines = [file.readline(longest).decode("utf-8-sig") for _ in range(20)]
+        lines = list(itertools.takewhile(bool, lines))  # to the end of the file
         skip = header_line(lines)
         first, *below = *lines[skip:], ""
         separator = max("\t,;", key=first.count)
         below = next((line for line in below if line.strip()), "")
         header, row = (next(csv.reader([s], delimiter=separator), []) for s in (first, below))
-    except (UnicodeDecodeError, OSError, EOFError, gzip.zlib.error, csv.Error) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
     if len(row) == len(header) + 1:  # R's write.table gives the row names no header
         header = ["", *header]
@@ -1016,16 +1138,3 @@ def read_bulk(path, genes, gene_ids=None):
     present = np.zeros(len(genes), bool)
     present[at[use]] = True
     return sp.csr_matrix(X @ S), present, samples
-
-
-def write_whole(path, write):
-    """Call ``write(temporary path)``, then move the file into place: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: some writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -40,6 +40,7 @@ from tqdm import trange
 
 import train_decoder
 from bulk2sc import (
+    add_to_sums,
     calibration,
     check_filled,
     decode_cells,
@@ -50,7 +51,6 @@ from bulk2sc import (
 )
 from data import (
     DatasetSettings,
-    InputError,
     align_genes,
     apply_split,
     choose_genes,
@@ -64,12 +64,10 @@ from data import (
     natural_order,
     read_bulk,
     read_counts,
-    read_table,
     run_script,
-    some,
     split_cells,
-    write_whole,
 )
+from files import InputError, read_table, some, write_whole
 from models import (
     MIXTURE_FILES,
     BulkEncoder,
@@ -571,7 +569,9 @@ def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10
     rows = []
     for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
         made = new_cells(decoder, k, generator, log_factor, sample)
-        agreement = sum_agreement(bulk, made, sample.cpu().numpy(), np.ones(bulk.shape[1], bool))
+        sums = np.zeros(bulk.shape)
+        add_to_sums(sums, made, sample.cpu().numpy())
+        agreement = sum_agreement(bulk, sums, np.ones(bulk.shape[1], bool))
         rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
     return rows
 

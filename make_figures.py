@@ -24,7 +24,6 @@ import bulk2sc
 from bulk2sc import draw_types, log_cpm
 from data import (
     DatasetSettings,
-    InputError,
     align_genes,
     codes_of,
     library_size,
@@ -41,6 +40,7 @@ from evaluate import (
     new_cells,
     predict_proportions,
 )
+from files import InputError
 from models import encode_cells, load_model, pick_device, scGMVAE, seed_everything
 from plotting import (
     write_curves,

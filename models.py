@@ -9,6 +9,7 @@ Notation in shape comments: B batch, G genes, K cell types, D latent dimensions,
 - ``BulkEncoder`` (stage 3): bulk profile -> mean and variance of every cell type, and proportions.
 """
 
+import io
 import math
 import random
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import InputError, plain_settings, some, write_whole
+from data import plain_settings
+from files import InputError, some, write_whole
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 FORMAT_VERSION = 2  # 2: scDecoder knows the shape of each type's cloud of cells
@@ -673,36 +675,6 @@ class BulkEncoder(nn.Module):
         return mu, var, torch.softmax(first + self.pi_head(h), dim=-1)
 
 
-# ----------------------------------------------------------------------------------- training
-
-
-def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
-    """AdamW and a one-cycle schedule in which a few parameters learn at 20 times the rate.
-
-    ``fast`` parameters are few and must travel far; weight decay, which would pull them back, is
-    for the others alone.
-
-    Args:
-        model: whose parameters to train. fast: some of them. settings: with ``lr`` (peak) and
-            ``weight_decay``. n_steps: length of the cycle.
-        fused: one pass over all weights of a step in place of several.
-
-    Returns:
-        ``(optimizer, schedule)``.
-    """
-    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
-    groups = [
-        {"params": slow, "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": fast, "lr": 20 * settings.lr, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=fused)
-    # One step more than is taken: the last rate of the cycle is next to nothing.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps + 1
-    )
-    return optimizer, schedule
-
-
 # ---------------------------------------------------------------------------- files of weights
 
 
@@ -722,7 +694,17 @@ def save_model(path, model, settings, **card):
         "seed": settings.seed,
         **card,
     }
-    write_whole(path, lambda temporary: torch.save(card, temporary))
+    save_tensors(path, card)
+
+
+def save_tensors(path, content):
+    """``torch.save``, whole or not at all.
+
+    By way of memory, as its own writing of files ends in an abort when the disk is full.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def load_tensors(path, made_by):
@@ -792,7 +774,7 @@ def save_mixture(folder, mu, var):
     """Write μ_k and σ_k² in autoCell's layout, 1 x D x K; mu and var are (K, D)."""
     for name, value in zip(MIXTURE_FILES, (mu, var), strict=True):
         layout = value.detach().cpu().T.unsqueeze(0).contiguous()  # (1, D, K)
-        write_whole(Path(folder) / name, lambda temporary, v=layout: torch.save(v, temporary))
+        save_tensors(Path(folder) / name, layout)
 
 
 def load_mixture(folder, n_types):

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import trange
 
 from data import (
-    InputError,
     TrainingSettings,
     align_genes,
     choose_held_out,
@@ -27,8 +25,8 @@ from data import (
     load_cells,
     mean_counts,
     run_script,
-    some,
 )
+from files import InputError, some
 from models import (
     LIKELIHOODS,
     check_cell_types,
@@ -43,9 +41,9 @@ from models import (
     scGMVAE,
     seed_everything,
     to_dense,
-    two_rate_optimizer,
 )
 from plotting import write_losses
+from training import Run, already_finished, digest, two_rate_optimizer
 
 
 @dataclass
@@ -191,6 +189,14 @@ def main(cfg):
             f"--components: {gmvae_file} says which component is which cell type; expected none"
         )
 
+    made_from = digest(
+        *(cells.X, list(cells.obs_names), genes, codes, cell_types, held_out, mu, var),
+        gmvae.state_dict() if posterior else "prior",
+    )
+    model_file = cfg.weights / "scDecoder_model.pt"
+    if already_finished(cfg, model_file, scDecoder, made_from):
+        return
+
     # Mean and variance that each cell's z is drawn from, (N, D).
     codes = torch.as_tensor(codes)
     z_mean, z_var = mu[codes], var[codes]
@@ -227,31 +233,31 @@ def main(cfg):
         z = z_mean[rows] + z_var[rows].sqrt() * torch.randn(len(rows), z_mean.shape[1])  # (B, D)
         return model.loss(x, z.to(device), x.sum(dim=1))
 
-    curve = []
-    for epoch in (bar := trange(1, cfg.epochs + 1, desc="scDecoder", unit="epoch")):
+    run = Run("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
+    for epoch in run.epochs():
         model.train()
-        total = 0.0
-        for rows in np.array_split(rng.permutation(train), steps):
+        for rows in run.batches(train, steps):
             loss = losses(rows)
+            run.check(loss.mean())
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()
             schedule.step()
-            total += loss.sum().item()
-        row = dict(epoch=epoch, reconstruction=total / len(train), held_out_reconstruction=None)
+            run.after_step(loss.sum())
+        [reconstruction] = (run.total / len(train)).tolist()
+        row = dict(epoch=epoch, reconstruction=reconstruction, held_out_reconstruction=None)
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
             model.eval()
             with torch.no_grad():
                 parts = np.array_split(test, -(-len(test) // cfg.batch_size))
                 row["held_out_reconstruction"] = torch.cat([losses(r) for r in parts]).mean().item()
-        curve.append(row)
-        bar.set_postfix(reconstruction=f"{row['reconstruction']:.1f}")
+        run.after_epoch(row, reconstruction=f"{reconstruction:.1f}")
 
     model.eval()
     if posterior:
         model.fit_types(cells.X[train], codes[train], seed=cfg.seed)
     save_model(
-        cfg.weights / "scDecoder_model.pt",
+        model_file,
         model,
         cfg,
         genes=genes,
@@ -262,8 +268,11 @@ def main(cfg):
         pairing="posterior" if posterior else "prior",
         components=order,  # which component of the mixture files each type is
         epoch=cfg.epochs,
+        made_from=made_from,
     )
-    write_losses(cfg.weights / "scDecoder", curve)
+    write_losses(cfg.weights / "scDecoder", run.curve)
+    run.finished()
+    row = run.curve[-1]
     print(
         f"wrote scDecoder_model.pt and scDecoder_loss.csv/.png to {cfg.weights}: "
         f"reconstruction {row['reconstruction']:.1f} per cell"

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import trange
 
 from bulk2sc import bulk_fit, encode_bulks, expected_bulk
 from data import (
-    InputError,
     TrainingSettings,
     align_genes,
     choose_held_out,
@@ -28,6 +26,7 @@ from data import (
     mean_counts,
     run_script,
 )
+from files import InputError
 from models import (
     BulkEncoder,
     check_cell_types,
@@ -38,9 +37,9 @@ from models import (
     save_model,
     scDecoder,
     seed_everything,
-    two_rate_optimizer,
 )
 from plotting import write_losses
+from training import Run, already_finished, digest, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much, gene by gene
 # (standard deviation of the log-ratio). Bulks that differ no more are as usual, though training at
@@ -227,6 +226,14 @@ def main(cfg):
         f"{len(codes_test):,} cells held out"
     )
 
+    made_from = digest(
+        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
+        *(mu, var, decoder.state_dict()),
+    )
+    model_file = cfg.weights / "bulkEncoder_model.pt"
+    if already_finished(cfg, model_file, BulkEncoder, made_from):
+        return
+
     signature = mean_counts(X_train, codes_train, len(cell_types))
     X_train, X_test = X_train.astype(np.float32), X_test.astype(np.float32)  # once, not every step
 
@@ -261,17 +268,19 @@ def main(cfg):
         ]
         test_bulks = [np.concatenate(b) for b in zip(*batches, strict=True)]
 
-    curve = []
-    for epoch in (bar := trange(1, cfg.epochs + 1, desc="Bulk Encoder", unit="step")):
+    run = Run("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
+    for epoch in run.epochs():
         model.train()
         X_own, codes_own, means = parts[epoch % len(parts)]
         loss = losses(*simulate_bulks(X_own, codes_own, len(cell_types), cfg, rng), means)
         # The squared error of proportions is a hundred times smaller by its very scale.
         total = loss["mu"] + loss["var"] + 100 * loss["pi"]
+        run.check(total)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         schedule.step()
+        row = None
         if epoch % 25 == 0 or epoch == cfg.epochs:
             row = {"epoch": epoch} | {name: value.item() for name, value in loss.items()}
             row |= {f"held_out_{name}": None for name in loss}
@@ -280,13 +289,12 @@ def main(cfg):
                 with torch.no_grad():
                     test = losses(*test_bulks)
                 row |= {f"held_out_{name}": value.item() for name, value in test.items()}
-            curve.append(row)
-            bar.set_postfix({name: f"{value.item():.4f}" for name, value in loss.items()})
+        run.after_epoch(row, **{name: f"{value.item():.4f}" for name, value in loss.items()})
 
     judged = cells[held_out if held_out.any() else ~held_out]
     usual = usual_fit(model, decoder, judged, genes, rng)
     save_model(
-        cfg.weights / "bulkEncoder_model.pt",
+        model_file,
         model,
         cfg,
         genes=genes,
@@ -296,8 +304,11 @@ def main(cfg):
         held_out_fraction=fraction,
         fit=usual,  # what bulks of this reference's types look like, to tell others by
         epoch=cfg.epochs,
+        made_from=made_from,
     )
-    write_losses(cfg.weights / "bulkEncoder", curve)
+    write_losses(cfg.weights / "bulkEncoder", run.curve)
+    run.finished()
+    row = run.curve[-1]
     names = [n for n in row if n != "epoch" and row[n] is not None]
     print(
         f"wrote bulkEncoder_model.pt and bulkEncoder_loss.csv/.png to {cfg.weights}: "

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import trange
 
 from data import (
     FOUND_FILE,
-    InputError,
     TrainingSettings,
     align_genes,
     choose_genes,
@@ -31,8 +29,8 @@ from data import (
     natural_order,
     read_labels,
     run_script,
-    write_whole,
 )
+from files import InputError, write_whole
 from models import (
     mean_profile,
     pick_device,
@@ -41,9 +39,9 @@ from models import (
     scGMVAE,
     seed_everything,
     to_dense,
-    two_rate_optimizer,
 )
 from plotting import write_losses
+from training import Run, already_finished, digest, two_rate_optimizer
 
 MOST_TYPES = 20  # that the BIC chooses from
 
@@ -200,6 +198,10 @@ def main(cfg):
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
+    made_from = digest(cells.X, *map(list, (cells.obs_names, cells.var_names)), codes, cell_types)
+    model_file = cfg.weights / "scGMVAE_model.pt"
+    if already_finished(cfg, model_file, scGMVAE, made_from):
+        return
 
     model = scGMVAE(
         len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
@@ -247,35 +249,37 @@ def main(cfg):
         more = len(cell_types) - len(weight)  # that the BIC has no use for
         return torch.tensor([*np.log(weight), *[-np.inf] * more], device=device).float()
 
-    curve = []
-    for epoch in (bar := trange(1, cfg.epochs + 1, desc="scGMVAE", unit="epoch")):
+    run = Run("scGMVAE", cfg, model, optimizer, schedule, rng, made_from)
+    if "codes" in run.kept:  # resumed after types were found
+        log_weight, codes = run.kept["log_weight"].to(device), run.kept["codes"].numpy()
+    for epoch in run.epochs():
         joint = epoch > cfg.vae_epochs
-        if epoch == cfg.vae_epochs + 1:
-            log_weight = find_types() if label_free else None
+        if epoch == cfg.vae_epochs + 1 and run.step == 0:
+            if label_free:
+                log_weight = find_types()
+                run.kept |= {"log_weight": log_weight, "codes": torch.from_numpy(codes)}
             fit_mixture()
         # Warm-up: at full weight from the start the KL empties the latent before it is of use.
         beta = cfg.kl_end
         if not joint:
             beta = cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
         model.train()
-        total = np.zeros(2)
-        for rows in np.array_split(rng.permutation(train), steps):
+        for rows in run.batches(train, steps):
             reconstruction, kl = losses(rows, joint)
             loss = (reconstruction + beta * kl).mean()
+            run.check(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += reconstruction.sum().item(), kl.sum().item()
-        row = dict(
-            zip(("epoch", "reconstruction", "kl"), (epoch, *total / len(train)), strict=True)
-        )
+            run.after_step(reconstruction.sum(), kl.sum())
+        reconstruction, kl = (run.total / len(train)).tolist()
+        row = dict(epoch=epoch, reconstruction=reconstruction, kl=kl)
         row |= dict(held_out_reconstruction=None, held_out_kl=None)
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
             measured = over_cells(lambda rows, joint=joint: losses(rows, joint), test)
             row["held_out_reconstruction"], row["held_out_kl"] = (m.mean().item() for m in measured)
-        curve.append(row)
-        bar.set_postfix(reconstruction=f"{row['reconstruction']:.1f}", kl=f"{row['kl']:.2f}")
+        run.after_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
 
     if label_free:
         log_weight = find_types() if log_weight is None else log_weight
@@ -285,7 +289,7 @@ def main(cfg):
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
     fit_mixture()
     save_model(
-        cfg.weights / "scGMVAE_model.pt",
+        model_file,
         model,
         cfg,
         genes=genes,
@@ -293,6 +297,7 @@ def main(cfg):
         held_out=list(cells.obs_names[held_out]),
         held_out_fraction=fraction,
         epoch=cfg.epochs,
+        made_from=made_from,
     )
     save_mixture(cfg.weights, model.mu, model.var)
     found_types = cfg.weights / FOUND_FILE
@@ -302,7 +307,9 @@ def main(cfg):
         print(f"wrote {found_types}: {len(cell_types)} cell types")
     else:  # of an earlier run without labels: no longer what these weights know
         found_types.unlink(missing_ok=True)
-    write_losses(cfg.weights / "scGMVAE", curve)
+    write_losses(cfg.weights / "scGMVAE", run.curve)
+    run.finished()
+    row = run.curve[-1]
     print(
         f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "
         f"{cfg.weights}: reconstruction {row['reconstruction']:.1f}, KL {row['kl']:.2f} per cell"

@@ -1,0 +1,377 @@
+"""What the three trainings share: the optimiser, and how a run survives what can happen to it.
+
+A :class:`Run` writes a checkpoint every ``--checkpoint-every`` seconds, and when it is stopped by
+Ctrl-C or SIGTERM; ``--resume`` goes on from it. On CPU, with the same number of threads, the end is
+the same to the bit as that of a run never stopped.
+"""
+
+import hashlib
+import math
+import signal
+import time
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from tqdm import tqdm
+
+from data import Interruption, Stopped, plain_settings
+from files import InputError, check_writable
+from models import load_model, load_tensors, save_tensors
+
+CHECKPOINT_VERSION = 1
+DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
+# Settings that a resumed run may change: where things are, and how often it saves.
+FREE = {"data", "labels", "weights", "device", "resume", "checkpoint_every"}
+
+
+def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
+    """AdamW and a one-cycle schedule in which a few parameters learn at 20 times the rate.
+
+    ``fast`` parameters are few and must travel far; weight decay, which would pull them back, is
+    for the others alone.
+
+    Args:
+        model: whose parameters to train. fast: some of them. settings: with ``lr`` (peak) and
+            ``weight_decay``. n_steps: length of the cycle.
+        fused: one pass over all weights of a step in place of several.
+
+    Returns:
+        ``(optimizer, schedule)``.
+    """
+    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
+    groups = [
+        {"params": slow, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": fast, "lr": 20 * settings.lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=fused)
+    # One step more than is taken: the last rate of the cycle is next to nothing.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps + 1
+    )
+    return optimizer, schedule
+
+
+def digest(*parts):
+    """A fingerprint (hex) of arrays, tensors, sparse matrices and lists or dicts of such.
+
+    By it a checkpoint knows whether the data and the earlier stages are still the same.
+    """
+    code = hashlib.blake2b(digest_size=16)
+
+    def add(part):
+        if sp.issparse(part):
+            part = [part.indptr.astype(np.int64), part.indices.astype(np.int64), part.data]
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, dict):
+            part = [x for item in part.items() for x in item]
+        if isinstance(part, list):
+            code.update(f"[{len(part)}]".encode())
+            for one in part:
+                add(one)
+        elif isinstance(part, np.ndarray):
+            code.update(f"{part.dtype}{part.shape}".encode())
+            code.update(np.ascontiguousarray(part).data)
+        else:
+            text = str(part).encode("utf-8", "surrogateescape")
+            code.update(f"{len(text)}:".encode() + text)
+
+    for part in parts:
+        add(part)
+    return code.hexdigest()
+
+
+def differing_setting(found, own):
+    """The first setting in which two runs differ, as words, or None. Both: plain settings."""
+    for name in own:
+        if name not in FREE and found.get(name) != own[name]:
+            return f"--{name.replace('_', '-')} {found.get(name)}, now {own[name]}"
+    return None
+
+
+def already_finished(cfg, path, model_class, made_from):
+    """Whether ``--resume`` has nothing left to do: the model is there, of the same run, complete.
+
+    made_from: :func:`digest` of what the run starts from.
+    """
+    stem = path.name.removesuffix("_model.pt")
+    if not cfg.resume or not path.exists() or path.with_name(f"{stem}_checkpoint.pt").exists():
+        return False
+    try:
+        _, card = load_model(path, model_class)
+    except InputError:
+        return False  # to be made again
+    same = card.get("made_from") == made_from
+    if not same or differing_setting(card["settings"], plain_settings(cfg)):
+        return False
+    print(f"{path}: of a run with these settings and this data that ended; nothing left to do")
+    return True
+
+
+def alike(found, own):
+    """Whether a value from a file has the structure of one's own: keys, types, shapes, finite."""
+    if isinstance(own, torch.Tensor):
+        return (
+            isinstance(found, torch.Tensor)
+            and found.shape == own.shape
+            and found.dtype == own.dtype
+            and found.layout == torch.strided
+            and bool(torch.isfinite(found).all())
+        )
+    if isinstance(own, dict):
+        return isinstance(found, dict) and found.keys() == own.keys() and all(
+            alike(found[key], own[key]) for key in own
+        )  # fmt: skip
+    if isinstance(own, list | tuple):
+        return type(found) is type(own) and len(found) == len(own) and all(map(alike, found, own))
+    if isinstance(own, int | float) and not isinstance(own, bool):
+        return isinstance(found, int | float) and math.isfinite(found)
+    return type(found) is type(own)
+
+
+class Run:
+    """One training: where it is, its loss curve, and its checkpoint file.
+
+    The loop asks it for the epochs still to do (:meth:`epochs`) and for an epoch's batches
+    (:meth:`batches`), and tells it of each loss (:meth:`check`), step and epoch that is done.
+
+    Attributes:
+        epoch: the one under way, from 1. step: how many of its steps are done.
+        total: sums of losses over these steps, as :meth:`after_step` was given them.
+        curve: a dict of losses for each epoch. kept: further tensors that the loop needs again.
+        resumed: whether all this came from a checkpoint.
+    """
+
+    def __init__(self, name, cfg, model, optimizer, schedule, rng, made_from):
+        """Start a run, or with ``cfg.resume`` go on with the one in the checkpoint.
+
+        Args:
+            name: of the model, for file and progress bar. cfg: a TrainingSettings. rng: the numpy
+                generator of the loop. made_from: :func:`digest` of data and earlier stages.
+
+        Raises:
+            InputError: the checkpoint is broken, or of other settings or data.
+            OSError: the folder of weights cannot be written to.
+        """
+        self.name, self.cfg, self.made_from = name, cfg, made_from
+        self.model, self.optimizer, self.schedule, self.rng = model, optimizer, schedule, rng
+        self.device = next(model.parameters()).device
+        self.path = cfg.weights / f"{name}_checkpoint.pt"
+        self.epoch, self.step, self.total, self.curve, self.kept = 1, 0, 0.0, [], {}
+        self.first_loss = None
+        self.rng_of_epoch = rng.bit_generator.state  # before the order of its cells was drawn
+        self.resumed, self.signal, self.saved_at = False, None, "none"
+        check_writable(cfg.weights)  # not after minutes of training
+        if cfg.resume and self.path.exists():
+            self.restore()
+        elif cfg.resume:
+            print(f"{self.path}: no such checkpoint, so the run starts from the beginning")
+        elif self.path.exists():
+            print(
+                f"{self.path}: a checkpoint of an interrupted run, which this run will replace; "
+                "--resume would go on with it"
+            )
+
+    @property
+    def where(self):
+        """Where the run is, in words."""
+        return f"epoch {min(self.epoch, self.cfg.epochs)} of {self.cfg.epochs}, step {self.step}"
+
+    def epochs(self):
+        """The epochs still to do, with a progress bar; signals are heeded between steps."""
+        first, last = self.epoch, self.cfg.epochs
+        self.last_save = time.monotonic()
+        self.bar = tqdm(total=last, initial=first - 1, desc=self.name, unit="epoch")
+        Interruption.later = self.note_signal
+        yield from range(first, last + 1)
+        self.bar.close()
+        self.save()  # whatever happens while the results are written, training is done
+        self.save_if_due()
+        Interruption.later = None
+
+    def batches(self, rows, n):
+        """The n batches of an epoch that are still to do, of rows in an order drawn anew."""
+        at_step = self.rng.bit_generator.state
+        if self.step:  # resumed within the epoch: its order comes from the state before it
+            self.rng.bit_generator.state = self.rng_of_epoch
+        self.rng_of_epoch = self.rng.bit_generator.state
+        order = self.rng.permutation(rows)
+        if self.step:
+            self.rng.bit_generator.state = at_step
+        yield from np.array_split(order, n)[self.step :]
+
+    def check(self, loss):
+        """Stop if a loss (a scalar tensor) is not finite, or beyond all measure.
+
+        Raises:
+            InputError: it is; says at which step.
+        """
+        value = loss.item()
+        if self.first_loss is None:
+            self.first_loss = abs(value)
+        if not math.isfinite(value) or value > DIVERGED * (self.first_loss + 1):
+            self.diverged(f"the loss is {value:g}")
+
+    def diverged(self, what):
+        """Raise the error that says where the run stopped and what is left of it."""
+        self.bar.close()
+        raise InputError(
+            f"{self.name} diverged at {self.where}: {what}, expected a finite loss of about "
+            f"{self.first_loss or 0:.3g} or less; last good checkpoint: {self.saved_at}; "
+            f"try a lower --lr than {self.cfg.lr:g}"
+        )
+
+    def after_step(self, *sums):
+        """One more step of the epoch is done; sums: of its losses, scalar tensors."""
+        if sums:
+            self.total = self.total + np.array([s.item() for s in sums])
+        self.step += 1
+        self.save_if_due()
+
+    def after_epoch(self, row=None, **shown):
+        """The epoch is done; row: its losses for the curve; shown: texts for the bar."""
+        if row is not None:
+            self.curve.append(row)
+        self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        self.save_if_due()
+
+    def note_signal(self, number):
+        """Remember to stop after this step; the second time, stop at once."""
+        if self.signal is not None:
+            raise Stopped(number)
+        self.signal = number
+
+    def save_if_due(self):
+        """Save when it is time; when a signal has come, save and stop.
+
+        Raises:
+            Stopped: a signal has come.
+        """
+        if self.signal is None:
+            if time.monotonic() - self.last_save >= self.cfg.checkpoint_every:
+                self.save()
+            return
+        self.save()
+        self.bar.close()
+        name = signal.Signals(self.signal).name
+        raise Stopped(
+            self.signal,
+            f"interrupted ({name}) at {self.where}: saved {self.path}; the same command with "
+            "--resume goes on from there",
+        )
+
+    def state(self):
+        """All that the rest of the run depends on, in values that weights_only reads."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "format": "bulk2sc checkpoint",
+            "version": CHECKPOINT_VERSION,
+            "name": self.name,
+            "settings": plain_settings(self.cfg),
+            "made_from": self.made_from,
+            "epoch": self.epoch,
+            "step": self.step,
+            "total": torch.as_tensor(self.total, dtype=torch.float64),
+            "first_loss": self.first_loss,
+            "curve": self.curve,
+            "kept": self.kept,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "rng_of_epoch": self.rng_of_epoch,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    def save(self):
+        """Write the checkpoint, whole or not at all; never one that holds nan.
+
+        Raises:
+            InputError: weights or moments are not finite; the older checkpoint stays.
+        """
+        state = self.state()
+        moments = [m for one in state["optimizer"]["state"].values() for m in one.values()]
+        if not all(torch.isfinite(t).all() for t in (*state["model"].values(), *moments)):
+            self.diverged("weights are not finite")
+        save_tensors(self.path, state)
+        self.last_save, self.saved_at = time.monotonic(), f"{self.path} of {self.where}"
+
+    def restore(self):
+        """Take everything from the checkpoint, after checking that it is of this run and sound."""
+        found = load_tensors(self.path, f"the training of {self.name}")
+        if not isinstance(found, dict) or found.get("format") != "bulk2sc checkpoint":
+            raise InputError(f"{self.path}: not a checkpoint, expected one of {self.name}")
+        for key, own in (("version", CHECKPOINT_VERSION), ("name", self.name)):
+            if found.get(key) != own:
+                raise InputError(f"{self.path}: found {key} {found.get(key)}, expected {own}")
+        theirs, own = found.get("settings"), self.state()
+        if not isinstance(theirs, dict) or (other := differing_setting(theirs, own["settings"])):
+            other = other if isinstance(theirs, dict) else "no settings"
+            raise InputError(
+                f"{self.path}: made with {other}; expected the settings of the interrupted run, "
+                "or no --resume"
+            )
+        if found.get("made_from") != self.made_from:
+            raise InputError(
+                f"{self.path}: made from other cells, labels or earlier weights than these; "
+                "expected those of the interrupted run, or no --resume"
+            )
+        try:
+            self.check_parts(found, own)
+            self.rng.bit_generator.state = found["rng_of_epoch"]
+            self.rng.bit_generator.state = found["rng"]
+            torch.set_rng_state(found["torch_rng"])
+            if self.device.type == "cuda" and found["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(found["cuda_rng"], self.device)
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.schedule.load_state_dict(found["schedule"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+            raise InputError(
+                f"{self.path}: its parts do not fit together, expected a whole checkpoint"
+            ) from e
+        for key in ("epoch", "step", "curve", "kept", "first_loss", "rng_of_epoch"):
+            setattr(self, key, found[key])
+        self.total = found["total"].numpy()
+        self.resumed, self.saved_at = True, f"{self.path} of {self.where}"
+        print(f"{self.path}: going on at {self.where}")
+
+    def check_parts(self, found, own):
+        """Raise ValueError unless a checkpoint's parts have the structure of one's own.
+
+        found, own: as :meth:`state` gives them.
+        """
+        moments, parameters = found["optimizer"]["state"], list(self.model.parameters())
+        # The optimiser numbers parameters by group; those without a gradient yet have no moments.
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        like = {"step": torch.zeros(()), "exp_avg": None, "exp_avg_sq": None}
+        sound = (
+            len(ordered) == len(parameters)
+            and found.keys() == own.keys()
+            and alike(found["model"], own["model"])
+            and alike(found["optimizer"]["param_groups"], own["optimizer"]["param_groups"])
+            and alike(found["schedule"], own["schedule"])
+            and found["torch_rng"].dtype == torch.uint8
+            and all(
+                alike(one, like | {"exp_avg": ordered[i], "exp_avg_sq": ordered[i]})
+                for i, one in moments.items()
+            )
+            and type(found["epoch"]) is int
+            and 1 <= found["epoch"] <= self.cfg.epochs + 1
+            and type(found["step"]) is int
+            and found["step"] >= 0
+            and found["total"].dtype == torch.float64
+            and isinstance(found["first_loss"], float | None)
+            and all(isinstance(row, dict) for row in found["curve"])
+            and all(isinstance(value, torch.Tensor) for value in found["kept"].values())
+        )
+        if not sound:
+            raise ValueError("parts")
+
+    def finished(self):
+        """All results are written: the checkpoint has done its work."""
+        self.path.unlink(missing_ok=True)
