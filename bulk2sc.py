@@ -189,7 +189,7 @@ def decode_cells(*arguments, **options):
 
 
 @torch.inference_mode()
-def decode_blocks(decoder, mu, var, codes, generator, progress=False, log_factor=None, sample=None):
+def decode_blocks(decoder, mu, var, codes, generator, log_factor=None, sample=None):
     """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
@@ -200,8 +200,7 @@ def decode_blocks(decoder, mu, var, codes, generator, progress=False, log_factor
         ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32 of the next CHUNK cells;
         of no cells at all, one empty pair.
     """
-    starts = range(0, max(len(codes), 1), CHUNK)
-    for i in tqdm(starts, desc="cells", unit="chunk", disable=not progress):
+    for i in range(0, max(len(codes), 1), CHUNK):
         m, v, k = (t[i : i + CHUNK] for t in (mu, var, codes))
         z = decoder.sample_latent(m, v, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
@@ -211,7 +210,13 @@ def decode_blocks(decoder, mu, var, codes, generator, progress=False, log_factor
 
 
 def to_csr(counts):
-    """Dense whole numbers (B, G) as a CSR matrix of int32."""
+    """Dense whole numbers (B, G) as a CSR matrix of int32.
+
+    Raises:
+        InputError: a count is not finite or over 2^31 - 1.
+    """
+    if not (counts < 2**31).all():
+        raise InputError("the decoder draws counts that are not finite or over 2147483647")
     return sp.csr_matrix(counts.cpu().numpy().astype(np.int32))
 
 
@@ -280,7 +285,6 @@ def main(cfg):
         var[sample, codes],
         codes,
         generator,
-        progress=True,
         log_factor=log_factor,
         sample=sample,
     )
@@ -295,6 +299,7 @@ def main(cfg):
             latents.append(latent)
             at += len(latent)
             yield counts
+            bar.update(len(latent))
 
     def describe():
         obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
@@ -315,7 +320,8 @@ def main(cfg):
         return cells
 
     sd = None if sd is None else sd.cpu().numpy()
-    write_cells(cfg.out, counts_of(), decoder_card["genes"], describe)
+    with tqdm(total=len(codes), desc="cells", unit="cell", unit_scale=True) as bar:
+        write_cells(cfg.out, counts_of(), decoder_card["genes"], describe)
 
     table = pd.DataFrame(
         {

@@ -257,14 +257,16 @@ def check_names(names, where, what):
         InputError: a name holds a NUL character or half a surrogate pair, or is no text.
     """
     for name in names:
-        if not isinstance(name, str) or "\0" in name or not name.isascii() and not encodable(name):
+        if not isinstance(name, str) or not is_plain_name(name):
             raise InputError(f"{where}: {what} {name!r} is no plain text, expected names")
 
 
-def encodable(text):
-    """Whether text can be written as UTF-8."""
+def is_plain_name(text):
+    """Whether a text has no NUL character and can be written as UTF-8."""
+    if "\0" in text:
+        return False
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -652,6 +654,7 @@ def load_cells(settings, need_labels=True, found=True):
         )
         adata = adata[labelled].copy()
     cell_types = natural_order(labels[labelled])
+    check_names(cell_types, settings.labels or settings.data, "cell type")
     adata.obs["cell_type"] = pd.Categorical(labels[labelled], categories=cell_types)
     print(
         f"{settings.data}: {adata.n_obs:,} labelled cells x {adata.n_vars:,} genes, "
@@ -1037,19 +1040,19 @@ def check_bulk(values, where, samples, names):
         raise InputError(f"{where}: found no sample beside the genes, expected columns of numbers")
     if (left_out != "").any():
         print(f"{where}: {np.sum(left_out != ''):,} genes without any value left out")
-    wrong = ~np.isfinite(X) | (X < 0)
+    wrong = ~np.isfinite(X) | (X < 0) | (X > 1e15)  # a sum must stay a number, too
     if wrong.any():
         sample, gene = (int(i[0]) for i in np.nonzero(wrong))
         found = values[sample, gene]
         raise InputError(
             f"{where}: found {repr(found) if isinstance(found, str) else f'{found:g}'} (sample "
-            f"{samples[sample]}, gene {names[gene]}), expected a number: counts, TPM or CPM, 0 or "
-            "more"
+            f"{samples[sample]}, gene {names[gene]}), expected a number: counts, TPM or CPM, 0 to "
+            "1e15"
         )
     twice = samples[pd.Index(samples).duplicated()]
     if len(twice):
         raise InputError(f"{where}: sample names occur more than once ({some(twice)})")
-    empty = samples[X.sum(axis=1) == 0]
+    empty = samples[X.sum(axis=1) < 1e-6]
     if len(empty):
         raise InputError(
             f"{where}: {len(empty)} of {len(samples)} samples are empty ({some(empty)}), expected "

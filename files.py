@@ -224,6 +224,38 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
+class PatientFile(io.FileIO):
+    """A file for HDF5 to write to, which keeps the first error for later and goes on as if written.
+
+    The HDF5 library crashes when it cannot write what it still holds, on a full disk say.
+    """
+
+    error = None
+
+    def write(self, data):
+        """Write all of data, or nothing any more after an error."""
+        left = memoryview(data).cast("B")
+        n = len(left)
+        try:
+            while len(left) and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return n
+
+    def truncate(self, size=None):
+        """Set the size, unless there was an error."""
+        try:
+            return super().truncate(size) if self.error is None else size
+        except OSError as error:
+            self.error = error
+
+    def check(self):
+        """Raise the error, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+
 def write_cells(path, blocks, genes, describe):
     """Write an .h5ad whose counts come block by block, whole or not at all.
 
@@ -238,17 +270,21 @@ def write_cells(path, blocks, genes, describe):
     import anndata
     import h5py
 
-    def write(part):
-        with h5py.File(part, "w") as file:
+    def fill(sink):
+        with h5py.File(sink, "w") as file:
             none = sp.csr_matrix((0, len(genes)), dtype=np.int32)
             empty = anndata.AnnData(none, var=pd.DataFrame(index=genes))
             anndata.io.write_elem(file, "/", empty)
             # 64-bit row pointers: a million cells have more than 2^31 counts that are not zero.
-            options = dict(compression="gzip", chunks=(1 << 16,), indptr_dtype=np.int64)
+            # Bytes shuffled, the fastest gzip packs tighter, in a third of the time, than its
+            # usual level does without.
+            options = dict(compression="gzip", compression_opts=1, shuffle=True, chunks=(1 << 14,))
+            options["indptr_dtype"] = np.int64
             anndata.io.write_elem(file, "X", none, dataset_kwargs=options)
             X = anndata.io.sparse_dataset(file["X"])
             for block in blocks:
                 X.append(block)
+                sink.check()
             cells = describe()
             for name, own in (
                 ("obs", cells.obs),
@@ -256,6 +292,11 @@ def write_cells(path, blocks, genes, describe):
                 ("uns", dict(cells.uns)),
             ):
                 anndata.io.write_elem(file, name, own)
+
+    def write(part):
+        with PatientFile(part, "r+") as sink:
+            fill(sink)
+            sink.check()
 
     write_whole(path, write)
 

@@ -12,6 +12,8 @@ Notation in shape comments: B batch, G genes, K cell types, D latent dimensions,
 import io
 import math
 import random
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import plain_settings
-from files import InputError, some, write_whole
+from data import is_plain_name, plain_settings
+from files import InputError, one_line, some, write_whole
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 FORMAT_VERSION = 2  # 2: scDecoder knows the shape of each type's cloud of cells
@@ -708,12 +710,24 @@ def save_tensors(path, content):
 
 
 def load_tensors(path, made_by):
-    """``torch.load`` onto the CPU without unpickling code; one-line errors that name the file."""
+    """``torch.load`` onto the CPU, of a file that may come from anybody; one-line errors name it.
+
+    No code in it is run (``weights_only``), and it takes no more memory than it has bytes: records
+    of torch's zip files are never compressed.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; {made_by} makes it")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                records = file.infolist()
+            size = sum(record.file_size for record in records)
+            if size > path.stat().st_size or any(record.compress_type for record in records):
+                raise ValueError("compressed records")
+        with warnings.catch_warnings():  # what torch thinks of a strange file
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # a broken zip, a foreign pickle, a cut-off record: many kinds
@@ -729,8 +743,103 @@ MADE_BY = {
 }
 
 
+def is_plain_tensor(value):
+    """Whether a value is a dense tensor on the CPU that has all of its elements in memory.
+
+    A file may hold views that claim more elements than are stored, or sparse or empty shells.
+    """
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def is_list_of_names(value, length=None):
+    """Whether a value is a list (of some length) of texts that every format can hold."""
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(isinstance(name, str) and is_plain_name(name) for name in value)
+    )
+
+
+def check_card(card, model_class):
+    """Check that what a file says of a model fits together, before anything is built from it.
+
+    The model is first set up without memory; so what is set aside for it later is no more than
+    what the file itself holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, RuntimeError: it does not; says what.
+    """
+    config, state = card["config"], card["state"]
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise ValueError("config or state is no dict")
+    for name, value in config.items():
+        most = {"n_iterations": 10_000}.get(name, 2**31 - 1)
+        if name == "likelihood":
+            sound = value in LIKELIHOODS
+        elif name == "dropout":
+            sound = isinstance(value, int | float) and 0 <= value < 1
+        else:
+            sound = type(value) is int and 1 <= value <= most
+        if not sound:
+            raise ValueError(f"{name} {value}")
+    with torch.device("meta"):
+        expected = model_class(**config).state_dict()
+    if state.keys() != expected.keys():
+        raise ValueError("other names of tensors")
+    for name, value in state.items():
+        like = expected[name]
+        if not is_plain_tensor(value) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"tensor {name}")
+    names, K = card["genes"], config["n_types"]
+    fraction, fit = card["held_out_fraction"], card.get("fit", {})
+    sound = {
+        "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
+        "gene_ids": is_list_of_names(card.get("gene_ids", names), len(names)),  # older have none
+        "cell_types": is_list_of_names(card["cell_types"], K) and len(set(card["cell_types"])) == K,
+        "held_out": is_list_of_names(card["held_out"]),
+        "held_out_fraction": isinstance(fraction, int | float) and 0 <= fraction < 1,
+        "settings": isinstance(card["settings"], dict),
+        "components": sorted(card.get("components", range(K))) == list(range(K)),
+        "fit": isinstance(fit, dict)
+        and all(
+            len(pair) == 2 and all(isinstance(v, float) for v in pair) and pair[1] > 0
+            for pair in fit.values()
+        )
+        and fit.keys() in (set(), {"correlation", "unexplained"}),
+    }
+    if wrong := [name for name, good in sound.items() if not good]:
+        raise ValueError(", ".join(wrong))
+
+
+def check_values(model):
+    """Check the values of a loaded model: finite, and in the range in which it can be used.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    state = model.state_dict()
+    sound = {name: bool(torch.isfinite(value).all()) for name, value in state.items()}
+    for name in ("var", "scale"):  # a σ_k² or spread of zero is none
+        if name in state:
+            sound[name] &= bool((state[name] > 0).all())
+    for name in ("signature", "profile", "shape_weight", "shape_sd"):
+        if name in state:
+            sound[name] &= bool((state[name] >= 0).all())
+    if "shape_weight" in state:
+        sound["shape_weight"] &= bool((state["shape_weight"].sum(dim=1) > 0).all())
+    if "log_library" in state:  # library sizes up to 2^31
+        sound["log_library"] &= bool((state["log_library"].abs() < math.log(2**31)).all())
+    if wrong := [name for name, good in sound.items() if not good]:
+        raise ValueError(", ".join(wrong))
+
+
 def load_model(path, model_class, device="cpu"):
-    """Rebuild a saved model in eval mode.
+    """Rebuild a saved model in eval mode; the file may come from anybody.
 
     Returns:
         ``(model, card)``: the module on ``device``, and the rest of the file as a dict.
@@ -750,20 +859,20 @@ def load_model(path, model_class, device="cpu"):
         found = card.get("version")
         raise InputError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
     try:
+        check_card(card, model_class)
         model = model_class(**card["config"])
         model.load_state_dict(card.pop("state"))
-        if len(card["genes"]) != card["config"]["n_genes"]:
-            raise ValueError("genes")
-        if len(card.get("gene_ids", card["genes"])) != len(card["genes"]):  # older files have none
-            raise ValueError("gene ids")
-        if len(card["cell_types"]) != card["config"]["n_types"]:
-            raise ValueError("cell types")
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{path}: its parts do not fit together, expected a whole {name}"
+            f"{path}: its parts do not fit together ({one_line(error)}), expected a whole {name}"
         ) from error
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise InputError(f"{path}: holds values that are not finite, expected trained weights")
+    try:
+        check_values(model)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: {error} with values that are not finite or out of range, expected trained "
+            "weights"
+        ) from error
     return model.to(device).eval(), card
 
 
@@ -794,7 +903,7 @@ def load_mixture(folder, n_types):
     for name in MIXTURE_FILES:
         path = Path(folder) / name
         value = load_tensors(path, MADE_BY["scGMVAE"])
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not is_plain_tensor(value) or not value.is_floating_point():
             raise InputError(f"{path}: expected a tensor of 1 x D x K or K x D numbers")
         shape = tuple(value.shape)
         if value.dim() == 3 and shape[0] == 1:
@@ -804,9 +913,9 @@ def load_mixture(folder, n_types):
                 f"{path}: found shape {shape}, expected 1 x D x {n_types} or {n_types} x D "
                 f"for the {n_types} cell types of the labels"
             )
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path}: holds values that are not finite")
         tensors.append(value.detach().float().contiguous())
+        if not torch.isfinite(tensors[-1]).all():  # nor beyond single precision
+            raise InputError(f"{path}: holds values that are not finite")
     mu, var = tensors
     if mu.shape != var.shape:
         raise InputError(f"{folder}: mu is {tuple(mu.shape)}, var is {tuple(var.shape)} (K x D)")

@@ -274,19 +274,21 @@ def test_ten_kills_at_random(trained, h5ad, tmp_path, script):
 def test_signal_ends_generation_and_leaves_no_file(trained, h5ad, tmp_path):
     """A process of its own, stopped while it draws cells."""
     out = tmp_path / "cells.h5ad"
-    command = [sys.executable, str(ROOT / "bulk2sc.py"), "--data", h5ad, "--weights", trained]
-    command += ["--n-cells", "3000000", "--batch-size", "20", "--out", out]
+    bulk = tmp_path / "bulk.csv"
+    bulk.write_text("gene,a,b\n" + "".join(f"GENE{i},{i},{60 - i}\n" for i in range(60)))
+    command = [sys.executable, ROOT / "bulk2sc.py", "--bulk", bulk, "--weights", trained]
+    command += ["--n-cells", 3000000, "--out", out]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     started = time.time()
-    while not list(tmp_path.iterdir()) and time.time() < started + 100:
+    while len(list(tmp_path.iterdir())) == 1 and time.time() < started + 100:
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert process.stderr.read().strip().splitlines()[-1].startswith("interrupted")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [bulk]
 
 
 # --------------------------------------------------------------------- loss that goes astray
