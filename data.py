@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
 import tyro
 
@@ -215,7 +214,9 @@ def check_counts(X, where, cells, genes):
         )
     if sp.issparse(X):
         try:  # before any arithmetic: a wild index reads memory that is not the matrix's
-            X = X if X.format in ("csr", "csc") else X.tocsr()
+            if X.format not in ("csr", "csc"):  # which sums repeated entries in their own type
+                wide = np.float64 if X.dtype.kind == "f" else X.dtype
+                X = X.astype(np.int64 if X.dtype.kind in "iu" else wide).tocsr()
             X.check_format(full_check=True)
         except (ValueError, TypeError) as error:
             raise InputError(f"{where}: a broken sparse matrix ({one_line(error)})") from error
@@ -237,7 +238,7 @@ def check_values(X, where, cells, genes):
         (~np.isfinite(values), "not finite"),
         (values < 0, "negative"),
         (values != np.rint(values), "not an integer"),
-        (values > np.iinfo(np.int32).max, "over 2147483647"),
+        (values >= 2.0**31, "over 2147483647"),  # a float32 knows no 2147483647
     ):
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
@@ -305,7 +306,7 @@ def read_counts(path=EMBEDDED):
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(f"{path}: found {adata.n_obs} cells x {adata.n_vars} genes, expected some")
     if not adata.obs_names.is_unique:
-        twice = adata.obs_names[adata.obs_names.duplicated()]
+        twice = adata.obs_names[adata.obs_names.duplicated()].unique()
         raise InputError(
             f"{path}: {len(twice)} barcodes occur more than once ({some(twice)}), expected one "
             "cell per barcode; add the sample's name to the barcodes when joining samples"
@@ -371,33 +372,7 @@ def read_10x_folder(folder):
     gene_file = find_one(folder, ["features.tsv", "genes.tsv"])
     barcodes = read_table(barcode_file, sep="\t", header=None)
     genes = read_table(gene_file, sep="\t", header=None)
-    try:
-        with open_bounded(matrix_file) as file:
-            n_rows, n_columns, n_entries, layout, field, symmetry = scipy.io.mminfo(file)
-    except UNREADABLE as error:
-        raise InputError(f"{matrix_file}: not a readable Matrix Market file ({error})") from error
-    # All of it is checked by the header before memory is set aside for what the header says.
-    if (n_rows, n_columns) != (len(genes), len(barcodes)):
-        raise InputError(
-            f"{matrix_file}: found {n_rows} x {n_columns}, expected {len(genes)} genes "
-            f"({gene_file.name}) x {len(barcodes)} barcodes ({barcode_file.name})"
-        )
-    if field not in ("integer", "unsigned-integer", "real") or symmetry != "general":
-        found = f"{field} {symmetry}"
-        raise InputError(f"{matrix_file}: found {found} entries, expected integer general ones")
-    # gzip shrinks to a thousandth at best, and an entry takes two bytes ("0" and a line break).
-    most = 1032 * matrix_file.stat().st_size // 2
-    if not 0 <= n_entries <= most:
-        raise InputError(
-            f"{matrix_file}: its header announces {n_entries:,} entries, which a file of its size "
-            "cannot hold"
-        )
-    check_memory(n_entries * (16 if layout == "coordinate" else 8), matrix_file, "its entries")
-    try:
-        with open_bounded(matrix_file, 100_000 + 100 * n_entries) as file:
-            X = scipy.io.mmread(file)
-    except UNREADABLE as error:
-        raise InputError(f"{matrix_file}: not a readable Matrix Market file ({error})") from error
+    X = read_mtx(matrix_file, (len(genes), len(barcodes)), (gene_file.name, barcode_file.name))
     symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # the second column, if there are two
     var = pd.DataFrame(index=pd.Index(symbols.to_list()))
     var["gene_ids"] = genes.iloc[:, 0].to_numpy()
@@ -408,13 +383,96 @@ def read_10x_folder(folder):
     return anndata.AnnData(X, obs=obs, var=var)
 
 
+def read_mtx(path, shape, named_by):
+    """Read a Matrix Market file (plain or .gz) of sparse counts as COO, float64.
+
+    Not by scipy's reader, which some malformed lines crash. All of the header is checked before
+    memory is set aside for what it says.
+
+    Args:
+        path: of the file. shape: genes and barcodes that there must be. named_by: the files of
+            their names, for the message.
+
+    Raises:
+        InputError: unreadable, of another kind or shape, or an entry lies outside of the matrix.
+    """
+    broken = f"{path}: not a readable Matrix Market file"
+    try:
+        with open_bounded(path) as file:
+            words = file.readline(1000).decode("ascii").lower().split()
+            line, skip = file.readline(100_000), 2
+            while line.startswith(b"%") or line.isspace():
+                line, skip = file.readline(100_000), skip + 1
+            n_rows, n_columns, n_entries = map(int, line.split())
+    except UNREADABLE as error:
+        raise InputError(f"{broken} ({one_line(error)})") from error
+    # Symmetric: scipy's writer says so of a matrix that happens to be.
+    number, form = "(integer|unsigned-integer|real)", "(general|symmetric)"
+    kind = " ".join(words)
+    if not re.fullmatch(f"%%matrixmarket matrix coordinate {number} {form}", kind):
+        raise InputError(
+            f"{path}: found {plain(kind)!r}, expected a sparse Matrix Market file: "
+            "%%MatrixMarket matrix coordinate integer general"
+        )
+    if (n_rows, n_columns) != shape:
+        raise InputError(
+            f"{path}: found {n_rows} x {n_columns}, expected {shape[0]} genes ({named_by[0]}) x "
+            f"{shape[1]} barcodes ({named_by[1]})"
+        )
+    # gzip shrinks to a thousandth at best, and an entry takes six bytes at least ("1 1 1" and a
+    # line break).
+    if not 0 <= n_entries <= 1032 * path.stat().st_size // 6:
+        raise InputError(
+            f"{path}: its header announces {n_entries:,} entries, which a file of its size cannot "
+            "hold"
+        )
+    check_memory(24 * n_entries, path, "its entries")
+    row, column = np.empty((2, n_entries), np.int32)
+    value, at = np.empty(n_entries), 0
+    options = {"sep": r"\s+", "header": None, "names": range(4), "index_col": False}
+    # A fourth number in a line must show; a third that is missing does so by itself.
+    options |= {"dtype": {0: np.int32, 1: np.int32, 2: np.float64, 3: str}, "quoting": 3}
+    try:
+        with open_bounded(path, 100_000 + 100 * n_entries) as file:
+            for _ in range(skip):
+                file.readline(100_000)
+            if n_entries == 0:  # pandas would find no columns
+                at = bool(file.read(1000).strip())
+            for part in pd.read_csv(file, chunksize=1_000_000, **options) if n_entries else ():
+                end = at + len(part)
+                if end > n_entries or part[2].isna().any() or part[3].notna().any():
+                    raise ValueError(f"no {n_entries:,} lines of three numbers")
+                row[at:end], column[at:end], value[at:end] = part[0], part[1], part[2]
+                at = end
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(f"{broken} ({one_line(error)})") from error
+    if at != n_entries:
+        raise InputError(f"{path}: found {at:,} entries or more, its header says {n_entries:,}")
+    for own, most in ((row, n_rows), (column, n_columns)):
+        if n_entries and not (own.min() >= 1 and own.max() <= most):
+            raise InputError(f"{path}: an entry lies outside of the {n_rows} x {n_columns} matrix")
+    if kind.endswith("symmetric"):
+        twin = row != column
+        row, column = np.append(row, column[twin]), np.append(column, row[twin])
+        value = np.append(value, value[twin])
+    return sp.coo_matrix((value, (row - 1, column - 1)), shape=shape)
+
+
 def read_10x_h5(path):
     """Read a 10x ``.h5`` of Cell Ranger 2 or later."""
+    import h5py
     import scanpy
 
     try:
         check_hdf5(path)
         adata = scanpy.read_10x_h5(path, gex_only=False)
+        # The counts once more: scanpy takes int32 for float32, which is exact to 2^24 only.
+        with h5py.File(path) as file:
+            group = file["matrix"] if "matrix" in file else next(iter(file.values()))
+            parts = group["data"][:], adata.X.indices, adata.X.indptr
+        adata.X = sp.csr_matrix(parts, shape=adata.shape)
     except InputError:
         raise
     except Exception as error:  # h5py and scanpy raise many kinds on a broken or foreign file
@@ -554,7 +612,7 @@ def read_label_csv(path, barcodes):
         )
     table.columns = ["barcode", "cell_type"]
     table = table.drop_duplicates()
-    twice = table["barcode"][table["barcode"].duplicated()]
+    twice = table["barcode"][table["barcode"].duplicated()].unique()
     if len(twice):
         raise InputError(f"{path}: {len(twice)} barcodes have two different labels ({some(twice)})")
     given = table.set_index("barcode")["cell_type"]
@@ -951,9 +1009,20 @@ def read_bulk_csv(path):
         lines = list(itertools.takewhile(bool, lines))  # to the end of the file
         skip = header_line(lines)
         first, *below = *lines[skip:], ""
-        separator = max("\t,;", key=first.count)
         below = next((line for line in below if line.strip()), "")
-        header, row = (next(csv.reader([s], delimiter=separator), []) for s in (first, below))
+
+        def fields(mark):
+            return [next(csv.reader([s], delimiter=mark), []) for s in (first, below)]
+
+        def fit(mark):  # names may hold more commas than there are tabs
+            try:
+                header, row = map(len, fields(mark))
+            except csv.Error:  # a field that is too long: another mark parts it
+                return False, 0
+            return row > 1 and row - header in (0, 1), first.count(mark)
+
+        separator = max("\t,;", key=fit)
+        header, row = fields(separator)
     except UNREADABLE as error:
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
     if len(row) == len(header) + 1:  # R's write.table gives the row names no header

@@ -142,8 +142,8 @@ def sample_nb(mean, theta, generator=None):
     """Draw negative binomial counts with variance mean + mean² / theta.
 
     On CUDA by gamma and Poisson draws. On CPU, where those cost three times as much, by inversion
-    for means up to 8, which is nearly all of a cell: one uniform decides at once whether the
-    count is zero, and only the others climb the distribution function.
+    for means up to 8 and theta from 0.01 on, which is nearly all of a cell: one uniform decides at
+    once whether the count is zero, and only the others climb the distribution function.
 
     Args:
         mean: (B, G), 0 or more. theta: broadcastable to it, positive. generator: torch Generator.
@@ -161,7 +161,8 @@ def sample_nb(mean, theta, generator=None):
         return gamma_poisson(mean, theta)
     uniform = torch.rand(mean.shape, generator=generator)
     zero = torch.exp(-theta * torch.log1p(mean / theta))  # p(0)
-    high = mean > 8
+    # With a tiny dispersion, large counts are too rare and too large to climb to.
+    high = (mean > 8) | (theta < 1e-2)
     counts = torch.zeros_like(mean).flatten()
     at = torch.nonzero(((uniform > zero) & ~high).flatten()).squeeze(1)
     # p(k) = p(k-1) (k-1+θ)/k μ/(μ+θ), climbed in double precision by the entries still below

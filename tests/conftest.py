@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import anndata
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -140,6 +141,14 @@ def assert_one_line_error(done, *words):
     for word in words:
         assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
+
+# Random inputs of test_properties.py: the same ones each time, so that only a change makes a test
+# fail; HYPOTHESIS_PROFILE=long looks at many more, new ones each time.
+hypothesis.settings.register_profile(
+    "default", derandomize=True, deadline=None, print_blob=True, max_examples=40
+)
+hypothesis.settings.register_profile("long", deadline=None, print_blob=True, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Batches of eight: ninety cells must give enough steps for the means and dispersions to settle.
 TINY = {
