@@ -13,6 +13,7 @@ import re
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ from plotting import write_clusters
 
 # Of the marker table, named as ScType's own.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
+
+
+MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own has a million
 
 
 @dataclass
@@ -105,6 +109,10 @@ def read_markers(db, tissue):
     path = fetch(db)
     if path.suffix.lower() == ".xlsx":
         try:
+            with zipfile.ZipFile(path) as file:
+                size = sum(record.file_size for record in file.infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
             table = pd.read_excel(path, dtype=str, keep_default_na=False)
         except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
             raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error

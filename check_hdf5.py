@@ -46,7 +46,7 @@ def look_through(path):
                     total += size
                     if size <= SMALL:
                         item[()]
-                    else:
+                    elif size / item.shape[0] <= SMALL:
                         item[:1], item[-1:]
     return total
 

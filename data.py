@@ -245,7 +245,7 @@ def check_values(X, where, cells, genes):
             cell = cells[np.searchsorted(X.indptr, first, side="right") - 1]
             gene = genes[X.indices[first]]
             raise InputError(
-                f"{where}: found {values[first]:g} (cell {cell}, gene {gene}), which is {what}, "
+                f"{where}: found {values[first]:.10g} (cell {cell}, gene {gene}), which is {what}, "
                 f"as are {wrong.sum():,} of {values.size:,} stored values; expected raw counts "
                 "(integers, 0 or more), not normalised or transformed ones"
             )
@@ -397,23 +397,22 @@ def read_mtx(path, shape, named_by):
         InputError: unreadable, of another kind or shape, or an entry lies outside of the matrix.
     """
     broken = f"{path}: not a readable Matrix Market file"
+    # Symmetric: scipy's writer says so of a matrix that happens to be.
+    number, form = "(integer|unsigned-integer|real)", "(general|symmetric)"
     try:
         with open_bounded(path) as file:
-            words = file.readline(1000).decode("ascii").lower().split()
+            kind = " ".join(file.readline(1000).decode("ascii").lower().split())
+            if not re.fullmatch(f"%%matrixmarket matrix coordinate {number} {form}", kind):
+                raise InputError(
+                    f"{path}: found {plain(kind)[:100]!r}, expected a sparse Matrix Market file: "
+                    "%%MatrixMarket matrix coordinate integer general"
+                )
             line, skip = file.readline(100_000), 2
             while line.startswith(b"%") or line.isspace():
                 line, skip = file.readline(100_000), skip + 1
             n_rows, n_columns, n_entries = map(int, line.split())
     except UNREADABLE as error:
         raise InputError(f"{broken} ({one_line(error)})") from error
-    # Symmetric: scipy's writer says so of a matrix that happens to be.
-    number, form = "(integer|unsigned-integer|real)", "(general|symmetric)"
-    kind = " ".join(words)
-    if not re.fullmatch(f"%%matrixmarket matrix coordinate {number} {form}", kind):
-        raise InputError(
-            f"{path}: found {plain(kind)!r}, expected a sparse Matrix Market file: "
-            "%%MatrixMarket matrix coordinate integer general"
-        )
     if (n_rows, n_columns) != shape:
         raise InputError(
             f"{path}: found {n_rows} x {n_columns}, expected {shape[0]} genes ({named_by[0]}) x "
@@ -441,7 +440,7 @@ def read_mtx(path, shape, named_by):
             for part in pd.read_csv(file, chunksize=1_000_000, **options) if n_entries else ():
                 end = at + len(part)
                 if end > n_entries or part[2].isna().any() or part[3].notna().any():
-                    raise ValueError(f"no {n_entries:,} lines of three numbers")
+                    raise ValueError(f"expected {n_entries:,} lines of three numbers")
                 row[at:end], column[at:end], value[at:end] = part[0], part[1], part[2]
                 at = end
     except InputError:

@@ -64,7 +64,7 @@ def check_memory(n_bytes, where, what):
 
 
 class BoundedFile(io.RawIOBase):
-    """Bytes of a plain or gzipped file, of which no more are given out than expected.
+    """Bytes of a plain or gzipped text file, of which no more are given out than expected.
 
     A few kilobytes can be unpacked to terabytes.
 
@@ -73,7 +73,8 @@ class BoundedFile(io.RawIOBase):
         most: bytes; default: the memory that is free now.
 
     Raises:
-        InputError: when more are read.
+        InputError: when more are read, or one of them is NUL, which readers of text take for the
+            end of a field.
     """
 
     def __init__(self, path, most=None):
@@ -97,6 +98,8 @@ class BoundedFile(io.RawIOBase):
             raise InputError(
                 f"{self.path}: holds more than {self.most:,} bytes when unpacked, expected fewer"
             )
+        if b"\0" in bytes(buffer[:n]):
+            raise InputError(f"{self.path}: holds NUL characters, expected UTF-8 text")
         return n
 
     def close(self):

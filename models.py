@@ -440,6 +440,8 @@ class scDecoder(CountDecoder):
 
         for k in codes.unique().tolist():
             own = codes == k
+            if own.sum() < 2:  # of one cell, the cloud is its posterior, which μ_k, σ_k² are
+                continue
             e = ((mean[own] - self.mu[k].cpu()) / self.var[k].cpu().sqrt()).double()  # (n, D)
             noise = (var[own] / self.var[k].cpu()).double().mean(dim=0)  # (D)
             n = max(1, min(self.config["n_components"], len(e) // 6))
@@ -833,8 +835,8 @@ def check_values(model):
             sound[name] &= bool((state[name] >= 0).all())
     if "shape_weight" in state:
         sound["shape_weight"] &= bool((state["shape_weight"].sum(dim=1) > 0).all())
-    if "log_library" in state:  # library sizes up to 2^31
-        sound["log_library"] &= bool((state["log_library"].abs() < math.log(2**31)).all())
+    if "log_library" in state:  # of which no exponential overflows
+        sound["log_library"] &= bool((state["log_library"].abs() < 40).all())
     if wrong := [name for name, good in sound.items() if not good]:
         raise ValueError(", ".join(wrong))
 

@@ -183,7 +183,8 @@ def usual_fit(model, decoder, cells, genes, rng, n=200):
         cells: AnnData with all genes of the decoder, best held out. genes: the encoder's (G).
 
     Returns:
-        dict: name of the reading -> [mean, standard deviation].
+        dict: name of the reading -> [mean, standard deviation]; empty when there are too few
+        genes to tell.
     """
     codes, cell_types = codes_of(cells)
     share = np.bincount(codes, minlength=len(cell_types)) / len(codes)
@@ -197,6 +198,8 @@ def usual_fit(model, decoder, cells, genes, rng, n=200):
     device = model.mu.device
     _, _, pi, _ = encode_bulks(model.eval(), X, present, device)
     readings = bulk_fit(bulk, expected_bulk(decoder.to(device), pi), np.ones(bulk.shape[1], bool))
+    if np.isnan(readings).all(axis=1).any():
+        return {}
     return {
         # Never finer than one gene more or less.
         name: [float(np.nanmean(values)), max(float(np.nanstd(values)), 1 / bulk.shape[1])]
