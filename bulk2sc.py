@@ -41,7 +41,7 @@ from models import (
 from plotting import write_proportions
 
 MISFIT = 4  # standard deviations beyond usual bulks from which a sample is warned of
-CHUNK = 1024  # cells decoded at a time; bounds memory, and is large enough for the matrix product
+CHUNK = 4096  # cells at a time: bounds memory, and gives every core some blocks of them
 
 
 @dataclass
@@ -91,8 +91,10 @@ def encode_bulks(encoder, X, present, device, n_halves=0):
     halves = [np.isin(np.arange(len(present)), rng.permutation(at)[::2]) for _ in range(n_halves)]
     whole, *halves = (torch.from_numpy(p).to(device) for p in (present, *halves))
     parts = []
-    for i in range(0, max(X.shape[0], 1), CHUNK):  # no bulk at all still has its shapes
-        bulk = torch.from_numpy(X[i : i + CHUNK].toarray().astype(np.float32)).to(device)
+    # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
+    step = 256 if torch.device(device).type == "cpu" else CHUNK
+    for i in range(0, max(X.shape[0], 1), step):  # no bulk at all still has its shapes
+        bulk = torch.from_numpy(X[i : i + step].toarray().astype(np.float32)).to(device)
         # The sum's floor: of a thin bulk, half of the genes may hold no count at all.
         mu, var, pi = encoder(bulk, whole)
         again = [encoder(bulk + 1e-9, half)[2] for half in halves]
@@ -182,49 +184,60 @@ def sum_agreement(bulk, sums, present):
         return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])
 
 
-def decode_cells(*arguments, **options):
-    """All cells of :func:`decode_blocks` at once: counts (N x G) CSR int32, latents (N, D)."""
-    blocks, latents = zip(*decode_blocks(*arguments, **options), strict=True)
-    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
-
-
-@torch.inference_mode()
-def decode_blocks(decoder, mu, var, codes, generator, log_factor=None, sample=None):
-    """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
+def decode_cells(decoder, mu, var, codes, generator, log_factor=None, sample=None):
+    """Draw one cell for each row, all at once; see :func:`decode_blocks`.
 
     Args:
         mu, var: (N, D). codes: cell type of each cell (N). generator: on their device.
         log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (N).
 
+    Returns:
+        ``(X, z)``: counts (N x G) CSR int32 and latents (N, D) float32.
+    """
+    sample = torch.zeros_like(codes) if sample is None else sample
+    chunks = zip(*(part.split(CHUNK) for part in (mu, var, codes, sample)), strict=True)
+    blocks, latents = zip(*decode_blocks(decoder, chunks, generator, log_factor), strict=True)
+    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
+
+
+@torch.inference_mode()
+def decode_blocks(decoder, chunks, generator, log_factor=None):
+    """Draw cells: z of mean mu and variance var, library size, then counts.
+
+    Args:
+        chunks: iterable of mu, var (B, D), cell types (B) and bulks (B) of the next cells.
+        generator: on their device. log_factor: (S, G), see :func:`calibration`.
+
     Yields:
-        ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32 of the next CHUNK cells;
-        of no cells at all, one empty pair.
+        ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32, chunk by chunk.
     """
-    for i in range(0, max(len(codes), 1), CHUNK):
-        m, v, k = (t[i : i + CHUNK] for t in (mu, var, codes))
-        z = decoder.sample_latent(m, v, k, generator)  # (B, D)
+    for mu, var, k, sample in chunks:
+        z = decoder.sample_latent(mu, var, k, generator)  # (B, D)
         library = decoder.sample_library(k, generator)  # (B,)
-        factor = None if log_factor is None else log_factor[sample[i : i + CHUNK]]  # (B, G)
-        counts = decoder.sample_cells(z, library, k, generator, factor)  # (B, G)
-        yield to_csr(counts), z.cpu().numpy()
+        X = decoder.sample_rows(z, library, k, generator, log_factor, sample)
+        yield X, z.cpu().numpy()
 
 
-def to_csr(counts):
-    """Dense whole numbers (B, G) as a CSR matrix of int32.
+def chunks_of_samples(mu, var, pi, per_sample, generator):
+    """Chunks for :func:`decode_blocks`: ``per_sample`` cells of each bulk, types drawn by pi.
 
-    Raises:
-        InputError: a count is not finite or over 2^31 - 1.
+    mu, var: (S, K, D). pi: (S, K).
     """
-    if not (counts < 2**31).all():
-        raise InputError("the decoder draws counts that are not finite or over 2147483647")
-    return sp.csr_matrix(counts.cpu().numpy().astype(np.int32))
+    codes = draw_types(pi, per_sample, generator)  # (N,)
+    for i in range(0, len(codes), CHUNK):
+        k = codes[i : i + CHUNK]
+        sample = torch.arange(i, i + len(k), device=k.device) // per_sample
+        yield mu[sample, k], var[sample, k], k, sample
 
 
-def batch_reference(cfg, genes, rng):
-    """Bulks of --batch-size reference cells each, in the order of ``genes`` (G); one cell each.
+def chunks_of_batches(cfg, encoder, genes, device, rng, generator, said):
+    """Chunks for :func:`decode_blocks`: one cell of each batch of --batch-size reference cells.
+
+    Args:
+        genes: the encoder's (G). said: list to which the proportions of each chunk (B, K) go.
 
     Returns:
-        ``(X, present, samples)``: CSR (S x G), genes the data has (G), names of the bulks.
+        an iterator; the reference is read at once, so that errors come before anything is written.
     """
     cells = load_cells(cfg, need_labels=False)
     X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
@@ -233,9 +246,20 @@ def batch_reference(cfg, genes, rng):
             f"--batch-size: found {cfg.batch_size}, expected at most the {cells.n_obs} cells of "
             f"{cfg.data}"
         )
-    bulk, _ = batch_bulks(X, cfg.batch_size, cfg.n_cells, rng)
     print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
-    return sp.csr_matrix(bulk), present, [f"batch_{i}" for i in range(cfg.n_cells)]
+
+    def chunks():
+        first = 0
+        for bulk, _ in batch_bulks(X, cfg.batch_size, cfg.n_cells, rng, CHUNK):
+            check_filled(bulk, range(first, first + len(bulk)), cfg.data)
+            mu, var, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, device)
+            k = draw_types(pi, 1, generator)
+            at = torch.arange(len(k), device=device)
+            said.append(pi.cpu().numpy())
+            yield mu[at, k], var[at, k], k, first + at
+            first += len(k)
+
+    return chunks()
 
 
 def main(cfg):
@@ -250,22 +274,22 @@ def main(cfg):
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
     cell_types = decoder_card["cell_types"]
 
-    genes, where = encoder_card["genes"], cfg.bulk or cfg.data
+    genes, n_types = encoder_card["genes"], len(cell_types)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    log_factor, sums, said = None, None, []
     if cfg.bulk is None:
-        X, present, samples = batch_reference(cfg, genes, rng)
+        n_cells, samples = cfg.n_cells, [f"batch_{i}" for i in range(cfg.n_cells)]
+        chunks = chunks_of_batches(cfg, encoder, genes, device, rng, generator, said)
     else:
         # All genes of the decoder, of which the encoder reads some: the others show how it fits.
         all_genes = decoder_card["genes"]
         whole, measured, samples = read_bulk(cfg.bulk, all_genes, decoder_card.get("gene_ids"))
+        n_cells = cfg.n_cells * len(samples)
         X, _ = align_genes(whole, all_genes, genes, cfg.bulk, report=False)
         present = measured[pd.Index(all_genes).get_indexer(genes)]
         print(f"{cfg.bulk}: {present.sum():,} of the {len(genes):,} genes the Bulk Encoder reads")
-    check_filled(X, samples, where)
-    n_halves = 0 if cfg.bulk is None else 20
-    mu, var, pi, sd = encode_bulks(encoder, X, present, device, n_halves)  # (S, K, D), ..., (S, K)
-
-    log_factor = None
-    if cfg.bulk is not None:
+        check_filled(X, samples, cfg.bulk)
+        mu, var, pi, sd = encode_bulks(encoder, X, present, device, 20)  # (S, K, D), ..., (S, K)
         whole = whole.toarray()  # (S, G)
         expected = expected_bulk(decoder, pi)  # (S, G)
         fit = pd.DataFrame(index=samples)
@@ -274,41 +298,37 @@ def main(cfg):
         fit["misfit"] = misfit(fit["correlation"], fit["unexplained"], usual) if usual else np.nan
         if cfg.calibrate:
             log_factor = torch.from_numpy(calibration(whole, expected, measured)).to(device)
+        chunks = chunks_of_samples(mu, var, pi, cfg.n_cells, generator)
+        sums, sd = np.zeros(whole.shape), sd.cpu().numpy()
+        said.append(pi.cpu().numpy())
 
-    per_sample = 1 if cfg.bulk is None else cfg.n_cells
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    sample = torch.arange(len(samples), device=device).repeat_interleave(per_sample)  # (N,)
-    codes = draw_types(pi, per_sample, generator)  # (N,)
-    blocks = decode_blocks(
-        decoder,
-        mu[sample, codes],
-        var[sample, codes],
-        codes,
-        generator,
-        log_factor=log_factor,
-        sample=sample,
-    )
-    pi, codes, sample = (t.cpu().numpy() for t in (pi, codes, sample))
-    latents, sums = [], None if cfg.bulk is None else np.zeros(whole.shape)
+    # Of all cells, but for their counts, which go to the file as they come.
+    codes, of_bulk, latents = [np.zeros(0, int)], [np.zeros(0, int)], []
 
-    def counts_of():
-        at = 0
-        for counts, latent in blocks:
+    def noted(chunks):
+        for chunk in chunks:
+            for column, values in ((codes, chunk[2]), (of_bulk, chunk[3])):
+                column.append(values.cpu().numpy())
+            yield chunk
+
+    def counts():
+        for X, z in decode_blocks(decoder, noted(chunks), generator, log_factor):
             if sums is not None:
-                add_to_sums(sums, counts, sample[at : at + len(latent)])
-            latents.append(latent)
-            at += len(latent)
-            yield counts
-            bar.update(len(latent))
+                add_to_sums(sums, X, of_bulk[-1])
+            latents.append(z)
+            yield X
+            bar.update(len(z))
 
     def describe():
-        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(codes))])
+        sample = np.concatenate(of_bulk)
+        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(n_cells)])
         obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
-        obs["cell_type"] = pd.Categorical.from_codes(codes, categories=cell_types)
+        obs["cell_type"] = pd.Categorical.from_codes(np.concatenate(codes), categories=cell_types)
         cells = anndata.AnnData(obs=obs)
-        cells.obsm["X_latent"] = np.concatenate(latents)
+        none = np.zeros((0, decoder.mu.shape[1]), np.float32)
+        cells.obsm["X_latent"] = np.concatenate([none, *latents])
         # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
-        cells.uns["proportions"] = pi
+        cells.uns["proportions"] = np.concatenate([np.zeros((0, n_types), np.float32), *said])
         cells.uns["samples"] = np.array(samples, dtype=object)
         cells.uns["cell_types"] = np.array(cell_types, dtype=object)
         cells.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
@@ -319,14 +339,14 @@ def main(cfg):
             cells.obs["misfit"] = fit["misfit"].to_numpy()[sample]
         return cells
 
-    sd = None if sd is None else sd.cpu().numpy()
-    with tqdm(total=len(codes), desc="cells", unit="cell", unit_scale=True) as bar:
-        write_cells(cfg.out, counts_of(), decoder_card["genes"], describe)
+    with tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True) as bar:
+        write_cells(cfg.out, counts(), decoder_card["genes"], describe)
 
+    pi, codes = np.concatenate([np.zeros((0, n_types)), *said]), np.concatenate(codes)
     table = pd.DataFrame(
         {
             "mean predicted proportion": pi.mean(axis=0) if len(pi) else np.nan,
-            "cells": np.bincount(codes, minlength=len(cell_types)),
+            "cells": np.bincount(codes, minlength=n_types),
         },
         index=cell_types,
     )
@@ -349,7 +369,7 @@ def main(cfg):
             )
         print(f"wrote proportions.csv and proportions.png to {folder}")
     print(
-        f"wrote {cfg.out}: {len(codes):,} cells x {len(decoder_card['genes']):,} genes from "
+        f"wrote {cfg.out}: {n_cells:,} cells x {len(decoder_card['genes']):,} genes from "
         f"{len(samples):,} bulks"
     )
 
@@ -357,7 +377,7 @@ def main(cfg):
 def check_filled(X, samples, where):
     """Every bulk must have counts in some gene of the model.
 
-    X: CSR (S x G). samples: their names (S). where: what the message names.
+    X: CSR or dense (S x G). samples: their names (S). where: what the message names.
     """
     empty = np.flatnonzero(library_size(X) == 0)
     if len(empty):

@@ -918,30 +918,29 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
     return bulk, (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
-def batch_bulks(X, batch_size, n, rng):
+def batch_bulks(X, batch_size, n, rng, part):
     """Sum batches of reference cells into bulks, reshuffling as often as ``n`` bulks need.
 
     Args:
         X: counts (N x G), CSR. batch_size: cells per bulk, at most N. n: number of bulks.
+        part: how many to make at a time, which bounds the memory.
 
-    Returns:
-        ``(bulk, members)``: summed counts (n x G) float32, and the cells of each (n x batch_size).
+    Yields:
+        ``(bulk, members)`` of the next bulks, ``part`` or what is left: summed counts (m x G)
+        float32, and the cells of each (m x batch_size).
     """
     per_pass = X.shape[0] // batch_size  # a last, smaller batch is left for the next shuffle
-    passes = [
-        rng.permutation(X.shape[0])[: per_pass * batch_size].reshape(per_pass, batch_size)
-        for _ in range(-(-n // per_pass))
-    ]
-    members = np.concatenate(passes)[:n] if passes else np.zeros((0, batch_size), np.int64)
-    bulk = np.zeros((n, X.shape[1]), np.float32)
     X = X.astype(np.float32, copy=False)
-    for first in range(0, n, 256):  # bounds the memory of the selection matrix
-        part = members[first : first + 256]
-        rows = np.repeat(np.arange(len(part)), batch_size)
-        ones = np.ones(part.size, np.float32)
-        S = sp.csr_matrix((ones, (rows, part.ravel())), shape=(len(part), X.shape[0]))
-        bulk[first : first + 256] = (S @ X).todense()
-    return bulk, members
+    drawn = np.zeros((0, batch_size), np.int64)
+    for first in range(0, n, part):
+        m = min(part, n - first)
+        while len(drawn) < m:
+            order = rng.permutation(X.shape[0])[: per_pass * batch_size]
+            drawn = np.concatenate([drawn, order.reshape(per_pass, batch_size)])
+        members, drawn = drawn[:m], drawn[m:]
+        at = (np.repeat(np.arange(m), batch_size), members.ravel())
+        S = sp.csr_matrix((np.ones(members.size, np.float32), at), shape=(m, X.shape[0]))
+        yield (S @ X).toarray(), members
 
 
 # ------------------------------------------------------------------------------ bulk samples

@@ -122,7 +122,7 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
     z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)
     blocks = [
-        bulk2sc.to_csr(decoder.sample_cells(z[rows], library[rows], k[rows], generator))
+        decoder.sample_rows(z[rows], library[rows], k[rows], generator)
         for rows in torch.arange(len(codes), device=device).split(bulk2sc.CHUNK)
     ]
     return sp.vstack(blocks, format="csr")

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,6 +76,21 @@ def mean_profile(X):
 def to_dense(X, rows, device):
     """Rows of a CSR count matrix as a float32 tensor (B, G); the only place sparse ends."""
     return torch.from_numpy(X[rows].toarray().astype(np.float32)).to(device)
+
+
+def to_csr(counts):
+    """Dense whole numbers (B, G) as a CSR matrix of int32.
+
+    Raises:
+        InputError: a count is not finite or over 2^31 - 1.
+    """
+    if not (counts < 2**31).all():
+        raise InputError("the decoder draws counts that are not finite or over 2147483647")
+    if counts.is_cuda:  # only what is not zero has to travel
+        rows = counts.to(torch.int32).to_sparse_csr()
+        parts = (rows.values(), rows.col_indices(), rows.crow_indices())
+        return sp.csr_matrix(tuple(p.cpu().numpy() for p in parts), shape=tuple(counts.shape))
+    return sp.csr_matrix(counts.numpy().astype(np.int32))
 
 
 # ------------------------------------------------------------------------ count distributions
@@ -141,9 +157,7 @@ def zinb_log_prob(x, mean, theta, dropout_logits):
 def sample_nb(mean, theta, generator=None):
     """Draw negative binomial counts with variance mean + mean² / theta.
 
-    On CUDA by gamma and Poisson draws. On CPU, where those cost three times as much, by inversion
-    for means up to 8 and theta from 0.01 on, which is nearly all of a cell: one uniform decides at
-    once whether the count is zero, and only the others climb the distribution function.
+    By a gamma and a Poisson draw each; on CPU, whole cells are drawn faster by ``sampler.py``.
 
     Args:
         mean: (B, G), 0 or more. theta: broadcastable to it, positive. generator: torch Generator.
@@ -151,38 +165,8 @@ def sample_nb(mean, theta, generator=None):
     Returns:
         Tensor (B, G) of whole numbers, in mean's dtype.
     """
-    theta = theta.expand_as(mean)
-
-    def gamma_poisson(mean, theta):
-        rate = torch._standard_gamma(theta, generator=generator) * (mean / theta)
-        return torch.poisson(rate, generator=generator)
-
-    if mean.is_cuda:
-        return gamma_poisson(mean, theta)
-    uniform = torch.rand(mean.shape, generator=generator)
-    zero = torch.exp(-theta * torch.log1p(mean / theta))  # p(0)
-    # With a tiny dispersion, large counts are too rare and too large to climb to.
-    high = (mean > 8) | (theta < 1e-2)
-    counts = torch.zeros_like(mean).flatten()
-    at = torch.nonzero(((uniform > zero) & ~high).flatten()).squeeze(1)
-    # p(k) = p(k-1) (k-1+θ)/k μ/(μ+θ), climbed in double precision by the entries still below
-    # their uniform; the shrinking set keeps it cheap.
-    m, t = mean.flatten()[at].double(), theta.flatten()[at].double()
-    ratio = m / (m + t)
-    p = torch.exp(-t * torch.log1p(m / t))
-    left = uniform.flatten()[at].double() - p
-    k = 0
-    while len(at):
-        p = p * (k + t) / (k + 1) * ratio
-        left = left - p
-        k += 1
-        # The second test ends a climb whose remaining mass is below the uniform's resolution.
-        done = (left <= 0) | ((p < 1e-10) & (k > m))
-        counts[at[done]] = float(k)
-        at, m, t, ratio, p, left = (v[~done] for v in (at, m, t, ratio, p, left))
-    at = torch.nonzero(high.flatten()).squeeze(1)
-    counts[at] = gamma_poisson(mean.flatten()[at], theta.flatten()[at])
-    return counts.view_as(mean)
+    rate = torch._standard_gamma(theta.expand_as(mean), generator=generator) * (mean / theta)
+    return torch.poisson(rate, generator=generator)
 
 
 def sample_zinb(mean, theta, dropout_logits, generator=None):
@@ -532,6 +516,11 @@ class scDecoder(CountDecoder):
         codes = torch.full((n,), k, device=self.mu.device)
         return self.sample_latent(self.mu[codes], self.var[codes], codes, generator)
 
+    def type_theta(self):
+        """Dispersions of the genes in each type (K, G): :meth:`fit_types`' where it has been."""
+        fitted = self.type_fitted[:, None] > 0  # a type without cells is not
+        return torch.where(fitted, self.type_log_theta, self.log_theta).exp()
+
     def sample_cells(self, z, library, codes, generator=None, log_factor=None):
         """Draw whole-number counts (B, G) of cells of types ``codes`` (B).
 
@@ -540,11 +529,32 @@ class scDecoder(CountDecoder):
         """
         own = self.type_log_factor[codes]  # (B, G)
         own = own if log_factor is None else own + log_factor
-        theta = None
-        if self.likelihood == "nb":
-            fitted = self.type_fitted[codes, None] > 0  # a type without cells is not
-            theta = torch.where(fitted, self.type_log_theta[codes], self.log_theta).exp()
+        theta = self.type_theta()[codes] if self.likelihood == "nb" else None
         return self.sample(z, library, generator, own, theta)
+
+    def sample_rows(self, z, library, codes, generator, log_factor=None, sample=None):
+        """As :meth:`sample_cells`, as a CSR matrix (B, G) of int32.
+
+        On CPU without a dense (B, G) of counts, by ``sampler.py``. log_factor: (S, G), with
+        sample: the row of it that each cell (B) has.
+
+        Raises:
+            InputError: a count would not be finite or would be over 2^31 - 1.
+        """
+        if self.mu.is_cuda or self.likelihood == "mse_l1":
+            factor = None if log_factor is None else log_factor[sample]
+            return to_csr(self.sample_cells(z, library, codes, generator, factor))
+        from sampler import sample_csr  # compiles, so only when needed
+
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        dropout, theta = None, self.type_theta()
+        if self.likelihood == "zinb":
+            theta = self.theta.expand(len(self.mu), -1)
+            dropout = self.dropout_logits.weight, self.dropout_logits.bias
+        return sample_csr(
+            *(self.hidden(z), self.out.weight, self.out.bias + self.type_log_factor, theta),
+            *(codes, library, seed, log_factor, sample, dropout),
+        )
 
     @torch.no_grad()
     def type_means(self, n=500, seed=0):

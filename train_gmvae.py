@@ -103,15 +103,10 @@ def choose_mixture(mean, n_types, seed):
 
     Args:
         mean: posterior means of the training cells (N, D), a tensor.
-        n_types: K; 0 for the one of up to MOST_TYPES with the lowest BIC.
-
-    Raises:
-        InputError: more types than cells.
+        n_types: K, at most N; 0 for the one of up to MOST_TYPES with the lowest BIC.
     """
     from sklearn.mixture import GaussianMixture
 
-    if n_types > len(mean):
-        raise InputError(f"--n-types: found {n_types}, expected at most the {len(mean)} cells")
     mean = mean.cpu().numpy()
 
     def fit(k):
@@ -197,6 +192,9 @@ def main(cfg):
     genes = choose_genes(cells[~held_out], cfg.n_genes)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    if label_free and cfg.n_types > len(train):
+        found = f"found {cfg.n_types}, expected at most the {len(train)} cells"
+        raise InputError(f"--n-types: {found} of training")
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
     made_from = digest(cells.X, *map(list, (cells.obs_names, cells.var_names)), codes, cell_types)
     model_file = cfg.weights / "scGMVAE_model.pt"

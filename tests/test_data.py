@@ -323,7 +323,8 @@ def load_labels(cells):
 
 
 def test_batch_bulks_use_every_cell_once_per_pass(cells):
-    bulk, members = batch_bulks(cells.X, 30, 7, np.random.default_rng(0))
+    parts = batch_bulks(cells.X, 30, 7, np.random.default_rng(0), 2)  # two at a time
+    bulk, members = map(np.concatenate, zip(*parts, strict=True))
     assert bulk.shape == (7, 60) and members.shape == (7, 30)
     assert sorted(members[:3].ravel()) == list(range(90))
     np.testing.assert_array_equal(bulk[4], cells.X[members[4]].toarray().sum(axis=0))

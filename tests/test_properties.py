@@ -589,12 +589,13 @@ def test_one_cell_of_each_type_makes_a_bulk_predictable(K, n_cells, seed):
     assert (whole == n_cells * cells).all() and (drawn == np.eye(K)).all()
 
 
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 300), SEEDS)
-def test_batch_bulks_sum_their_members_and_use_a_cell_once_a_pass(N, batch_size, n, seed):
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 300), st.integers(1, 300), SEEDS)
+def test_batch_bulks_sum_their_members_and_use_a_cell_once_a_pass(N, batch_size, n, part, seed):
     batch_size = min(batch_size, N)
     rng = np.random.default_rng(seed)
     X = rng.integers(0, 1000, (N, 3)).astype(np.int32)
-    bulk, members = batch_bulks(sp.csr_matrix(X), batch_size, n, rng)
+    parts = batch_bulks(sp.csr_matrix(X), batch_size, n, rng, part)
+    bulk, members = map(np.concatenate, zip(*parts, strict=True))
     assert bulk.shape == (n, 3) and bulk.dtype == np.float32 and members.shape == (n, batch_size)
     assert (bulk == X[members].sum(axis=1)).all()
     per_pass = N // batch_size
