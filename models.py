@@ -195,12 +195,32 @@ def sample_zinb(mean, theta, dropout_logits, generator=None):
 # ----------------------------------------------------------------------------------- networks
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout``; of several processes, each draws for the whole batch and keeps its own part.
+
+    So what is dropped does not depend on their number. The training sets :attr:`part`
+    (``training.Run``), and only where there are several.
+
+    Attributes:
+        part: size of the whole batch and slice of it that this process has, or None.
+    """
+
+    part = None
+
+    def forward(self, x):
+        """x (B', H), the process's part of the batch (B, H)."""
+        if self.part is None or not self.training:
+            return super().forward(x)
+        n, own = self.part
+        return x * F.dropout(x.new_ones(n, *x.shape[1:]), self.p)[own]
+
+
 def hidden_layers(sizes, dropout):
     """Linear -> LayerNorm -> ReLU -> Dropout for each step of ``sizes``."""
     layers = []
     for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         # LayerNorm, not BatchNorm: a generated cell must not depend on the cells beside it.
-        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), Dropout(dropout)]
     return nn.Sequential(*layers)
 
 
