@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Interruption, Stopped, plain_settings
+from data import Interruption, Stopped, plain_settings, silence
 from files import InputError, check_writable
 from models import Dropout, load_model, load_tensors, save_tensors
 
@@ -61,15 +61,14 @@ def several(main):
             return main(cfg)
         with contextlib.ExitStack() as stack:
             if rank:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(silence())
             try:
                 join(cfg, store, rank, size)
                 main(cfg)
             except (Exception, KeyboardInterrupt) as error:
                 Interruption.later = lambda number: None  # it is ending already
                 if not is_to_say(store, rank):
+                    time.sleep(1)  # torchrun ends all when the first of them has ended
                     sys.exit(128 + error.number if isinstance(error, Stopped) else 1)
                 raise
             finally:
