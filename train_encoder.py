@@ -289,6 +289,7 @@ def main(cfg):
         loss = losses(*batch, means, run.part(cfg.batch_size))
         # The squared error of proportions is a hundred times smaller by its very scale.
         run.descend(loss["mu"] + loss["var"] + 100 * loss["pi"], *loss.values())
+        run.look()
         loss = dict(zip(loss, run.total.tolist(), strict=True))  # of the whole batch
         row = None
         if epoch % 25 == 0 or epoch == cfg.epochs:

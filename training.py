@@ -39,6 +39,7 @@ CHECKPOINT_VERSION = 1
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 # Settings that a resumed run may change: where things are, and how often it saves.
 FREE = {"data", "labels", "weights", "device", "resume", "checkpoint_every"}
+LOOK_EVERY = 20  # steps on a GPU, which stands still whenever the loss is looked at
 PATIENCE = timedelta(seconds=10)  # that the first process has to say itself what went wrong
 
 
@@ -267,6 +268,9 @@ class Run:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.noted = None  # a signal that came to this process; self.signal: that all know of
+        self.came = None  # counts of signals in all processes, not looked at yet
+        self.late = self.device.type == "cuda"
+        self.unseen = []  # loss and sums of the steps since the last look
         if self.rank == 0:
             check_writable(cfg.weights)  # not after minutes of training
         if cfg.resume and self.path.exists():
@@ -298,7 +302,7 @@ class Run:
         self.bar.close()
         if self.rank == 0:
             self.save()  # whatever happens while the results are written, training is done
-        self.add_up([])  # a signal that came after the last step
+        self.wait_for_all()  # and hear of a signal that came after the last step
         self.save_if_due()
         Interruption.later = None
 
@@ -319,6 +323,7 @@ class Run:
             yield batch, self.part(len(batch))
             self.step += 1
             self.save_if_due()
+        self.look()
 
     def part(self, n):
         """The slice of a batch of n that is this process's; empty if there are more of them."""
@@ -344,35 +349,60 @@ class Run:
         # differ in size, wants all of a loss in one forward(), and would add a sum of its own to
         # those of the losses and signals. These networks are small: one sum of all is fastest.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        loss, *sums = self.add_up([loss.detach(), *(s.detach() for s in sums)], gradients)
-        self.check(loss)
+        seen = self.add_up(torch.stack([v.detach() for v in (loss, *sums)]), gradients)
+        if not self.late:
+            self.check(seen[0])
         self.optimizer.step()
         self.schedule.step()
-        if sums:
-            self.total = self.total + np.array([s.item() for s in sums])
+        self.unseen.append(seen)
+        if not self.late or len(self.unseen) == LOOK_EVERY:
+            self.look()
+
+    def look(self):
+        """Take in the losses and signals since the last look; on a GPU, losses are checked here.
+
+        A step that should not have been taken is found late there, but before anything is saved.
+        All processes look at the same steps.
+
+        Raises:
+            InputError: a loss shows that training has gone wrong.
+        """
+        for seen in torch.stack(self.unseen).cpu() if self.unseen else ():
+            if self.late:
+                self.check(seen[0])
+            if len(seen) > 1:
+                self.total = self.total + np.array(seen[1:].tolist())
+        self.unseen = []
+        if self.came is not None and self.came[1:].any():
+            self.signal = int(self.came[1:].argmax()) + 1
+        self.came = None
 
     def add_up(self, values, gradients=()):
-        """Sum over all processes; also lets all know of a signal that came to one of them.
+        """Sum over all processes; also tells all of a signal that came to one of them.
 
         Args:
-            values: scalar tensors. gradients: tensors of any shape, summed in place.
+            values: (n,) float32. gradients: tensors of any shape, summed in place.
 
         Returns:
-            list of scalar tensors; with one process, the values as they are.
+            (n,) sums; with one process, the values as they are.
         """
         if self.size == 1:
             return values
         came = torch.zeros(signal.NSIG, device=self.device)  # a count for each kind of signal
         came[self.noted or 0] = 1.0
-        parts = [*(g.flatten() for g in gradients), *(v.view(1) for v in values), came]
+        parts = [*(g.flatten() for g in gradients), values, came]
         every = torch.cat(parts)
         among_all(dist.all_reduce, every)
-        parts = every.split([p.numel() for p in parts])
-        for gradient, found in zip(gradients, parts, strict=False):
-            gradient.copy_(found.view_as(gradient))
-        if parts[-1][1:].any():
-            self.signal = int(parts[-1][1:].argmax()) + 1
-        return [part[0] for part in parts[len(gradients) : -1]]
+        *found, values, came = every.split([part.numel() for part in parts])
+        for gradient, total in zip(gradients, found, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        self.came = came if self.came is None else self.came + came
+        return values
+
+    def wait_for_all(self):
+        """Go on when all processes have come this far."""
+        self.add_up(torch.zeros(0, device=self.device))
+        self.look()
 
     def take_from_first(self, *tensors):
         """Overwrite tensors, in place, with what they are in the first process.
@@ -398,8 +428,7 @@ class Run:
         own = torch.tensor([code], device=self.device)  # int64
         first = own.clone()
         self.take_from_first(first)
-        [differ] = self.add_up([(own != first).float()])
-        if differ.item():
+        if self.add_up((own != first).float()).item():
             raise InputError(
                 f"{self.path}: the processes found different data or checkpoints, expected the "
                 "same; do all see the same folders?"
@@ -428,6 +457,7 @@ class Run:
 
     def after_epoch(self, row=None, **shown):
         """The epoch is done; row: its losses for the curve; shown: texts for the bar."""
+        self.look()
         if row is not None:
             self.curve.append(row)
         self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
@@ -450,6 +480,8 @@ class Run:
         Raises:
             Stopped: a signal has come.
         """
+        if self.unseen:  # not before they are known to be sound
+            return
         if self.signal is None:
             due = time.monotonic() - self.last_save >= self.cfg.checkpoint_every
             if due and self.rank == 0:
@@ -457,7 +489,7 @@ class Run:
             return
         if self.rank == 0:
             self.save()
-        self.add_up([])  # the others wait: the first of them to end makes torchrun end all
+        self.wait_for_all()  # the first of them to end makes torchrun end all
         self.bar.close()
         name = signal.Signals(self.signal).name
         raise Stopped(

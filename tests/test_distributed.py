@@ -9,16 +9,18 @@ import time
 from datetime import timedelta
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 
 import training
 from conftest import ROOT, TINY, run_inside
-from models import Dropout
-from test_interruption import FILE, left_behind, start_folder
+from models import Dropout, from_csr, to_dense
+from test_interruption import FILE, left_behind, same_weights, start_folder
 
 # Batches that two processes cannot halve, and batches of one cell, of which one has no part.
 SHORT = {
@@ -146,3 +148,27 @@ def test_parts_and_masks_make_up_the_whole_batch(monkeypatch, n, size):
         torch.manual_seed(0)
         found.append(Dropout(0.5)(x[part]))
     assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeypatch, script):
+    """A GPU is only asked for its losses every 20 steps."""
+    soon, late = folders(script, "soon"), folders(script, "late")
+    assert run_inside(script, *arguments(script, h5ad, soon)).returncode == 0
+    # Of the class, which ``self.late = ...`` would hide.
+    monkeypatch.setattr(
+        training.Run, "late", property(lambda run: True, lambda run, _: None), False
+    )
+    own = [*arguments(script, h5ad, late), "--checkpoint-every", 0]
+    assert run_inside(script, *own).returncode == 0
+    assert same_weights(late, soon, script)
+    done = run_inside(script, *own, "--lr", 1e18)
+    assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
+
+
+def test_sparse_counts_become_dense_on_the_device(cells):
+    X = sp.csr_matrix(cells.X)
+    assert torch.equal(from_csr(X, "cpu"), to_dense(X, np.arange(len(cells)), "cpu"))
+    assert from_csr(X[:0], "cpu").shape == (0, cells.n_vars)
+    twice = sp.csr_matrix(([1, 2], [3, 3], [0, 2]), shape=(1, 5))
+    assert from_csr(twice, "cpu").tolist() == [[0, 0, 0, 3, 0]]
