@@ -8,10 +8,12 @@ categories are the one name-to-code map of the run: code k is mixture component 
 import contextlib
 import csv
 import itertools
+import os
 import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -155,13 +157,40 @@ def catch_signals():
             signal.signal(number, old)
 
 
+@contextlib.contextmanager
+def silence():
+    """Print nothing."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def parse(settings_class):
+    """Settings from the command line; of the processes of torchrun, the first says what is wrong.
+
+    Raises:
+        InputError: a value is out of range. SystemExit: after --help or an unknown flag.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+        return tyro.cli(settings_class)
+    try:
+        with silence():
+            return tyro.cli(settings_class)
+    except (InputError, SystemExit) as end:
+        time.sleep(1)  # torchrun ends all when the first of them has ended
+        sys.exit(getattr(end, "code", 1))
+
+
 def run_script(main, settings_class):
     """Parse the command line, then run ``main(settings)``; what goes wrong ends in one line.
 
     Exit status 1 for bad input, a full disk or too little memory; 128 + its number for a signal.
     """
     try:
-        settings = tyro.cli(settings_class)
+        settings = parse(settings_class)
         with catch_signals():
             main(settings)
     except InputError as error:

@@ -75,7 +75,28 @@ def mean_profile(X):
 
 def to_dense(X, rows, device):
     """Rows of a CSR count matrix as a float32 tensor (B, G); the only place sparse ends."""
-    return torch.from_numpy(X[rows].toarray().astype(np.float32)).to(device)
+    own = X[rows]
+    if torch.device(device).type != "cuda":
+        return torch.from_numpy(own.toarray().astype(np.float32)).to(device)
+    return from_csr(own, device)
+
+
+def from_csr(X, device):
+    """A CSR count matrix as a float32 tensor (B, G), made dense on the device.
+
+    Nine counts in ten are zero, which need not be sent to a GPU; from pinned memory the rest is
+    sent while the GPU is still at work on the step before.
+    """
+
+    def send(part):
+        part = torch.from_numpy(part)
+        pinned = part.pin_memory() if torch.device(device).type == "cuda" else part
+        return pinned.to(device, non_blocking=True)
+
+    at = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr)) * X.shape[1] + X.indices
+    flat = torch.zeros(X.shape[0] * X.shape[1], device=device)
+    # Added, not put: a matrix may hold several entries of one place.
+    return flat.index_add_(0, send(at), send(X.data).float()).view(X.shape)
 
 
 def to_csr(counts):
@@ -136,8 +157,11 @@ def nb_log_prob_of_cells(x, mean, theta):
     """Sum over genes of :func:`nb_log_prob`, each cell (B); x, mean (B, G), theta (G).
 
     Nine counts in ten are zero, and there the log-probability is -θ ln(1+μ/θ) alone: the log-gammas
-    are for the others only, which makes a training step several times faster.
+    are for the others only, which makes a training step several times faster. Not on a GPU, where
+    log-gammas cost little, but to find the others it must stand still.
     """
+    if x.is_cuda:
+        return nb_log_prob(x, mean, theta).sum(dim=1)
     at_zero = -theta * torch.log1p(mean / theta)  # (B, G)
     cell, gene = torch.nonzero(x, as_tuple=True)
     more = nb_log_prob(x[cell, gene], mean[cell, gene], theta[gene]) - at_zero[cell, gene]
@@ -179,12 +203,32 @@ def sample_zinb(mean, theta, dropout_logits, generator=None):
 # ----------------------------------------------------------------------------------- networks
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout``; of several processes, each draws for the whole batch and keeps its own part.
+
+    So what is dropped does not depend on their number. The training sets :attr:`part`
+    (``training.Run``), and only where there are several.
+
+    Attributes:
+        part: size of the whole batch and slice of it that this process has, or None.
+    """
+
+    part = None
+
+    def forward(self, x):
+        """x (B', H), the process's part of the batch (B, H)."""
+        if self.part is None or not self.training:
+            return super().forward(x)
+        n, own = self.part
+        return x * F.dropout(x.new_ones(n, *x.shape[1:]), self.p)[own]
+
+
 def hidden_layers(sizes, dropout):
     """Linear -> LayerNorm -> ReLU -> Dropout for each step of ``sizes``."""
     layers = []
     for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         # LayerNorm, not BatchNorm: a generated cell must not depend on the cells beside it.
-        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), Dropout(dropout)]
     return nn.Sequential(*layers)
 
 

@@ -43,7 +43,7 @@ from models import (
     to_dense,
 )
 from plotting import write_losses
-from training import Run, already_finished, digest, two_rate_optimizer
+from training import Run, already_finished, digest, several, two_rate_optimizer
 
 
 @dataclass
@@ -158,6 +158,7 @@ def check_components(mu, var, order, profile, cell_types):
         )
 
 
+@several
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -227,23 +228,20 @@ def main(cfg):
     steps = -(-len(train) // cfg.batch_size)
     optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps)
 
-    def losses(rows):
-        """Reconstruction loss of cells (B,), z drawn afresh."""
-        x = to_dense(cells.X, rows, device)  # (B, G)
-        z = z_mean[rows] + z_var[rows].sqrt() * torch.randn(len(rows), z_mean.shape[1])  # (B, D)
+    def losses(rows, part=slice(None)):
+        """Reconstruction loss of a part of a batch of cells (B',), z drawn afresh for all (B)."""
+        noise = torch.randn(len(rows), z_mean.shape[1])[part]  # (B', D)
+        rows = rows[part]
+        x = to_dense(cells.X, rows, device)  # (B', G)
+        z = z_mean[rows] + z_var[rows].sqrt() * noise  # (B', D)
         return model.loss(x, z.to(device), x.sum(dim=1))
 
     run = Run("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
     for epoch in run.epochs():
         model.train()
-        for rows in run.batches(train, steps):
-            loss = losses(rows)
-            run.check(loss.mean())
-            optimizer.zero_grad()
-            loss.mean().backward()
-            optimizer.step()
-            schedule.step()
-            run.after_step(loss.sum())
+        for rows, part in run.batches(train, steps):
+            loss = losses(rows, part)
+            run.descend(loss.sum() / len(rows), loss.sum())
         [reconstruction] = (run.total / len(train)).tolist()
         row = dict(epoch=epoch, reconstruction=reconstruction, held_out_reconstruction=None)
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
@@ -253,6 +251,8 @@ def main(cfg):
                 row["held_out_reconstruction"] = torch.cat([losses(r) for r in parts]).mean().item()
         run.after_epoch(row, reconstruction=f"{reconstruction:.1f}")
 
+    if run.rank:  # the first process writes what all have found
+        return
     model.eval()
     if posterior:
         model.fit_types(cells.X[train], codes[train], seed=cfg.seed)

@@ -39,7 +39,7 @@ from models import (
     seed_everything,
 )
 from plotting import write_losses
-from training import Run, already_finished, digest, two_rate_optimizer
+from training import Run, already_finished, digest, several, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much, gene by gene
 # (standard deviation of the log-ratio). Bulks that differ no more are as usual, though training at
@@ -155,7 +155,7 @@ def split_folds(codes, n_folds, rng):
     return fold
 
 
-def encoder_losses(predicted, target):
+def encoder_losses(predicted, target, n=None):
     """The three losses, each a mean over all entries.
 
         L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
@@ -164,12 +164,18 @@ def encoder_losses(predicted, target):
 
     Args:
         predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) and pi (B, K).
+        n: bulks in the batch of which these are a part, whose share of the mean is returned;
+            default: B, they are the whole batch.
     """
     mu, var, pi = (p - t for p, t in zip(predicted, target, strict=True))
+
+    def mean(error):
+        return error.sum() / ((len(error) if n is None else n) * error.shape[1:].numel())
+
     return {
-        "mu": (mu**2 + mu.abs()).mean(),
-        "var": (var**2 + var.abs()).mean(),
-        "pi": (pi**2).mean(),
+        "mu": mean(mu**2 + mu.abs()),
+        "var": mean(var**2 + var.abs()),
+        "pi": mean(pi**2),
     }
 
 
@@ -207,6 +213,7 @@ def usual_fit(model, decoder, cells, genes, rng, n=200):
     }
 
 
+@several
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -260,9 +267,11 @@ def main(cfg):
         if len(own):
             parts.append((X_train[own], codes_train[own], means))
 
-    def losses(bulk, true, signature=None):
-        predicted = model(torch.from_numpy(bulk).to(device), signature=signature)
-        return encoder_losses(predicted, (model.mu, model.var, torch.from_numpy(true).to(device)))
+    def losses(bulk, true, signature=None, part=slice(None)):
+        """The losses of a part of a batch of bulks, as its share of the mean over all."""
+        predicted = model(torch.from_numpy(bulk[part]).to(device), signature=signature)
+        target = (model.mu, model.var, torch.from_numpy(true[part]).to(device))
+        return encoder_losses(predicted, target, len(bulk))
 
     if len(codes_test):  # the same ones at every reading
         batches = [
@@ -275,25 +284,26 @@ def main(cfg):
     for epoch in run.epochs():
         model.train()
         X_own, codes_own, means = parts[epoch % len(parts)]
-        loss = losses(*simulate_bulks(X_own, codes_own, len(cell_types), cfg, rng), means)
+        # Every process draws all bulks: a bulk's numbers depend on how many the last one took.
+        batch = simulate_bulks(X_own, codes_own, len(cell_types), cfg, rng)
+        loss = losses(*batch, means, run.part(cfg.batch_size))
         # The squared error of proportions is a hundred times smaller by its very scale.
-        total = loss["mu"] + loss["var"] + 100 * loss["pi"]
-        run.check(total)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
+        run.descend(loss["mu"] + loss["var"] + 100 * loss["pi"], *loss.values())
+        run.look()
+        loss = dict(zip(loss, run.total.tolist(), strict=True))  # of the whole batch
         row = None
         if epoch % 25 == 0 or epoch == cfg.epochs:
-            row = {"epoch": epoch} | {name: value.item() for name, value in loss.items()}
+            row = {"epoch": epoch} | loss
             row |= {f"held_out_{name}": None for name in loss}
             if len(codes_test):
                 model.eval()
                 with torch.no_grad():
                     test = losses(*test_bulks)
                 row |= {f"held_out_{name}": value.item() for name, value in test.items()}
-        run.after_epoch(row, **{name: f"{value.item():.4f}" for name, value in loss.items()})
+        run.after_epoch(row, **{name: f"{value:.4f}" for name, value in loss.items()})
 
+    if run.rank:  # the first process writes what all have found
+        return
     judged = cells[held_out if held_out.any() else ~held_out]
     usual = usual_fit(model, decoder, judged, genes, rng)
     save_model(

@@ -41,7 +41,7 @@ from models import (
     to_dense,
 )
 from plotting import write_losses
-from training import Run, already_finished, digest, two_rate_optimizer
+from training import Run, already_finished, digest, several, two_rate_optimizer
 
 MOST_TYPES = 20  # that the BIC chooses from
 
@@ -178,6 +178,7 @@ def settle_types(model, mean, var, log_weight, train, labels):
     return np.argsort(order)[found], cell_types
 
 
+@several
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -213,16 +214,20 @@ def main(cfg):
 
     log_weight = None  # ln π (K), once types were found without labels
 
-    def losses(rows, joint):
-        """Reconstruction and KL of cells, each (B,); once joint, the prior is the cell's type."""
+    def losses(rows, joint, part=slice(None)):
+        """Reconstruction and KL of a part of a batch of cells, each (B',).
+
+        Once joint, the prior is the cell's type. Noise is drawn for the whole batch.
+        """
         x = to_dense(X, rows, device)  # (B, G)
-        k = torch.as_tensor(codes[rows], device=device) if joint else None  # (B,)
+        k = torch.as_tensor(codes[rows[part]], device=device) if joint else None  # (B',)
         seen = x
         if model.training and cfg.thin < 1:
             share = cfg.thin + (1 - cfg.thin) * torch.rand(len(rows), 1, device=device)
             seen = torch.binomial(x, share.expand_as(x))
-        mean, var = model.encode(seen)  # (B, D)
-        z = mean + var.sqrt() * torch.randn_like(mean)
+        x, seen = x[part], seen[part]  # (B', G)
+        mean, var = model.encode(seen)  # (B', D)
+        z = mean + var.sqrt() * torch.randn(len(rows), mean.shape[1], device=device)[part]
         if joint and log_weight is not None:
             kl, _ = model.mixture_kl(mean, var, log_weight)
         else:
@@ -255,22 +260,19 @@ def main(cfg):
         if epoch == cfg.vae_epochs + 1 and run.step == 0:
             if label_free:
                 log_weight = find_types()
+                run.take_from_first(log_weight, torch.from_numpy(codes))
                 run.kept |= {"log_weight": log_weight, "codes": torch.from_numpy(codes)}
             fit_mixture()
+            run.take_from_first(model.mu.data, model.log_var.data)
         # Warm-up: at full weight from the start the KL empties the latent before it is of use.
         beta = cfg.kl_end
         if not joint:
             beta = cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
         model.train()
-        for rows in run.batches(train, steps):
-            reconstruction, kl = losses(rows, joint)
-            loss = (reconstruction + beta * kl).mean()
-            run.check(loss)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            run.after_step(reconstruction.sum(), kl.sum())
+        for rows, part in run.batches(train, steps):
+            reconstruction, kl = losses(rows, joint, part)
+            loss = (reconstruction + beta * kl).sum() / len(rows)
+            run.descend(loss, reconstruction.sum(), kl.sum())
         reconstruction, kl = (run.total / len(train)).tolist()
         row = dict(epoch=epoch, reconstruction=reconstruction, kl=kl)
         row |= dict(held_out_reconstruction=None, held_out_kl=None)
@@ -279,6 +281,8 @@ def main(cfg):
             row["held_out_reconstruction"], row["held_out_kl"] = (m.mean().item() for m in measured)
         run.after_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
 
+    if run.rank:  # the first process writes what all have found
+        return
     if label_free:
         log_weight = find_types() if log_weight is None else log_weight
         codes, cell_types = settle_types(

@@ -3,26 +3,127 @@
 A :class:`Run` writes a checkpoint every ``--checkpoint-every`` seconds, and when it is stopped by
 Ctrl-C or SIGTERM; ``--resume`` goes on from it. On CPU, with the same number of threads, the end is
 the same to the bit as that of a run never stopped.
+
+Several processes train one model when ``torchrun`` starts them:
+
+    torchrun --standalone --nproc-per-node 2 train_gmvae.py
+
+``--batch-size`` stays that of all together. Each process takes its part of every batch; they add up
+their gradients, by NCCL on GPUs (one each) and by Gloo on CPUs, and each takes the same step.
+Random numbers are drawn for the whole batch by every process, so that loss curve and weights are
+those of one process, but for rounding. The first process alone prints and writes. All must see the
+same data and the same folder of weights.
 """
 
+import contextlib
+import functools
 import hashlib
 import math
+import os
 import signal
+import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Interruption, Stopped, plain_settings
+from data import Interruption, Stopped, plain_settings, silence
 from files import InputError, check_writable
-from models import load_model, load_tensors, save_tensors
+from models import Dropout, load_model, load_tensors, save_tensors
 
 CHECKPOINT_VERSION = 1
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 # Settings that a resumed run may change: where things are, and how often it saves.
 FREE = {"data", "labels", "weights", "device", "resume", "checkpoint_every"}
+LOOK_EVERY = 20  # steps on a GPU, which stands still whenever the loss is looked at
+PATIENCE = timedelta(seconds=10)  # that the first process has to say itself what went wrong
+
+
+# ------------------------------------------------------------------------- several processes
+
+
+def several(main):
+    """Decorator: ``main(cfg)`` of a training also runs as one of the processes of ``torchrun``.
+
+    Whatever ends one of them ends all: it leaves the group, and the others fail at the next sum.
+    One of them alone says why, the first if it can.
+    """
+
+    @functools.wraps(main)
+    def run_one(cfg):
+        if not dist.is_available() or not dist.is_torchelastic_launched():
+            return main(cfg)
+        store, rank, size = next(dist.rendezvous("env://"))
+        if size == 1:
+            return main(cfg)
+        with contextlib.ExitStack() as stack:
+            if rank:
+                stack.enter_context(silence())
+            try:
+                join(cfg, store, rank, size)
+                main(cfg)
+            except (Exception, KeyboardInterrupt) as error:
+                Interruption.later = lambda number: None  # it is ending already
+                if not is_to_say(store, rank):
+                    time.sleep(1)  # torchrun ends all when the first of them has ended
+                    sys.exit(128 + error.number if isinstance(error, Stopped) else 1)
+                raise
+            finally:
+                Dropout.part = None
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+
+    return run_one
+
+
+def join(cfg, store, rank, size):
+    """Become one of ``size`` processes; on CUDA each has a GPU of its own.
+
+    Raises:
+        InputError: there are fewer GPUs than processes.
+    """
+    gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+    if gpu:
+        own, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= found or cfg.device not in ("auto", "cuda"):
+            raise InputError(
+                f"--device {cfg.device}: found {found} GPUs for the processes of torchrun, "
+                "expected one each, and --device auto or cuda"
+            )
+        torch.cuda.set_device(own)  # which "cuda" means from now on
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
+
+
+def is_to_say(store, rank):
+    """Whether this process is the one to say what went wrong: the first, or if it does not, one."""
+    try:
+        if rank:
+            with contextlib.suppress(dist.DistStoreError):  # it waited in vain
+                store.wait(["said"], PATIENCE)
+        return store.add("said", 1) == 1
+    except RuntimeError:  # the store is gone, and with it the process that held it
+        return False
+
+
+def among_all(collective, *arguments):
+    """Call a function of ``torch.distributed``.
+
+    Raises:
+        InputError: another process has ended.
+    """
+    try:
+        return collective(*arguments)
+    except RuntimeError as error:
+        raise InputError(
+            "another process of this training has ended; --resume goes on from the last checkpoint"
+        ) from error
+
+
+# -------------------------------------------------------------------------------- one training
 
 
 def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
@@ -134,11 +235,13 @@ class Run:
     """One training: where it is, its loss curve, and its checkpoint file.
 
     The loop asks it for the epochs still to do (:meth:`epochs`) and for an epoch's batches
-    (:meth:`batches`), and tells it of each loss (:meth:`check`), step and epoch that is done.
+    (:meth:`batches`), lets it take each step (:meth:`descend`), and tells it of each epoch that is
+    done.
 
     Attributes:
+        rank, size: which of how many processes this is, from 0; 0 of 1 without ``torchrun``.
         epoch: the one under way, from 1. step: how many of its steps are done.
-        total: sums of losses over these steps, as :meth:`after_step` was given them.
+        total: sums of losses over these steps, as :meth:`descend` was given them.
         curve: a dict of losses for each epoch. kept: further tensors that the loop needs again.
         resumed: whether all this came from a checkpoint.
     """
@@ -162,7 +265,14 @@ class Run:
         self.first_loss = None
         self.rng_of_epoch = rng.bit_generator.state  # before the order of its cells was drawn
         self.resumed, self.signal, self.saved_at = False, None, "none"
-        check_writable(cfg.weights)  # not after minutes of training
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.noted = None  # a signal that came to this process; self.signal: that all know of
+        self.came = None  # counts of signals in all processes, not looked at yet
+        self.late = self.device.type == "cuda"
+        self.unseen = []  # loss and sums of the steps since the last look
+        if self.rank == 0:
+            check_writable(cfg.weights)  # not after minutes of training
         if cfg.resume and self.path.exists():
             self.restore()
         elif cfg.resume:
@@ -182,16 +292,26 @@ class Run:
         """The epochs still to do, with a progress bar; signals are heeded between steps."""
         first, last = self.epoch, self.cfg.epochs
         self.last_save = time.monotonic()
-        self.bar = tqdm(total=last, initial=first - 1, desc=self.name, unit="epoch")
+        self.bar = tqdm(
+            total=last, initial=first - 1, desc=self.name, unit="epoch", disable=self.rank > 0
+        )
         Interruption.later = self.note_signal
+        self.check_alike()
+        self.take_from_first(*self.model.state_dict().values())
         yield from range(first, last + 1)
         self.bar.close()
-        self.save()  # whatever happens while the results are written, training is done
+        if self.rank == 0:
+            self.save()  # whatever happens while the results are written, training is done
+        self.wait_for_all()  # and hear of a signal that came after the last step
         self.save_if_due()
         Interruption.later = None
 
     def batches(self, rows, n):
-        """The n batches of an epoch that are still to do, of rows in an order drawn anew."""
+        """The n batches of an epoch that are still to do, of rows in an order drawn anew.
+
+        Yields:
+            rows of the whole batch (B), and the slice of them that is this process's part.
+        """
         at_step = self.rng.bit_generator.state
         if self.step:  # resumed within the epoch: its order comes from the state before it
             self.rng.bit_generator.state = self.rng_of_epoch
@@ -199,7 +319,120 @@ class Run:
         order = self.rng.permutation(rows)
         if self.step:
             self.rng.bit_generator.state = at_step
-        yield from np.array_split(order, n)[self.step :]
+        for batch in np.array_split(order, n)[self.step :]:
+            yield batch, self.part(len(batch))
+            self.step += 1
+            self.save_if_due()
+        self.look()
+
+    def part(self, n):
+        """The slice of a batch of n that is this process's; empty if there are more of them."""
+        part = slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        if self.size > 1:
+            Dropout.part = (n, part)
+        return part
+
+    def descend(self, loss, *sums):
+        """Take one step of the optimiser.
+
+        Args:
+            loss: scalar tensor; this process's share of the mean over the whole batch, so that the
+                shares add up to it. sums: of losses over this process's part, scalar tensors, for
+                :attr:`total`.
+
+        Raises:
+            InputError: the loss shows that training has gone wrong; the step is not taken.
+        """
+        self.optimizer.zero_grad()
+        loss.backward()
+        # Not by DistributedDataParallel, which takes a mean over processes where parts of a batch
+        # differ in size, wants all of a loss in one forward(), and would add a sum of its own to
+        # those of the losses and signals. These networks are small: one sum of all is fastest.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        seen = self.add_up(torch.stack([v.detach() for v in (loss, *sums)]), gradients)
+        if not self.late:
+            self.check(seen[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.unseen.append(seen)
+        if not self.late or len(self.unseen) == LOOK_EVERY:
+            self.look()
+
+    def look(self):
+        """Take in the losses and signals since the last look; on a GPU, losses are checked here.
+
+        A step that should not have been taken is found late there, but before anything is saved.
+        All processes look at the same steps.
+
+        Raises:
+            InputError: a loss shows that training has gone wrong.
+        """
+        for seen in torch.stack(self.unseen).cpu() if self.unseen else ():
+            if self.late:
+                self.check(seen[0])
+            if len(seen) > 1:
+                self.total = self.total + np.array(seen[1:].tolist())
+        self.unseen = []
+        if self.came is not None and self.came[1:].any():
+            self.signal = int(self.came[1:].argmax()) + 1
+        self.came = None
+
+    def add_up(self, values, gradients=()):
+        """Sum over all processes; also tells all of a signal that came to one of them.
+
+        Args:
+            values: (n,) float32. gradients: tensors of any shape, summed in place.
+
+        Returns:
+            (n,) sums; with one process, the values as they are.
+        """
+        if self.size == 1:
+            return values
+        came = torch.zeros(signal.NSIG, device=self.device)  # a count for each kind of signal
+        came[self.noted or 0] = 1.0
+        parts = [*(g.flatten() for g in gradients), values, came]
+        every = torch.cat(parts)
+        among_all(dist.all_reduce, every)
+        *found, values, came = every.split([part.numel() for part in parts])
+        for gradient, total in zip(gradients, found, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        self.came = came if self.came is None else self.came + came
+        return values
+
+    def wait_for_all(self):
+        """Go on when all processes have come this far."""
+        self.add_up(torch.zeros(0, device=self.device))
+        self.look()
+
+    def take_from_first(self, *tensors):
+        """Overwrite tensors, in place, with what they are in the first process.
+
+        Processors may round differently, and what each process computes alone would drift apart.
+        """
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            found = tensor.to(self.device)
+            among_all(dist.broadcast, found, 0)
+            tensor.copy_(found)
+
+    def check_alike(self):
+        """See that all processes are to train the same thing from the same place.
+
+        Raises:
+            InputError: they found other data or checkpoints than each other.
+        """
+        if self.size == 1:
+            return
+        code = int(digest(self.made_from, self.epoch, self.step, self.resumed)[:15], 16)
+        own = torch.tensor([code], device=self.device)  # int64
+        first = own.clone()
+        self.take_from_first(first)
+        if self.add_up((own != first).float()).item():
+            raise InputError(
+                f"{self.path}: the processes found different data or checkpoints, expected the "
+                "same; do all see the same folders?"
+            )
 
     def check(self, loss):
         """Stop if a loss (a scalar tensor) is not finite, or beyond all measure.
@@ -222,15 +455,9 @@ class Run:
             f"try a lower --lr than {self.cfg.lr:g}"
         )
 
-    def after_step(self, *sums):
-        """One more step of the epoch is done; sums: of its losses, scalar tensors."""
-        if sums:
-            self.total = self.total + np.array([s.item() for s in sums])
-        self.step += 1
-        self.save_if_due()
-
     def after_epoch(self, row=None, **shown):
         """The epoch is done; row: its losses for the curve; shown: texts for the bar."""
+        self.look()
         if row is not None:
             self.curve.append(row)
         self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
@@ -240,21 +467,29 @@ class Run:
 
     def note_signal(self, number):
         """Remember to stop after this step; the second time, stop at once."""
-        if self.signal is not None:
-            raise Stopped(number)
-        self.signal = number
+        if self.size == 1:
+            if self.signal is not None:
+                raise Stopped(number)
+            self.signal = number
+        else:  # torchrun passes on the Ctrl-C that came already, and after 30 s ends all itself
+            self.noted = number
 
     def save_if_due(self):
-        """Save when it is time; when a signal has come, save and stop.
+        """Save when it is time; when a signal has come, save and stop. The first process saves.
 
         Raises:
             Stopped: a signal has come.
         """
+        if self.unseen:  # not before they are known to be sound
+            return
         if self.signal is None:
-            if time.monotonic() - self.last_save >= self.cfg.checkpoint_every:
+            due = time.monotonic() - self.last_save >= self.cfg.checkpoint_every
+            if due and self.rank == 0:
                 self.save()
             return
-        self.save()
+        if self.rank == 0:
+            self.save()
+        self.wait_for_all()  # the first of them to end makes torchrun end all
         self.bar.close()
         name = signal.Signals(self.signal).name
         raise Stopped(

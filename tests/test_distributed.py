@@ -1,0 +1,174 @@
+"""Trainings by two processes of torchrun, on the CPU: the same as by one, and ending together."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import scipy.sparse as sp
+import torch
+import torch.distributed as dist
+
+import training
+from conftest import ROOT, TINY, run_inside
+from models import Dropout, from_csr, to_dense
+from test_interruption import FILE, left_behind, same_weights, start_folder
+
+# Batches that two processes cannot halve, and batches of one cell, of which one has no part.
+SHORT = {
+    "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--batch-size", 7],
+    "train_decoder.py": ["--epochs", 3, "--batch-size", 1],
+    "train_encoder.py": ["--epochs", 26, "--batch-size", 5],
+}
+
+
+def arguments(script, h5ad, weights):
+    return ["--data", h5ad, "--weights", weights, *TINY[script], *SHORT[script]]
+
+
+def start_two(script, *flags):
+    """Start a training in two processes.
+
+    Returns:
+        the process of torchrun, whose stderr is a pipe, and the id of the second of the two.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    process = subprocess.Popen(
+        list(map(str, [*command, ROOT / script, *flags])),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    started = time.time()
+    while time.time() < started + 60 and process.poll() is None:
+        for child in psutil.Process(process.pid).children():
+            try:
+                if child.environ().get("LOCAL_RANK") == "1":
+                    return process, child.pid
+            except psutil.Error:  # just being started, or gone
+                continue
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[1][-2000:])
+
+
+def said(process):
+    """What the trainings, not torchrun, print at last: one line of it is for the user."""
+    lines = process.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
+    return [line for line in lines if re.match(r"(error|interrupted)\b", line)]
+
+
+def assert_alike(folder, other, script):
+    """The files of a stage in two folders hold the same, but for rounding."""
+    name = FILE[script][0]
+    one, two = (
+        torch.load(where / f"{name}_model.pt", weights_only=True)["state"]
+        for where in (folder, other)
+    )
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4, msg=key)
+    curves = [pd.read_csv(where / f"{name}_loss.csv") for where in (folder, other)]
+    pd.testing.assert_frame_equal(*curves, rtol=1e-4)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in other.iterdir())
+
+
+@pytest.fixture
+def folders(tmp_path, trained):
+    """Makes a folder of weights as a stage finds it."""
+
+    def make(script, name):
+        (tmp_path / name).mkdir()
+        return start_folder(tmp_path / name, trained, script)
+
+    return make
+
+
+@pytest.mark.parametrize("script", ["train_decoder.py", "train_encoder.py"])
+def test_two_processes_train_as_one(folders, h5ad, script):
+    one, two = folders(script, "one"), folders(script, "two")
+    assert run_inside(script, *arguments(script, h5ad, one)).returncode == 0
+    process, _ = start_two(script, *arguments(script, h5ad, two))
+    assert said(process) == [] and process.returncode == 0
+    assert_alike(two, one, script)
+
+
+def test_one_that_ends_ends_both_and_resume_goes_on(folders, h5ad):
+    """The second process gets a signal, then is killed; both end, and go on to the usual end."""
+    script = "train_gmvae.py"
+    one, two = folders(script, "one"), folders(script, "two")
+    assert run_inside(script, *arguments(script, h5ad, one)).returncode == 0
+    own = [*arguments(script, h5ad, two), "--resume", "--checkpoint-every", 0]
+    checkpoint = two / "scGMVAE_checkpoint.pt"
+    for number, line in (
+        (signal.SIGTERM, "interrupted (SIGTERM) at epoch "),
+        (signal.SIGKILL, "error: another process of this training has ended"),
+    ):
+        process, second = start_two(script, *own)
+        before, started = checkpoint.exists() and checkpoint.stat().st_mtime_ns, time.time()
+        while process.poll() is None and time.time() < started + 60:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        os.kill(second, number)
+        [last] = said(process)
+        assert last.startswith(line) and "--resume" in last and process.returncode == 1
+        assert not (two / "scGMVAE_model.pt").exists()
+        assert left_behind(two) == ["scGMVAE_checkpoint.pt"]
+    process, _ = start_two(script, *own)
+    assert said(process) == [] and process.returncode == 0
+    assert_alike(two, one, script)
+
+
+def test_one_process_says_what_went_wrong(monkeypatch):
+    """The first, if it fails as well; else one of the others, after it has waited."""
+    monkeypatch.setattr(training, "PATIENCE", timedelta(seconds=0.2))
+    store = dist.HashStore()
+    assert [training.is_to_say(store, rank) for rank in (0, 1, 2)] == [True, False, False]
+    store = dist.HashStore()
+    assert [training.is_to_say(store, rank) for rank in (2, 0, 1)] == [True, False, False]
+
+
+@pytest.mark.parametrize("n, size", [(7, 2), (1, 3), (8, 4)])
+def test_parts_and_masks_make_up_the_whole_batch(monkeypatch, n, size):
+    monkeypatch.setattr(Dropout, "part", None)
+    x, found = torch.randn(n, 5), []
+    torch.manual_seed(0)
+    whole = Dropout(0.5)(x)
+    for rank in range(size):
+        part = training.Run.part(SimpleNamespace(rank=rank, size=size), n)
+        torch.manual_seed(0)
+        found.append(Dropout(0.5)(x[part]))
+    assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeypatch, script):
+    """A GPU is only asked for its losses every 20 steps."""
+    soon, late = folders(script, "soon"), folders(script, "late")
+    assert run_inside(script, *arguments(script, h5ad, soon)).returncode == 0
+    # Of the class, which ``self.late = ...`` would hide.
+    monkeypatch.setattr(
+        training.Run, "late", property(lambda run: True, lambda run, _: None), False
+    )
+    own = [*arguments(script, h5ad, late), "--checkpoint-every", 0]
+    assert run_inside(script, *own).returncode == 0
+    assert same_weights(late, soon, script)
+    done = run_inside(script, *own, "--lr", 1e18)
+    assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
+
+
+def test_sparse_counts_become_dense_on_the_device(cells):
+    X = sp.csr_matrix(cells.X)
+    assert torch.equal(from_csr(X, "cpu"), to_dense(X, np.arange(len(cells)), "cpu"))
+    assert from_csr(X[:0], "cpu").shape == (0, cells.n_vars)
+    twice = sp.csr_matrix(([1, 2], [3, 3], [0, 2]), shape=(1, 5))
+    assert from_csr(twice, "cpu").tolist() == [[0, 0, 0, 3, 0]]
