@@ -241,15 +241,7 @@ def check_counts(X, where, cells, genes):
             f"{where}: found a matrix of {' x '.join(map(str, X.shape))}, expected "
             f"{len(cells)} cells x {len(genes)} genes"
         )
-    if sp.issparse(X):
-        try:  # before any arithmetic: a wild index reads memory that is not the matrix's
-            if X.format not in ("csr", "csc"):  # which sums repeated entries in their own type
-                wide = np.float64 if X.dtype.kind == "f" else X.dtype
-                X = X.astype(np.int64 if X.dtype.kind in "iu" else wide).tocsr()
-            X.check_format(full_check=True)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{where}: a broken sparse matrix ({one_line(error)})") from error
-    X = sp.csr_matrix(X)
+    X = sp.csr_matrix(check_sparse(X, where))
     check_values(X, where, cells, genes)
     if not X.has_canonical_format:  # entries of one place are summed, in a type that holds the sum
         X = X.astype(np.int64)
@@ -257,6 +249,26 @@ def check_counts(X, where, cells, genes):
         check_values(X, where, cells, genes)
     X = X.astype(np.int32)
     X.eliminate_zeros()
+    return X
+
+
+def check_sparse(X, where):
+    """Return a matrix whose indices, if it is sparse, all lie within it; CSR or CSC then.
+
+    To be called before any arithmetic: a wild index reads memory that is not the matrix's.
+
+    Raises:
+        InputError: one does not, or they are of another kind.
+    """
+    if not sp.issparse(X):
+        return X
+    try:
+        if X.format not in ("csr", "csc"):  # which sums repeated entries in their own type
+            wide = np.float64 if X.dtype.kind == "f" else X.dtype
+            X = X.astype(np.int64 if X.dtype.kind in "iu" else wide).tocsr()
+        X.check_format(full_check=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: a broken sparse matrix ({one_line(error)})") from error
     return X
 
 
@@ -1003,7 +1015,8 @@ def read_bulk_h5ad(path):
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     if adata.X is None:
         raise InputError(f"{path}: found no matrix in it, expected bulk samples in X")
-    X = adata.X.toarray() if sp.issparse(adata.X) else adata.X
+    X = check_sparse(adata.X, path)
+    X = X.toarray() if sp.issparse(X) else X
     text = adata.var.select_dtypes(exclude=["number", "bool"]).astype(str)
     return pd.concat([text, pd.DataFrame(X.T, adata.var_names, adata.obs_names)], axis=1)
 

@@ -207,6 +207,7 @@ def no_matrix(file):
 def test_h5ad_that_lies(tmp_path, change, words):
     path = h5ad_with(tmp_path / "cells.h5ad", change)
     refused(lambda: read_counts(path), path, *words)
+    refused(lambda: read_bulk(path, [f"GENE{i}" for i in range(60)]), path)
 
 
 def test_links_in_circles_come_to_an_end(tmp_path, cells):
