@@ -146,6 +146,7 @@ def test_links_lead_somewhere(name):
 def test_every_flag_in_readme_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     known = {"--index-url", "--help"}  # pip's
+    known |= {"--standalone", "--nproc-per-node"}  # torchrun's
     for script in SMALL:
         done = run_inside(script, "--help")
         known |= set(re.findall(r"--[a-z][a-z-]+", done.stdout))
