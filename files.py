@@ -12,8 +12,10 @@ import io
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +45,52 @@ def some(names, limit=3):
 def one_line(error):
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------------------ signals
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end; carries its number and the line that the user sees."""
+
+    def __init__(self, number, message="interrupted: no file was left half-written"):
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """What a signal does: it ends the program at once, or calls ``later`` while that is set."""
+
+    later = None
+
+    @classmethod
+    def handle(cls, number, frame):
+        """Raise :class:`Stopped`, which lets ``finally`` clauses remove temporary files."""
+        if cls.later is None:
+            raise Stopped(number)
+        cls.later(number)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Let Ctrl-C, SIGTERM and a closed terminal go to :class:`Interruption`, then as before.
+
+    Signals that the caller's shell has set to be ignored (nohup) stay ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    numbers = [getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n is not None}
+    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, Interruption.handle)
+        yield
+    finally:
+        Interruption.later = None
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -256,7 +304,8 @@ class PatientFile(io.FileIO):
 def write_cells(path, blocks, genes, describe):
     """Write an .h5ad whose counts come block by block, whole or not at all.
 
-    Memory is that of one block and of what stands beside the counts.
+    Memory is that of one block and of what stands beside the counts. Signals wait for the end of a
+    block.
 
     Args:
         blocks: iterable of counts (B x G), CSR int32.
@@ -282,6 +331,8 @@ def write_cells(path, blocks, genes, describe):
             for block in blocks:
                 X.append(block)
                 sink.check()
+                if came:
+                    raise Stopped(came[0])
             cells = describe()
             for name, own in (
                 ("obs", cells.obs),
@@ -290,10 +341,18 @@ def write_cells(path, blocks, genes, describe):
             ):
                 anndata.io.write_elem(file, name, own)
 
+    came = []  # signals; one that ends HDF5 in the midst of writing would crash it
+
     def write(part):
-        with PatientFile(part, "r+") as sink:
-            fill(sink)
-            sink.check()
+        Interruption.later = came.append
+        try:
+            with PatientFile(part, "r+") as sink:
+                fill(sink)
+                sink.check()
+        finally:
+            Interruption.later = None
+        if came:
+            raise Stopped(came[0])
 
     write_whole(path, write)
 

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Interruption, Stopped, plain_settings, silence
-from files import InputError, check_writable
+from data import plain_settings, silence
+from files import InputError, Interruption, Stopped, check_writable
 from models import Dropout, load_model, load_tensors, save_tensors
 
 CHECKPOINT_VERSION = 1
