@@ -11,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+import bulk2sc
 from bulk2sc import MISFIT
 from conftest import (
     CELL_TYPES,
@@ -153,6 +154,28 @@ def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path
         tmp_path / "h.h5ad", "--bulk", tmp_path / "bulk.tsv", "--weights", trained, "--n-cells", 70
     )
     assert (out.X != again.X).nnz == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 10_000])
+def test_cells_that_come_in_chunks_keep_their_bulk_and_type(trained, tmp_path, monkeypatch, chunk):
+    """Whatever the chunk, each cell stands under its own sample and cell type."""
+    monkeypatch.setattr(bulk2sc, "CHUNK", chunk)
+    cells = make_cells()
+    pure = [cells[cells.obs["cell_type"] == t].X.sum(axis=0).A1 for t in CELL_TYPES]
+    table = pd.DataFrame(dict(zip("abc", pure, strict=True)), index=cells.var_names)
+    table.to_csv(tmp_path / "bulk.csv")
+    flags = ["--bulk", tmp_path / "bulk.csv", "--weights", trained, "--n-cells", 100]
+    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
+    assert done.returncode == 0, done.stderr
+    out = anndata.read_h5ad(tmp_path / "g.h5ad", backed="r")
+    assert list(out.obs["sample"]) == [*"a" * 100, *"b" * 100, *"c" * 100]
+    X = out.X[:]
+    assert X.format == "csr" and X.shape == (300, 60) and X.dtype == np.int32
+    X.check_format(full_check=True)
+    for name, own in zip(CELL_TYPES, pure, strict=True):  # counts are those of the type they say
+        made = X[(out.obs["cell_type"] == name).to_numpy()].sum(axis=0).A1
+        assert np.corrcoef(np.log1p(made), np.log1p(own))[0, 1] > 0.9
+    out.file.close()
 
 
 def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
