@@ -147,7 +147,7 @@ def assert_one_line_error(done, *words):
 # Random inputs of test_properties.py: the same ones each time, so that only a change makes a test
 # fail; HYPOTHESIS_PROFILE=long looks at many more, new ones each time.
 hypothesis.settings.register_profile(
-    "default", derandomize=True, deadline=None, print_blob=True, max_examples=40
+    "default", derandomize=True, deadline=None, print_blob=True, max_examples=20
 )
 hypothesis.settings.register_profile("long", deadline=None, print_blob=True, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

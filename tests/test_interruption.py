@@ -17,7 +17,7 @@ import torch
 
 import files
 import training
-from conftest import ROOT, TINY, assert_one_line_error, run, run_inside
+from conftest import ROOT, TINY, assert_one_line_error, run, run_inside, train
 from files import InputError, write_whole
 from models import BulkEncoder, load_mixture, load_model, scDecoder, scGMVAE
 
@@ -67,6 +67,18 @@ def left_behind(weights):
     return [p.name for p in weights.iterdir() if ".tmp" in p.name or "checkpoint" in p.name]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, h5ad):
+    """What the trainings of this process are compared with: whole ones of this process.
+
+    Libraries that other tests have loaded (t-SNE's, say) change how it rounds; :func:`trained` is
+    for those that run as processes of their own.
+    """
+    weights = tmp_path_factory.mktemp("unbroken")
+    train("--data", h5ad, "--weights", weights)
+    return weights
+
+
 # ------------------------------------------------------------------------------------ signals
 
 
@@ -91,13 +103,13 @@ def stop_at(monkeypatch, number, n):
         ("train_gmvae.py", signal.SIGINT, (4, 9, 172, 187)),
         ("train_gmvae.py", signal.SIGTERM, (540,)),
         ("train_decoder.py", signal.SIGTERM, (1, 13, 300)),
-        ("train_encoder.py", signal.SIGHUP, (24, 25, 200)),
+        ("train_encoder.py", signal.SIGHUP, (25, 200)),
     ],
 )
 def test_stopped_run_resumes_to_the_same_weights(
-    trained, h5ad, tmp_path, monkeypatch, script, number, steps
+    unbroken, h5ad, tmp_path, monkeypatch, script, number, steps
 ):
-    weights = start_folder(tmp_path, trained, script)
+    weights = start_folder(tmp_path, unbroken, script)
     own, before = arguments(script, h5ad, weights), 0
     for step in steps:
         with monkeypatch.context() as patch:
@@ -113,7 +125,7 @@ def test_stopped_run_resumes_to_the_same_weights(
     done = run_inside(script, *own, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "going on at epoch" in done.stdout
-    assert same_weights(weights, trained, script)
+    assert same_weights(weights, unbroken, script)
     assert left_behind(weights) == []
 
 
@@ -133,9 +145,9 @@ def test_run_without_labels_resumes(h5ad, tmp_path, monkeypatch, step):
     assert found[0] == found[1]
 
 
-def test_signal_while_results_are_written_loses_nothing(trained, h5ad, tmp_path, monkeypatch):
+def test_signal_while_results_are_written_loses_nothing(unbroken, h5ad, tmp_path, monkeypatch):
     """After the last step, until the last file is there, the checkpoint stays."""
-    weights = start_folder(tmp_path, trained, "train_decoder.py")
+    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
     own = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         fit = scDecoder.fit_types
@@ -147,7 +159,7 @@ def test_signal_while_results_are_written_loses_nothing(trained, h5ad, tmp_path,
     assert done.stderr.strip().splitlines()[-1].startswith("interrupted")
     assert left_behind(weights) == ["scDecoder_checkpoint.pt"]
     assert run_inside("train_decoder.py", *own, "--resume").returncode == 0
-    assert same_weights(weights, trained, "train_decoder.py")
+    assert same_weights(weights, unbroken, "train_decoder.py")
 
 
 def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
@@ -158,9 +170,9 @@ def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
         assert (trained / f"{FILE[script][0]}_model.pt").stat().st_mtime_ns == before
 
 
-def test_resume_is_of_the_same_run(trained, h5ad, tmp_path, monkeypatch):
+def test_resume_is_of_the_same_run(unbroken, h5ad, tmp_path, monkeypatch):
     """Another setting or other data than the checkpoint's is an error, and leaves it untouched."""
-    weights = start_folder(tmp_path, trained, "train_decoder.py")
+    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
     own = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, 30)
@@ -202,8 +214,8 @@ def broken_checkpoints(card):
     yield [1, 2, 3]
 
 
-def test_broken_checkpoints_end_in_one_line(trained, h5ad, tmp_path, monkeypatch):
-    weights = start_folder(tmp_path, trained, "train_decoder.py")
+def test_broken_checkpoints_end_in_one_line(unbroken, h5ad, tmp_path, monkeypatch):
+    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
     own = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, 30)
@@ -294,12 +306,12 @@ def test_signal_ends_generation_and_leaves_no_file(trained, h5ad, tmp_path):
 # --------------------------------------------------------------------- loss that goes astray
 
 
-@pytest.mark.parametrize("script", TINY)
+@pytest.mark.parametrize("script", ["train_gmvae.py", "train_encoder.py"])
 def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
-    trained, h5ad, tmp_path, monkeypatch, script
+    unbroken, h5ad, tmp_path, monkeypatch, script
 ):
     """From step 40 on the loss is nan; the checkpoint before it goes on to the usual end."""
-    weights, calls = start_folder(tmp_path, trained, script), []
+    weights, calls = start_folder(tmp_path, unbroken, script), []
     own = [*arguments(script, h5ad, weights), "--checkpoint-every", 0]
     check = training.Run.check
 
@@ -316,7 +328,7 @@ def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
     assert "step" in last and "checkpoint.pt" in last and "--lr" in last
     assert not (weights / f"{FILE[script][0]}_model.pt").exists()
     assert run_inside(script, *own[:-2], "--resume").returncode == 0
-    assert same_weights(weights, trained, script)
+    assert same_weights(weights, unbroken, script)
 
 
 @pytest.mark.parametrize("script", TINY)
