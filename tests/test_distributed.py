@@ -92,7 +92,9 @@ def folders(tmp_path, trained):
     return make
 
 
-@pytest.mark.parametrize("script", ["train_decoder.py", "train_encoder.py"])
+@pytest.mark.parametrize(
+    "script", ["train_decoder.py", pytest.param("train_encoder.py", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one(folders, h5ad, script):
     one, two = folders(script, "one"), folders(script, "two")
     assert run_inside(script, *arguments(script, h5ad, one)).returncode == 0
@@ -101,6 +103,7 @@ def test_two_processes_train_as_one(folders, h5ad, script):
     assert_alike(two, one, script)
 
 
+@pytest.mark.slow
 def test_one_that_ends_ends_both_and_resume_goes_on(folders, h5ad):
     """The second process gets a signal, then is killed; both end, and go on to the usual end."""
     script = "train_gmvae.py"
