@@ -37,8 +37,6 @@ from plotting import write_clusters
 
 # Of the marker table, named as ScType's own.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
-
-
 MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own has a million
 
 

@@ -147,9 +147,8 @@ def run_script(main, settings_class):
     Exit status 1 for bad input, a full disk or too little memory; 128 + its number for a signal.
     """
     try:
-        settings = parse(settings_class)
         with catch_signals():
-            main(settings)
+            main(parse(settings_class))
     except InputError as error:
         sys.exit(f"error: {plain(error)}")
     except OSError as error:  # no such file, no permission, disk full: the system's own words do
@@ -221,8 +220,8 @@ def check_sparse(X, where):
         return X
     try:
         if X.format not in ("csr", "csc"):  # which sums repeated entries in their own type
-            wide = np.float64 if X.dtype.kind == "f" else X.dtype
-            X = X.astype(np.int64 if X.dtype.kind in "iu" else wide).tocsr()
+            wide = {"f": np.float64, "i": np.int64, "u": np.int64}
+            X = X.astype(wide.get(X.dtype.kind, X.dtype)).tocsr()
         X.check_format(full_check=True)
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: a broken sparse matrix ({one_line(error)})") from error

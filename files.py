@@ -2,7 +2,8 @@
 
 Whatever is wrong with one ends in an :class:`InputError`, whose message is the one line that the
 user sees. What a file announces (sizes, columns, entries) is compared with the memory that is free
-and with what a file of its size can hold, before any memory is set aside for it.
+and with what a file of its size can hold, before any memory is set aside for it. Signals are caught
+so that they, too, leave no file half-written.
 """
 
 import contextlib
@@ -235,8 +236,9 @@ def new_temporary(path):
 
 def remove_left_over(path):
     """Remove the temporary files that killed runs left for ``path``."""
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     for old in path.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.tmp{path.suffix}", old.name):
+        if re.fullmatch(rf"\.{stem}\.[0-9a-f]{{8}}\.tmp{suffix}", old.name):
             with contextlib.suppress(OSError):  # another run has been faster
                 if time.time() - old.lstat().st_mtime > OLD:
                     old.unlink()

@@ -5,6 +5,7 @@ import gzip
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
+from filelock import FileLock
 
 # One thread for each of the tests that run side by side; read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,17 +77,21 @@ def write_10x(folder, adata, layout="new"):
     return folder
 
 
-def write_10x_h5(path, adata):
-    """The layout of Cell Ranger 3, written with h5py."""
+def write_10x_h5(path, adata, layout="new"):
+    """The layout of Cell Ranger 3, or 2 (a group named by the genome, and no kinds of features)."""
     import h5py
 
     X = sp.csc_matrix(adata.X.T)
     with h5py.File(path, "w") as file:
-        group = file.create_group("matrix")
+        group = file.create_group("matrix" if layout == "new" else "GRCh38")
         for name in ("data", "indices", "indptr"):
             group[name] = getattr(X, name)
         group["shape"] = np.array(X.shape)
         group["barcodes"] = np.array(adata.obs_names, dtype="S")
+        if layout == "old":
+            group["genes"] = np.array(adata.var["gene_ids"], dtype="S")
+            group["gene_names"] = np.array(adata.var_names, dtype="S")
+            return
         features = group.create_group("features")
         features["name"] = np.array(adata.var_names, dtype="S")
         features["id"] = np.array(adata.var["gene_ids"], dtype="S")
@@ -202,9 +208,16 @@ def h5ad(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, h5ad):
-    """A weights folder made by the three real scripts with tiny settings."""
-    weights = tmp_path_factory.mktemp("weights")
-    for script, settings in TINY.items():
-        run(script, "--data", h5ad, "--weights", weights, *settings)
-    return weights
+def trained(tmp_path_factory, h5ad, worker_id):
+    """A weights folder made by the three real scripts with tiny settings.
+
+    Made by the first of the pytest workers that needs it; each has a copy of its own.
+    """
+    weights, own = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
+    weights = (weights if worker_id == "master" else weights.parent) / "trained"
+    with FileLock(f"{weights}.lock"):
+        if not (weights / "bulkEncoder_loss.png").exists():  # the last file of the last stage
+            for script, settings in TINY.items():
+                run(script, "--data", h5ad, "--weights", weights, *settings)
+    shutil.copytree(weights, own, dirs_exist_ok=True)
+    return own

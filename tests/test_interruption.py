@@ -170,14 +170,21 @@ def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
         assert (trained / f"{FILE[script][0]}_model.pt").stat().st_mtime_ns == before
 
 
-def test_resume_is_of_the_same_run(unbroken, h5ad, tmp_path, monkeypatch):
-    """Another setting or other data than the checkpoint's is an error, and leaves it untouched."""
+@pytest.fixture
+def stopped_decoder(unbroken, h5ad, tmp_path, monkeypatch):
+    """Flags of a run of stage 2 that was stopped at its 30th step, and its checkpoint."""
     weights = start_folder(tmp_path, unbroken, "train_decoder.py")
     own = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, 30)
         run_inside("train_decoder.py", *own)
-    checkpoint = weights / "scDecoder_checkpoint.pt"
+    return own, weights / "scDecoder_checkpoint.pt"
+
+
+def test_resume_is_of_the_same_run(stopped_decoder):
+    """Another setting or other data than the checkpoint's is an error, and leaves it untouched."""
+    own, checkpoint = stopped_decoder
+    weights = checkpoint.parent
     before = checkpoint.read_bytes()
     assert_one_line_error(
         run_inside("train_decoder.py", *own, "--resume", "--lr", 0.5), checkpoint, "--lr", "0.5"
@@ -214,13 +221,8 @@ def broken_checkpoints(card):
     yield [1, 2, 3]
 
 
-def test_broken_checkpoints_end_in_one_line(unbroken, h5ad, tmp_path, monkeypatch):
-    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
-    own = arguments("train_decoder.py", h5ad, weights)
-    with monkeypatch.context() as patch:
-        stop_at(patch, signal.SIGTERM, 30)
-        run_inside("train_decoder.py", *own)
-    checkpoint = weights / "scDecoder_checkpoint.pt"
+def test_broken_checkpoints_end_in_one_line(stopped_decoder):
+    own, checkpoint = stopped_decoder
     whole = checkpoint.read_bytes()
     for card in broken_checkpoints(torch.load(checkpoint, weights_only=True)):
         torch.save(card, checkpoint)

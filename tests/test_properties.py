@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import anndata
-import h5py
 import mpmath
 import numpy as np
 import pandas as pd
@@ -153,19 +152,6 @@ def write_mtx(path, shape, dtype, entries):
         file.write("\n".join(lines) + "\n")
 
 
-def write_old_10x_h5(path, adata):
-    """The layout of Cell Ranger 2: a group named by the genome, and no kinds of features."""
-    X = sp.csc_matrix(adata.X.T)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("GRCh38")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(X, name)
-        group["shape"] = np.array(X.shape)
-        group["barcodes"] = np.array(adata.obs_names, dtype="S")
-        group["genes"] = np.array(adata.var["gene_ids"], dtype="S")
-        group["gene_names"] = np.array(adata.var_names, dtype="S")
-
-
 FILES = ["old", "new", "old h5", "new h5", "h5ad dense", "h5ad csr", "h5ad csc"]
 
 
@@ -177,8 +163,8 @@ def write_counts(where, file, shape, dtype, entries):
         write_mtx(where / "10x" / f"matrix.mtx{suffix}", shape, dtype, entries)
         return where / "10x"
     if file in ("old h5", "new h5"):
-        write = write_10x_h5 if file == "new h5" else write_old_10x_h5
-        write(where / "cells.h5", as_cells(as_matrix("csr", shape, dtype, entries)))
+        adata = as_cells(as_matrix("csr", shape, dtype, entries))
+        write_10x_h5(where / "cells.h5", adata, file.removesuffix(" h5"))
         return where / "cells.h5"
     adata = as_cells(as_matrix(file.removeprefix("h5ad "), shape, dtype, entries))
     adata.write_h5ad(where / "cells.h5ad")
