@@ -1,9 +1,10 @@
 """Look through an HDF5 file in a process of its own: a broken one can crash or hang the library.
 
     python check_hdf5.py cells.h5ad
+    python check_hdf5.py cells.h5ad obs var          # of which these groups will be read
 
-Prints how many bytes its datasets take in memory, or a line that begins with "refused:". Reads all
-attributes, all datasets that are small, and the ends of the others.
+Prints how many bytes its datasets take in memory, or those of some groups, or a line that begins
+with "refused:". Reads all attributes, all datasets that are small, and the ends of the others.
 """
 
 import sys
@@ -18,13 +19,20 @@ def refuse(text):
     sys.exit(0)
 
 
-def look_through(path):
-    """Return the bytes of all datasets; whatever h5py raises on a broken file goes through."""
-    total, seen, groups = 0, set(), []
+def look_through(path, within=()):
+    """Return the bytes of all datasets; whatever h5py raises on a broken file goes through.
+
+    within: the groups of which the bytes count, if there are such; default: all.
+    """
+    total, seen = 0, set()
     with h5py.File(path, "r") as file:
-        groups.append(file)
+        parts = [file[name] for name in within if name in file]
+        counted = None  # until all of them are done
+        groups = [file, *parts]
         while groups:
             group = groups.pop()
+            if within and group == file:
+                counted = total
             dict(group.attrs)
             for name in group:
                 if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
@@ -48,8 +56,8 @@ def look_through(path):
                         item[()]
                     elif size / item.shape[0] <= SMALL:
                         item[:1], item[-1:]
-    return total
+    return total if counted is None else counted
 
 
 if __name__ == "__main__":
-    print(look_through(sys.argv[1]))
+    print(look_through(sys.argv[1], sys.argv[2:]))

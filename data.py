@@ -85,6 +85,9 @@ class TrainingSettings(DatasetSettings):
     resume: bool = False
     """Go on with an interrupted run from its checkpoint in --weights, and end as it would have; a
     run that has ended is left as it is."""
+    backed: bool = False
+    """Leave the counts in the .h5ad and read them block by block, for more cells than fit into
+    memory. Variable genes and pseudobulks then come from as many cells as fit into 0.4 GB."""
     checkpoint_every: float = 60
     """Seconds between checkpoints: killed at any moment, a run loses no more training than this."""
 
@@ -270,21 +273,26 @@ def is_plain_name(text):
     return True
 
 
-def read_counts(path=EMBEDDED):
+def read_counts(path=EMBEDDED, backed=False):
     """Read raw counts: the embedded set, a 10x folder, a 10x ``.h5`` or an ``.h5ad``.
+
+    ``backed``: the counts stay in the file, which is an ``.h5ad``.
 
     Gene symbols that occur more than once get the suffixes -1, -2, ... as scanpy does, so that
     no gene is lost.
 
     Returns:
         AnnData (cells x genes), ``.X`` CSR int32; ``.var["gene_ids"]`` is the other name of each
-        gene: its id, or its symbol where the names are ids, or "" where the data has none.
+        gene: its id, or its symbol where the names are ids, or "" where the data has none. With
+        ``backed`` a BackedCells instead.
 
     Raises:
         InputError: the file is missing, unreadable, of an unknown kind, or holds no raw counts.
     """
     import anndata
 
+    if backed and Path(path).suffix != ".h5ad":
+        raise InputError(f"--backed: found {path}, expected an .h5ad file for --data")
     if str(path) == EMBEDDED:
         return read_embedded()
     path = Path(path)
@@ -295,6 +303,8 @@ def read_counts(path=EMBEDDED):
         if path.is_dir()
         else {".h5": read_10x_h5, ".h5ad": read_h5ad}.get(path.suffix)
     )
+    if backed:
+        from backed import read_backed as read
     if read is None:
         raise InputError(f"{path}: expected a 10x folder, a 10x .h5 or an .h5ad file")
     with warnings.catch_warnings():  # repeated names are reported and mended below
@@ -547,15 +557,46 @@ def other_names(var):
 
 
 def library_size(X):
-    """Total counts of each cell (N) of a sparse matrix (N x G)."""
-    return np.asarray(X.sum(axis=1)).ravel()
+    """Total counts of each cell (N) of a matrix (N x G), sparse or backed."""
+    return X.library if is_backed(X) else np.asarray(X.sum(axis=1)).ravel()
+
+
+def is_backed(X):
+    """Whether a matrix is a BackedCounts, whose rows are read from the file when asked for."""
+    return hasattr(X, "fingerprint")
+
+
+def take(X, rows):
+    """Rows of a matrix; of a backed one they stay in the file."""
+    return X.only(rows) if is_backed(X) else X[rows]
+
+
+def in_parts(X, most=4096):
+    """All rows of a matrix, CSR or backed, some at a time: ``(positions, CSR)``."""
+    for first in range(0, X.shape[0], most):
+        rows = np.arange(first, min(first + most, X.shape[0]))
+        yield rows, X[rows]
+
+
+def sum_by_type(X, codes, n_types, function=lambda X: X):
+    """Sums over the cells of each type (K x G), float64; exact, as all summands are integers.
+
+    Args:
+        X: counts (N x G), CSR or backed. codes: types (N). function: of the counts (CSR), applied
+            first.
+    """
+    total = np.zeros((n_types, X.shape[1]))
+    for rows, own in in_parts(X):
+        ones = (np.ones(len(rows)), (codes[rows], np.arange(len(rows))))
+        S = sp.csr_matrix(ones, shape=(n_types, len(rows)))
+        total += (S @ function(own.astype(np.float64))).toarray()
+    return total
 
 
 def mean_counts(X, codes, n_types):
     """Mean counts of the cells of each type (K x G), float64; a type without cells gets zeros."""
-    return np.stack(
-        [library_size(X[codes == k].T) / max(np.sum(codes == k), 1) for k in range(n_types)]
-    )
+    size = np.bincount(codes, minlength=n_types)
+    return sum_by_type(X, codes, n_types) / np.maximum(size, 1)[:, None]
 
 
 def natural_order(names):
@@ -671,13 +712,14 @@ def load_cells(settings, need_labels=True, found=True):
     cell types that train_gmvae.py found without labels count as labels, if it wrote any.
 
     Returns:
-        AnnData; ``.obs["cell_type"]`` is categorical, its categories in natural order, code k =
-        mixture component k. ``.uns["source"]`` holds the path.
+        AnnData, with ``settings.backed`` a BackedCells; ``.obs["cell_type"]`` is categorical, its
+        categories in natural order, code k = mixture component k. ``.uns["source"]`` holds the
+        path.
 
     Raises:
         InputError: see :func:`read_counts` and :func:`read_labels`; or no cell has a label.
     """
-    adata = read_counts(settings.data)
+    adata = read_counts(settings.data, getattr(settings, "backed", False))
     empty = library_size(adata.X) == 0
     if empty.any():
         print(f"{settings.data}: {empty.sum():,} cells without a single count left out")
@@ -730,13 +772,13 @@ def align_genes(X, genes, wanted, where, report=True):
     """Reorder the columns of a matrix to a model's genes, by name; absent genes become zero.
 
     Args:
-        X: CSR or dense (n x G).
+        X: CSR, dense or backed (n x G).
         genes: names of X's columns (G).
         wanted: the model's genes (M).
         where: what messages name.
 
     Returns:
-        ``(X', present)``: CSR (n x M) and a boolean mask (M) of the genes that X has.
+        ``(X', present)``: CSR or backed (n x M) and a boolean mask (M) of the genes that X has.
 
     Raises:
         InputError: not one gene is shared.
@@ -758,6 +800,8 @@ def align_genes(X, genes, wanted, where, report=True):
         (np.ones(present.sum(), X.dtype), (at[present], np.flatnonzero(present))),
         shape=(len(genes), len(wanted)),
     )
+    if is_backed(X):
+        return X.only(select=S), present
     return sp.csr_matrix(sp.csr_matrix(X) @ S), present
 
 

@@ -162,10 +162,11 @@ def open_bounded(path, most=None):
     return io.BufferedReader(BoundedFile(path, most), 1 << 20)
 
 
-def check_hdf5(path):
+def check_hdf5(path, within=()):
     """Look through an HDF5 file before it is read: what it holds must be its own and must fit.
 
     By ``check_hdf5.py`` in a process of its own, since a broken file can crash or hang the library.
+    within: groups that will be read; default: all of the file.
 
     Raises:
         InputError: it does crash, hang, or end in an error; a dataset lies in other files, or is a
@@ -175,7 +176,10 @@ def check_hdf5(path):
     seconds = 20 + os.path.getsize(path) / 1e7
     try:
         done = subprocess.run(
-            [sys.executable, program, path], capture_output=True, text=True, timeout=seconds
+            [sys.executable, program, path, *within],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import is_plain_name, plain_settings
+from data import is_plain_name, library_size, plain_settings, sum_by_type
 from files import InputError, one_line, some, write_whole
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
@@ -529,19 +529,20 @@ class scDecoder(CountDecoder):
         the odd cell of another in which they are seen. Only for ``nb``.
 
         Args:
-            X: counts of the training cells (N x G), CSR. codes: their types (N), a tensor.
+            X: counts of the training cells (N x G), CSR or backed. codes: their types (N), a
+                tensor.
             n: draws of z for each type. seed: of the draws.
         """
         if self.likelihood != "nb":
             return
         generator = torch.Generator(self.mu.device).manual_seed(seed)
-        for k in codes.unique().tolist():
-            own = X[np.flatnonzero(codes.cpu().numpy() == k)].astype(np.float64)
-            size = np.asarray(own.sum(axis=1)).ravel()  # (n_k,)
-            total, pairs = (
-                torch.from_numpy(np.asarray(part.sum(axis=0)).ravel()).to(self.mu.device)
-                for part in (own, own.multiply(own) - own)
-            )  # (G,)
+        codes, library = codes.cpu().numpy(), library_size(X).astype(np.float64)
+        totals, all_pairs = (
+            torch.from_numpy(sum_by_type(X, codes, len(self.mu), function)).to(self.mu.device)
+            for function in (lambda X: X, lambda X: X.multiply(X) - X)
+        )  # (K, G)
+        for k in np.unique(codes):
+            size, total, pairs = library[codes == k], totals[k], all_pairs[k]
             z = self.draw_latent_of_type(k, n, generator)
             one = torch.ones(n, device=z.device)
             fraction = self(z, one)[0].double()  # (n, G)

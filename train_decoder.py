@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from backed import sample_in_memory
 from data import (
     TrainingSettings,
     align_genes,
@@ -25,6 +26,7 @@ from data import (
     load_cells,
     mean_counts,
     run_script,
+    take,
 )
 from files import InputError, some
 from models import (
@@ -183,7 +185,8 @@ def main(cfg):
         order = order_components(cfg.components, cell_types)
         names = "; ".join(f"{k} = {cell_types[i]}" for k, i in enumerate(np.argsort(order)))
         print(f"mixture files without scGMVAE_model.pt, components taken as cell types: {names}")
-        check_components(mu, var, order, type_profiles(cells[train], codes[train]), cell_types)
+        own, at = sample_in_memory(cells[train], codes[train], rng, "marker genes")
+        check_components(mu, var, order, type_profiles(own, codes[train][at]), cell_types)
         mu, var = mu[order], var[order]
     elif cfg.components:
         raise InputError(
@@ -216,7 +219,7 @@ def main(cfg):
     ).to(device)
     # Close to Poisson, as most genes are: from 1 the dispersions of rare genes, whose gradient is
     # small, never get there, and cells come out with too few genes detected.
-    model.start_at(mean_profile(cells.X[train]).to(device), theta=10.0)
+    model.start_at(mean_profile(take(cells.X, train)).to(device), theta=10.0)
     model.mu.copy_(mu)
     model.var.copy_(var)
     library = torch.as_tensor(library_size(cells.X))  # (N,)
@@ -239,7 +242,7 @@ def main(cfg):
     run = Run("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
     for epoch in run.epochs():
         model.train()
-        for rows, part in run.batches(train, steps):
+        for rows, part in run.batches(train, steps, cells.X):
             loss = losses(rows, part)
             run.descend(loss.sum() / len(rows), loss.sum())
         [reconstruction] = (run.total / len(train)).tolist()
@@ -255,7 +258,7 @@ def main(cfg):
         return
     model.eval()
     if posterior:
-        model.fit_types(cells.X[train], codes[train], seed=cfg.seed)
+        model.fit_types(take(cells.X, train), codes[train], seed=cfg.seed)
     save_model(
         model_file,
         model,

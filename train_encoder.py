@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from backed import sample_in_memory
 from bulk2sc import bulk_fit, encode_bulks, expected_bulk
 from data import (
     TrainingSettings,
@@ -227,6 +228,13 @@ def main(cfg):
     mu, var = mu[list(order)], var[list(order)]
     check_mixture(decoder_file, decoder, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
     held_out, fraction = choose_held_out(cells, codes, cfg, card, decoder_file)
+    made_from = digest(
+        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
+        *(mu, var, decoder.state_dict()),
+    )
+    all_held_out = list(cells.obs_names[held_out])
+    cells, at = sample_in_memory(cells, codes, rng, "pseudobulks")
+    codes, held_out = codes[at], held_out[at]
     genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
@@ -236,10 +244,6 @@ def main(cfg):
         f"{len(codes_test):,} cells held out"
     )
 
-    made_from = digest(
-        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
-        *(mu, var, decoder.state_dict()),
-    )
     model_file = cfg.weights / "bulkEncoder_model.pt"
     if already_finished(cfg, model_file, BulkEncoder, made_from):
         return
@@ -313,7 +317,7 @@ def main(cfg):
         genes=genes,
         gene_ids=list(cells.var.loc[genes, "gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
-        held_out=list(cells.obs_names[held_out]),
+        held_out=all_held_out,
         held_out_fraction=fraction,
         fit=usual,  # what bulks of this reference's types look like, to tell others by
         epoch=cfg.epochs,

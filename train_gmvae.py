@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from backed import sample_in_memory
 from data import (
     FOUND_FILE,
     TrainingSettings,
@@ -29,6 +30,7 @@ from data import (
     natural_order,
     read_labels,
     run_script,
+    take,
 )
 from files import InputError, write_whole
 from models import (
@@ -190,7 +192,8 @@ def main(cfg):
     else:
         codes, cell_types = codes_of(cells)
     held_out, fraction = choose_held_out(cells, codes, cfg)
-    genes = choose_genes(cells[~held_out], cfg.n_genes)
+    own = sample_in_memory(cells[~held_out], codes[~held_out], rng, "variable genes")[0]
+    genes = choose_genes(own, cfg.n_genes)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if label_free and cfg.n_types > len(train):
@@ -205,7 +208,7 @@ def main(cfg):
     model = scGMVAE(
         len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
     ).to(device)
-    model.decoder.start_at(mean_profile(X[train]).to(device))
+    model.decoder.start_at(mean_profile(take(X, train)).to(device))
     # Mixture and dispersions lag behind the network at its own rate, and then cells drawn from the
     # prior come out worse than cells drawn from posteriors.
     fast = [model.mu, model.log_var, model.decoder.log_theta]
@@ -269,7 +272,7 @@ def main(cfg):
         if not joint:
             beta = cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
         model.train()
-        for rows, part in run.batches(train, steps):
+        for rows, part in run.batches(train, steps, X):
             reconstruction, kl = losses(rows, joint, part)
             loss = (reconstruction + beta * kl).sum() / len(rows)
             run.descend(loss, reconstruction.sum(), kl.sum())

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import plain_settings, silence
+from data import is_backed, plain_settings, silence
 from files import InputError, Interruption, Stopped, check_writable
 from models import Dropout, load_model, load_tensors, save_tensors
 
@@ -161,6 +161,8 @@ def digest(*parts):
     code = hashlib.blake2b(digest_size=16)
 
     def add(part):
+        if is_backed(part):
+            part = part.fingerprint
         if sp.issparse(part):
             part = [part.indptr.astype(np.int64), part.indices.astype(np.int64), part.data]
         if isinstance(part, torch.Tensor):
@@ -306,8 +308,10 @@ class Run:
         self.save_if_due()
         Interruption.later = None
 
-    def batches(self, rows, n):
+    def batches(self, rows, n, X):
         """The n batches of an epoch that are still to do, of rows in an order drawn anew.
+
+        X: the matrix whose rows they are; of a backed one, neighbours in the file stay near.
 
         Yields:
             rows of the whole batch (B), and the slice of them that is this process's part.
@@ -316,7 +320,7 @@ class Run:
         if self.step:  # resumed within the epoch: its order comes from the state before it
             self.rng.bit_generator.state = self.rng_of_epoch
         self.rng_of_epoch = self.rng.bit_generator.state
-        order = self.rng.permutation(rows)
+        order = X.shuffled(rows, self.rng) if is_backed(X) else self.rng.permutation(rows)
         if self.step:
             self.rng.bit_generator.state = at_step
         for batch in np.array_split(order, n)[self.step :]:

@@ -20,13 +20,17 @@ import scipy.io
 import scipy.sparse as sp
 from filelock import FileLock
 
-# One thread for each of the tests that run side by side; read when torch is imported.
+# One thread for each of the tests that run side by side; read when torch is imported. Numba's, too:
+# its first parallel loop (in scanpy's neighbours) gives OpenMP, and with it torch, as many as it
+# has itself, and two trainings of two threads each on two cores take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import check_hdf5  # noqa: E402  the project is not an installed package
+import backed  # noqa: E402  the project is not an installed package
+import check_hdf5  # noqa: E402
 import data  # noqa: E402
 from data import run_script  # noqa: E402
 
@@ -191,7 +195,8 @@ def hdf5_in_this_process(request, monkeypatch):
     The scripts' own processes, test_untrusted.py and test_fuzz.py do it as it is meant.
     """
     if request.path.stem != "test_untrusted":
-        monkeypatch.setattr(data, "check_hdf5", lambda path: check_hdf5.look_through(path))
+        for module in (data, backed):
+            monkeypatch.setattr(module, "check_hdf5", check_hdf5.look_through)
 
 
 @pytest.fixture

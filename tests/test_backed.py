@@ -1,0 +1,239 @@
+"""References larger than memory: counts that stay in their .h5ad and are read block by block."""
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import backed
+from backed import sample_in_memory
+from conftest import QUICK, assert_one_line_error, make_cells, run_inside, train
+from data import (
+    TrainingSettings,
+    align_genes,
+    codes_of,
+    library_size,
+    load_cells,
+    mean_counts,
+    sum_by_type,
+    take,
+)
+from models import load_tensors, mean_profile
+
+STAGES = ("train_gmvae.py", "train_decoder.py", "train_encoder.py")
+MODELS = ("scGMVAE", "scDecoder", "bulkEncoder")
+
+
+@pytest.fixture
+def many():
+    """More cells than one block holds, one of them without a label."""
+    cells = make_cells((260, 240, 150), n_genes=40)
+    cells.obs.loc[cells.obs_names[7], "cell_type"] = "Unknown"
+    return cells
+
+
+def write(path, cells, kind="sparse"):
+    """An .h5ad with the counts in one of the places they are looked for."""
+    cells = cells.copy()
+    log = cells.X.astype(np.float32)
+    log.data = np.log1p(log.data)
+    if kind == "dense":
+        cells.X = cells.X.toarray()
+    elif kind == "layer":
+        cells.layers["counts"], cells.X = cells.X, log
+    elif kind == "raw":
+        cells.raw, cells.X = cells, log
+    elif kind == "csc":
+        cells.X = sp.csc_matrix(cells.X)
+    cells.write_h5ad(path, compression="gzip")
+    return path
+
+
+def load(path, **more):
+    return load_cells(TrainingSettings(data=str(path), **more))
+
+
+def small_buffer(monkeypatch, block=32, n_blocks=3):
+    """Blocks and buffer so small that a few hundred cells are many bufferfuls."""
+    monkeypatch.setattr(backed, "BLOCK", block)
+    monkeypatch.setattr(backed, "BUFFER", n_blocks * block * 8 * 40)  # of 40 genes, all expressed
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "layer", "raw"])
+def test_cells_are_those_in_memory(tmp_path, monkeypatch, many, kind):
+    small_buffer(monkeypatch)
+    path = write(tmp_path / "cells.h5ad", many, kind)
+    own, there = load(path, backed=True), load(path)
+    assert list(own.obs_names) == list(there.obs_names) and own.n_obs == many.n_obs - 1
+    assert (own.var == there.var).all(axis=None)
+    codes, cell_types = codes_of(own)
+    assert (codes == codes_of(there)[0]).all() and cell_types == codes_of(there)[1]
+    assert (library_size(own.X) == library_size(there.X)).all()
+    assert (mean_counts(own.X, codes, 3) == mean_counts(there.X, codes, 3)).all()
+    rows = np.random.default_rng(0).permutation(own.n_obs)[:200]
+    assert (own.X[rows] != there.X[rows]).nnz == 0
+    assert own.X[rows[:0]].shape == (0, own.n_vars)
+    assert (take(own.X, rows)[np.arange(9)] != there.X[rows[:9]]).nnz == 0
+    assert (mean_profile(take(own.X, rows)) == mean_profile(there.X[rows])).all()
+    wanted = [*own.var_names[[5, 3, 30]], "absent"]
+    genes = [align_genes(cells.X, cells.var_names, wanted, path)[0] for cells in (own, there)]
+    assert genes[0].shape == genes[1].shape and (genes[0][rows] != genes[1][rows]).nnz == 0
+    assert (own[:, [4, 2]].X[rows] != there.X[rows][:, [4, 2]]).nnz == 0
+
+
+def test_an_epoch_reads_each_block_once_and_mixes_the_file(tmp_path, monkeypatch, many):
+    small_buffer(monkeypatch)
+    X = load(write(tmp_path / "cells.h5ad", many), backed=True).X
+    read, kept = [], []
+    really = backed.BackedCounts.read
+    monkeypatch.setattr(backed.BackedCounts, "read", lambda X, n: (read.append(n), really(X, n))[1])
+    rows = np.flatnonzero(np.arange(X.shape[0]) % 5)
+    rng = np.random.default_rng(0)
+    order = X.shuffled(rows, rng)
+    assert sorted(order) == list(rows)
+    assert (order != X.shuffled(rows, rng)).any()
+    n_blocks = X.file_row[-1] // 32 + 1
+    for batch in np.array_split(order, 60):
+        X[batch]
+        kept.append(len(X.blocks))
+    assert sorted(read) == list(range(n_blocks)) and max(kept) == X.n_kept < n_blocks / 4
+    # All the blocks of a bufferful take part from the first batch on, and they are not neighbours.
+    first = np.unique(X.file_row[order[: X.n_kept * 20]] // 32)
+    assert len(first) == X.n_kept and np.diff(first).max() > 1
+
+
+def test_what_fits_is_shuffled_as_in_memory(tmp_path, many):
+    X = load(write(tmp_path / "cells.h5ad", many), backed=True).X
+    rows = np.arange(3, X.shape[0])
+    order = np.random.default_rng(1).permutation(rows)
+    assert (X.shuffled(rows, np.random.default_rng(1)) == order).all()
+
+
+def test_samples_keep_rare_types(tmp_path, monkeypatch):
+    cells = make_cells((3000, 1500, 20), n_genes=12)
+    path = write(tmp_path / "cells.h5ad", cells)
+    own = load(path, backed=True)
+    monkeypatch.setattr(backed, "BUFFER", 1000 * own.X.cell_bytes)
+    codes, _ = codes_of(own)
+    sample, rows = sample_in_memory(own, codes, np.random.default_rng(0), "genes")
+    assert list(np.bincount(codes[rows])) == [664, 500, 20]
+    there = load(path)
+    assert (there.X[rows] != sample.X).nnz == 0 and list(sample.obs_names) == list(
+        there.obs_names[rows]
+    )
+    assert sample_in_memory(there, codes, None, "genes")[0] is there
+
+
+def test_sums_over_types_are_exact(many):
+    codes = np.arange(many.n_obs) % 3
+    pairs = sum_by_type(many.X, codes, 4, lambda X: X.multiply(X) - X)
+    dense = many.X.toarray().astype(np.int64)
+    expected = [(dense[codes == k] * (dense[codes == k] - 1)).sum(axis=0) for k in range(4)]
+    assert (pairs == expected).all() and not pairs[3].any()
+
+
+def tensors(folder):
+    return [load_tensors(folder / f"{name}_model.pt", name)["state"] for name in MODELS]
+
+
+def test_trainings_are_those_in_memory(tmp_path, many):
+    """All cells fit into one bufferful here, so that nothing at all may differ."""
+    path = write(tmp_path / "cells.h5ad", many)
+    for folder, more in (("memory", []), ("file", ["--backed"])):
+        train("--data", path, "--weights", tmp_path / folder, *more, settings=QUICK)
+    for own, other in zip(tensors(tmp_path / "memory"), tensors(tmp_path / "file"), strict=True):
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[key], other[key]) for key in own)
+
+
+def test_trainings_with_a_small_buffer(tmp_path, monkeypatch, many):
+    """More cells than the buffer holds: the losses are about those of cells in memory."""
+    path = write(tmp_path / "cells.h5ad", many)
+    settings = QUICK | {STAGES[0]: [*QUICK[STAGES[0]], "--epochs", 16]}  # enough to settle
+    train("--data", path, "--weights", tmp_path / "memory", settings=settings)
+    small_buffer(monkeypatch)
+    for script in STAGES:
+        done = run_inside(
+            script, "--data", path, "--weights", tmp_path / "file", "--backed", *settings[script]
+        )
+        assert done.returncode == 0, done.stderr
+        if script == "train_encoder.py":
+            assert "pseudobulks: from " in done.stdout and " of 649 cells" in done.stdout
+    for name in MODELS[:2]:
+        own, other = (
+            np.genfromtxt(tmp_path / folder / f"{name}_loss.csv", delimiter=",", names=True)
+            for folder in ("memory", "file")
+        )
+        final = [curve["reconstruction"][-1] for curve in (own, other)]
+        assert final[0] == pytest.approx(final[1], rel=0.02)
+    card = load_tensors(tmp_path / "file" / "bulkEncoder_model.pt", "weights")
+    decoder = load_tensors(tmp_path / "file" / "scDecoder_model.pt", "weights")
+    assert card["held_out"] == decoder["held_out"]
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def refused(path, *words, tmp_path):
+    done = run_inside("train_gmvae.py", "--data", path, "--weights", tmp_path / "w", "--backed")
+    assert_one_line_error(done, *words)
+    assert not list((tmp_path / "w").glob("*.pt"))
+
+
+def test_only_an_h5ad_can_be_backed(tmp_path):
+    refused("pbmc68k_reduced", "--backed", "expected an .h5ad", tmp_path=tmp_path)
+
+
+def test_counts_kept_gene_by_gene(tmp_path, many):
+    path = write(tmp_path / "cells.h5ad", many, "csc")
+    refused(path, path, "CSC", "expected CSR", tmp_path=tmp_path)
+
+
+def test_no_counts(tmp_path, many):
+    many.X = many.X.astype(np.float32)
+    many.X.data[-1] = 0.5
+    path = write(tmp_path / "cells.h5ad", many)
+    refused(path, "found 0.5", many.obs_names[-1], "expected raw counts", tmp_path=tmp_path)
+
+
+def broken(path, many, change):
+    write(path, many)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [("indptr", 5, 10**9), ("indptr", -1, 3), ("indptr", 0, 4), ("indices", 100, 10**6)],
+)
+def test_an_index_that_leads_astray(tmp_path, many, name, at, value):
+    def change(file):
+        own = file["X"][name][()]
+        own[at] = value
+        file["X"][name][...] = own
+
+    path = broken(tmp_path / "cells.h5ad", many, change)
+    refused(path, path, "broken sparse matrix", tmp_path=tmp_path)
+
+
+def test_no_matrix_at_all(tmp_path, many):
+    def change(file):
+        del file["X"]
+
+    path = broken(tmp_path / "cells.h5ad", many, change)
+    refused(path, path, "no matrix", tmp_path=tmp_path)
+
+
+def test_a_block_that_is_too_large(tmp_path, monkeypatch, many):
+    path = write(tmp_path / "cells.h5ad", many)
+    monkeypatch.setattr(backed, "BUFFER", 1e4)
+    refused(path, path, "can only be read at once", tmp_path=tmp_path)
+
+
+def test_an_h5ad_without_cells(tmp_path):
+    path = tmp_path / "none.h5ad"
+    anndata.AnnData(sp.csr_matrix((0, 5), dtype=np.int32)).write_h5ad(path)
+    refused(path, path, "found 0 cells", tmp_path=tmp_path)
