@@ -103,6 +103,10 @@ class BackedCounts:
         parts = (np.concatenate(values), np.concatenate(indices), indptr)
         return sp.csr_matrix(parts, shape=(len(at), self.shape[1]))
 
+    def close(self):
+        """Close the file, from which nothing can be read then."""
+        getattr(self.source, "group", self.source).file.close()
+
     def only(self, rows=None, select=None):
         """The same counts, some rows or genes of them, which stay in the file.
 
@@ -229,24 +233,37 @@ def read_backed(path):
         InputError: the file is unreadable or holds no raw counts, kept cell by cell.
     """
     import h5py
-    from anndata.io import read_elem, sparse_dataset
 
     try:
         check_hdf5(path, within=("obs", "var", "raw/var"))
-        file = h5py.File(path, "r")  # open as long as the process
-        obs, var = read_elem(file["obs"]), read_elem(file["var"])
-        places = [("layers/counts", var), ("X", var)]
-        if "raw/X" in file:
-            places.append(("raw/X", read_elem(file["raw/var"])))
+        file = h5py.File(path, "r")
     except InputError:
         raise
     except Exception as error:  # each kind of broken file raises something else
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+    try:
+        return open_counts(file, path)
+    except BaseException:
+        file.close()
+        raise
+
+
+def open_counts(file, path):
+    """The first matrix of raw counts in an open file, and the tables that belong to it."""
+    import h5py
+    from anndata.io import read_elem, sparse_dataset
+
+    try:
+        obs, var = read_elem(file["obs"]), read_elem(file["var"])
+        places = [("layers/counts", "layers['counts']", var), ("X", "X", var)]
+        if "raw/X" in file:
+            places.append(("raw/X", "raw.X", read_elem(file["raw/var"])))
+    except Exception as error:
+        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     problem = None
-    for name, genes in places:
+    for name, shown, genes in places:
         if name not in file:
             continue
-        shown = {"layers/counts": "layers['counts']", "raw/X": "raw.X"}.get(name, name)
         try:
             source = file[name]
             if not isinstance(source, h5py.Dataset):

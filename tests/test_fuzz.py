@@ -29,9 +29,9 @@ import annotate
 import evaluate
 import training
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
-from data import DatasetSettings, load_cells, read_bulk
+from data import DatasetSettings, TrainingSettings, load_cells, read_bulk
 from files import InputError, plain, some
-from models import BulkEncoder, load_mixture, load_model, scDecoder, scGMVAE
+from models import BulkEncoder, load_mixture, load_model, mean_profile, scDecoder, scGMVAE
 
 SECONDS = 30  # that one case may take
 MEMORY = 3 << 30  # bytes that the process may have beyond what it has at the start
@@ -204,6 +204,16 @@ GENES = [f"GENE{i}" for i in range(24)]
 TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]
 
 
+def read_blocks(path):
+    """Read cells as the trainings do with --backed, again and again, from a file left open."""
+    cells = load_cells(TrainingSettings(data=str(path), backed=True))
+    try:
+        cells.X[np.arange(cells.n_obs)[::-1]]
+        mean_profile(cells.X)
+    finally:
+        cells.X.close()
+
+
 def read(path, sound):
     """Read a file as the scripts do. path: of the changed one; sound: of the unchanged one."""
     name = path.name
@@ -214,6 +224,8 @@ def read(path, sound):
     elif name in ("cells.h5", "sparse.h5ad", "dense.h5ad"):
         labels = str(sound.with_name("labels.csv"))
         load_cells(DatasetSettings(data=str(path), labels=labels if name == "cells.h5" else None))
+        if name != "cells.h5":
+            read_blocks(path)
     elif name.startswith("bulk."):
         read_bulk(path, GENES, [f"ENSG{i:011d}" for i in range(24)])
     elif name.startswith("markers."):
