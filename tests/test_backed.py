@@ -1,5 +1,8 @@
 """References larger than memory: counts that stay in their .h5ad and are read block by block."""
 
+import shutil
+import signal
+
 import anndata
 import h5py
 import numpy as np
@@ -21,6 +24,7 @@ from data import (
     take,
 )
 from models import load_tensors, mean_profile
+from test_interruption import same_weights, stop_at
 
 STAGES = ("train_gmvae.py", "train_decoder.py", "train_encoder.py")
 MODELS = ("scGMVAE", "scDecoder", "bulkEncoder")
@@ -171,6 +175,22 @@ def test_trainings_with_a_small_buffer(tmp_path, monkeypatch, many):
     card = load_tensors(tmp_path / "file" / "bulkEncoder_model.pt", "weights")
     decoder = load_tensors(tmp_path / "file" / "scDecoder_model.pt", "weights")
     assert card["held_out"] == decoder["held_out"]
+
+
+def test_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch, many):
+    """Within an epoch, of which some bufferfuls were read."""
+    small_buffer(monkeypatch)
+    where = ["--data", write(tmp_path / "cells.h5ad", many), "--backed", "--weights"]
+    gmvae, decoder = STAGES[:2]
+    assert run_inside(gmvae, *where, tmp_path / "one", *QUICK[gmvae]).returncode == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert run_inside(decoder, *where, tmp_path / "one", *QUICK[decoder]).returncode == 0
+    own = [*where, tmp_path / "two", *QUICK[decoder], "--resume"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, 100)
+        assert run_inside(decoder, *own).returncode == 128 + signal.SIGTERM
+    assert run_inside(decoder, *own).returncode == 0
+    assert same_weights(tmp_path / "two", tmp_path / "one", decoder)
 
 
 # ------------------------------------------------------------------------------------ bad input
