@@ -445,7 +445,12 @@ def draw(path, table):
     colors = dict(zip(GENERATION, colors, strict=True))
     panels = table.groupby("genes")
     figure, axes = pyplot().subplots(
-        1, len(panels), figsize=(4.4 * len(panels) + 2.8, 4), squeeze=False, layout="constrained"
+        1,
+        len(panels),
+        figsize=(4.4 * len(panels) + 2.8, 4),
+        squeeze=False,
+        sharey=True,  # cells of more genes take longer
+        layout="constrained",
     )
     for axis, (n_genes, own) in zip(axes[0], panels, strict=True):
         for kind, points in own.groupby("what"):

@@ -1,0 +1,56 @@
+"""The benchmark measures what it says, at a small size."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from conftest import QUICK, ROOT, make_cells, run, train
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import benchmark  # noqa: E402
+
+
+def test_table_and_picture(tmp_path):
+    sizes = ["--n-genes", 50, "--n-cells", 20, 40, "--rounds", 1]
+    done = run("benchmarks/benchmark.py", *sizes, "--out", tmp_path)
+    table = pd.read_csv(tmp_path / "benchmark.csv")
+    kinds = [kind for kind in benchmark.GENERATION if kind != "scVI decoder"]
+    assert set(table["what"]) >= set(kinds) and set(table["cells"]) == {20, 40}
+    assert (table[["seconds", "peak GB", "cells/s"]] > 0).all(axis=None)
+    assert (table["cells"] / table["seconds"]).to_numpy() == pytest.approx(table["cells/s"])
+    assert "times the published loop" in done.stdout and (tmp_path / "benchmark.png").exists()
+
+
+def test_slope_of_known_times():
+    cells = np.array([1000, 10_000, 100_000])
+    table = pd.DataFrame({"what": "bulk2sc, in memory", "cells": cells, "seconds": 3e-5 * cells})
+    assert benchmark.slope(table) == pytest.approx(1)
+    table["seconds"] = table["seconds"] ** 2
+    assert benchmark.slope(table) == pytest.approx(2)
+
+
+def test_held_out_likelihood_knows_types_and_genes(tmp_path):
+    """Cells read higher than the same cells by another type's name, or with their genes mixed."""
+    cells = make_cells((80, 70, 60))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    settings = QUICK | {"train_encoder.py": ["--epochs", 1]}
+    settings["train_gmvae.py"] = [*QUICK["train_gmvae.py"], "--epochs", 16]
+    train("--data", tmp_path / "cells.h5ad", "--weights", tmp_path, settings=settings)
+    training, held_out = benchmark.reference(str(tmp_path / "cells.h5ad"), None)
+    assert held_out.n_obs == 42 and not set(held_out.obs_names) & set(training.obs_names)
+    bound = benchmark.our_elbo(tmp_path, training, held_out)
+    renamed, mixed = held_out.copy(), held_out.copy()
+    types = held_out.obs["cell_type"].cat
+    renamed.obs["cell_type"] = pd.Categorical.from_codes((types.codes + 1) % 3, types.categories)
+    mixed.X = held_out.X[:, np.random.default_rng(0).permutation(held_out.n_vars)]
+    others = [benchmark.our_elbo(tmp_path, training, cells) for cells in (renamed, mixed)]
+    assert bound > others[0] + 5 and bound > others[1] + 20
+    # A Poisson of the mean profile, which knows neither types nor dispersions, reads lower.
+    profile = np.asarray(training.X.sum(axis=0)).ravel() + 0.5
+    x = held_out.X.toarray()
+    mean = x.sum(axis=1, keepdims=True) * profile / profile.sum()
+    assert bound > scipy.stats.poisson.logpmf(x, mean).sum(axis=1).mean()
