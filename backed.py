@@ -96,7 +96,8 @@ class BackedCounts:
             X = self.block(one)
             for i in np.flatnonzero(number == one):
                 a, b = X.indptr[within[i] : within[i] + 2]
-                size[i], indices[i], values[i] = b - a, X.indices[a:b], X.data[a:b]
+                # Copies: a view would keep its block in memory.
+                size[i], indices[i], values[i] = b - a, X.indices[a:b].copy(), X.data[a:b].copy()
         if not len(at):
             return sp.csr_matrix((0, self.shape[1]), dtype=np.int32)
         indptr = np.concatenate([[0], np.cumsum(size)])
@@ -308,6 +309,7 @@ def sample_in_memory(cells, codes, rng, what):
             chosen.append(rng.choice(own, n, replace=False))
         rows = np.sort(np.concatenate(chosen))
         print(f"{what}: from {len(rows):,} of {cells.n_obs:,} cells, drawn at random by type")
-    own = anndata.AnnData(cells.X[rows], obs=cells.obs.iloc[rows].copy(), var=cells.var.copy())
+    X = cells.X.only()[rows]  # only(), so that no block is kept
+    own = anndata.AnnData(X, obs=cells.obs.iloc[rows].copy(), var=cells.var.copy())
     own.uns |= cells.uns
     return own, rows

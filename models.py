@@ -77,7 +77,7 @@ def to_dense(X, rows, device):
     """Rows of a CSR count matrix as a float32 tensor (B, G); the only place sparse ends."""
     own = X[rows]
     if torch.device(device).type != "cuda":
-        return torch.from_numpy(own.toarray().astype(np.float32)).to(device)
+        return torch.from_numpy(own.astype(np.float32).toarray()).to(device)
     return from_csr(own, device)
 
 
@@ -163,9 +163,12 @@ def nb_log_prob_of_cells(x, mean, theta):
     if x.is_cuda:
         return nb_log_prob(x, mean, theta).sum(dim=1)
     at_zero = -theta * torch.log1p(mean / theta)  # (B, G)
-    cell, gene = torch.nonzero(x, as_tuple=True)
-    more = nb_log_prob(x[cell, gene], mean[cell, gene], theta[gene]) - at_zero[cell, gene]
-    return at_zero.sum(dim=1).index_add(0, cell, more)
+    [at] = torch.nonzero(x.reshape(-1), as_tuple=True)
+    # Not theta[gene]: several threads sum its gradient, each time in another order.
+    own_theta = theta.index_select(0, at % x.shape[1])
+    own_x, own_mean, zero = (v.reshape(-1).index_select(0, at) for v in (x, mean, at_zero))
+    more = nb_log_prob(own_x, own_mean, own_theta) - zero
+    return at_zero.sum(dim=1).index_add(0, at // x.shape[1], more)
 
 
 def zinb_log_prob(x, mean, theta, dropout_logits):
@@ -279,12 +282,15 @@ class CountDecoder(nn.Module):
         are scaled to its library size.
         """
         h = self.hidden(z)  # (B, H)
-        log_factor = 0.0 if log_factor is None else log_factor
+        logits = self.out(h)  # (B, G)
         if self.likelihood == "mse_l1":
-            return F.relu(self.out(h)) * torch.as_tensor(log_factor).exp(), None
+            counts = F.relu(logits)
+            return counts if log_factor is None else counts * log_factor.exp(), None
+        if log_factor is not None:
+            logits = logits + log_factor
         # A cell without counts in these genes, or a softmax that underflows, must not read as
         # mean 0, which makes any count impossible.
-        mean = library[:, None].clamp(min=1.0) * torch.softmax(self.out(h) + log_factor, dim=-1)
+        mean = library[:, None].clamp(min=1.0) * torch.softmax(logits, dim=-1)
         mean = mean.clamp(min=1e-10)  # (B, G)
         return mean, self.dropout_logits(h) if self.likelihood == "zinb" else None
 

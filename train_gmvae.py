@@ -192,8 +192,11 @@ def main(cfg):
     else:
         codes, cell_types = codes_of(cells)
     held_out, fraction = choose_held_out(cells, codes, cfg)
-    own = sample_in_memory(cells[~held_out], codes[~held_out], rng, "variable genes")[0]
+    own = cells[~held_out]
+    if own.n_vars > cfg.n_genes:
+        own, _ = sample_in_memory(own, codes[~held_out], rng, "variable genes")
     genes = choose_genes(own, cfg.n_genes)
+    del own  # as large as a buffer
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if label_free and cfg.n_types > len(train):

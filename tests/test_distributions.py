@@ -169,3 +169,23 @@ def test_zinb_sampler_inflates_zeros():
     mean, theta = torch.full((20_000, 1), 30.0), torch.tensor([5.0])
     draws = sample_zinb(mean, theta, torch.zeros(20_000, 1), torch.Generator().manual_seed(0))
     assert (draws == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_gradients_of_a_large_batch_repeat_to_the_bit():
+    """Regression: two threads summed dispersions' gradients in an order of their own each time.
+
+    Only from some 32,000 counts a batch on, which small data never has.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.poisson(torch.full((64, 2000), 1.0), generator)
+    mean = torch.rand(x.shape, generator=generator) + 0.1
+    found, before = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            leaves = [mean.clone().requires_grad_(), torch.ones(2000, requires_grad=True)]
+            nb_log_prob_of_cells(x, *leaves).sum().backward()
+            found.add(b"".join(leaf.grad.numpy().tobytes() for leaf in leaves))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
