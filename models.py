@@ -57,11 +57,30 @@ def encode_cells(gmvae, X, batch_size):
 
     gmvae: scGMVAE. X: counts (N x G), CSR, in its genes.
     """
-    device = gmvae.mu.device
-    batches = np.array_split(np.arange(X.shape[0]), -(-X.shape[0] // batch_size))
+    device, gmvae = gmvae.mu.device, gmvae.eval()
+
+    def encode(rows):
+        return gmvae.encode(to_dense(X, rows, device))
+
     with torch.inference_mode():
-        parts = [gmvae.eval().encode(to_dense(X, rows, device)) for rows in batches]
-    return [torch.cat(p).cpu() for p in zip(*parts, strict=True)]
+        return [part.cpu() for part in in_batches(encode, np.arange(X.shape[0]), batch_size)]
+
+
+def in_batches(function, rows, batch_size):
+    """What a function of rows (N) returns, a tuple of tensors (B, ...), for all of them (N, ...).
+
+    Put into their places at once: small results kept one by one between large tensors that come and
+    go leave the memory in pieces too small for these, gigabytes of them after a million cells.
+    """
+    results, first = None, 0
+    for batch in np.array_split(rows, -(-len(rows) // batch_size)):
+        parts = function(batch)
+        if results is None:
+            results = [part.new_empty(len(rows), *part.shape[1:]) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[first : first + len(batch)] = part
+        first += len(batch)
+    return results
 
 
 def mean_profile(X):

@@ -34,6 +34,7 @@ from models import (
     check_cell_types,
     check_mixture,
     encode_cells,
+    in_batches,
     load_mixture,
     load_model,
     mean_profile,
@@ -250,8 +251,8 @@ def main(cfg):
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
             model.eval()
             with torch.no_grad():
-                parts = np.array_split(test, -(-len(test) // cfg.batch_size))
-                row["held_out_reconstruction"] = torch.cat([losses(r) for r in parts]).mean().item()
+                [test_losses] = in_batches(lambda rows: [losses(rows)], test, cfg.batch_size)
+            row["held_out_reconstruction"] = test_losses.mean().item()
         run.after_epoch(row, reconstruction=f"{reconstruction:.1f}")
 
     if run.rank:  # the first process writes what all have found

@@ -34,6 +34,7 @@ from data import (
 )
 from files import InputError, write_whole
 from models import (
+    in_batches,
     mean_profile,
     pick_device,
     save_mixture,
@@ -244,8 +245,7 @@ def main(cfg):
     def over_cells(function, rows):
         """Apply a function that returns two tensors to all cells, in batches, in eval mode."""
         model.eval()
-        parts = [function(r) for r in np.array_split(rows, -(-len(rows) // cfg.batch_size))]
-        return [torch.cat(p) for p in zip(*parts, strict=True)]
+        return in_batches(function, rows, cfg.batch_size)
 
     def posteriors(rows):
         return over_cells(lambda r: model.encode(to_dense(X, r, device)), rows)  # (N, D) each

@@ -152,29 +152,33 @@ def test_trainings_are_those_in_memory(tmp_path, many):
         assert all(torch.equal(own[key], other[key]) for key in own)
 
 
-def test_trainings_with_a_small_buffer(tmp_path, monkeypatch, many):
-    """More cells than the buffer holds: the losses are about those of cells in memory."""
-    path = write(tmp_path / "cells.h5ad", many)
-    settings = QUICK | {STAGES[0]: [*QUICK[STAGES[0]], "--epochs", 16]}  # enough to settle
+def test_trainings_with_a_small_buffer(tmp_path, monkeypatch):
+    """More cells than the buffer holds: the losses are about those of cells in memory.
+
+    Two types, which always part; whether three do within so few steps hinges on chance.
+    """
+    path = write(tmp_path / "cells.h5ad", make_cells((340, 310), n_genes=40))
+    settings = QUICK | {STAGES[0]: [*QUICK[STAGES[0]], "--epochs", 12]}  # enough to settle
     train("--data", path, "--weights", tmp_path / "memory", settings=settings)
     small_buffer(monkeypatch)
     for script in STAGES:
-        done = run_inside(
-            script, "--data", path, "--weights", tmp_path / "file", "--backed", *settings[script]
-        )
+        where = ["--data", path, "--weights", tmp_path / "file", "--backed"]
+        done = run_inside(script, *where, *settings[script])
         assert done.returncode == 0, done.stderr
         if script == "train_encoder.py":
-            assert "pseudobulks: from " in done.stdout and " of 649 cells" in done.stdout
+            assert "pseudobulks: from " in done.stdout and " of 650 cells" in done.stdout
     for name in MODELS[:2]:
-        own, other = (
-            np.genfromtxt(tmp_path / folder / f"{name}_loss.csv", delimiter=",", names=True)
-            for folder in ("memory", "file")
-        )
-        final = [curve["reconstruction"][-1] for curve in (own, other)]
-        assert final[0] == pytest.approx(final[1], rel=0.02)
+        memory, file = (loss_curve(tmp_path / folder, name) for folder in ("memory", "file"))
+        assert file[-1] == pytest.approx(memory[-1], rel=0.02) and memory[-1] < 0.9 * memory[0]
+        assert (file != memory).any()  # other batches, or nothing was compared
     card = load_tensors(tmp_path / "file" / "bulkEncoder_model.pt", "weights")
     decoder = load_tensors(tmp_path / "file" / "scDecoder_model.pt", "weights")
     assert card["held_out"] == decoder["held_out"]
+
+
+def loss_curve(folder, name):
+    """Training loss per cell of each epoch (E)."""
+    return np.genfromtxt(folder / f"{name}_loss.csv", delimiter=",", names=True)["reconstruction"]
 
 
 def test_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch, many):
