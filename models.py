@@ -52,18 +52,15 @@ def pick_device(name):
     return device
 
 
-def encode_cells(gmvae, X, batch_size):
-    """Posteriors of all cells in eval mode, in batches: mean and variance, each (N, D), on the CPU.
+@torch.no_grad()
+def encode_cells(gmvae, X, batch_size, rows=None):
+    """Posteriors of cells in eval mode, in batches: mean and variance, each (N, D), where gmvae is.
 
-    gmvae: scGMVAE. X: counts (N x G), CSR, in its genes.
+    gmvae: scGMVAE. X: counts (cells x G), CSR, in its genes. rows: the cells (N); all if None.
     """
     device, gmvae = gmvae.mu.device, gmvae.eval()
-
-    def encode(rows):
-        return gmvae.encode(to_dense(X, rows, device))
-
-    with torch.inference_mode():
-        return [part.cpu() for part in in_batches(encode, np.arange(X.shape[0]), batch_size)]
+    rows = np.arange(X.shape[0]) if rows is None else rows
+    return in_batches(lambda batch: gmvae.encode(to_dense(X, batch, device)), rows, batch_size)
 
 
 def in_batches(function, rows, batch_size):

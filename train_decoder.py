@@ -207,7 +207,7 @@ def main(cfg):
     z_mean, z_var = mu[codes], var[codes]
     if posterior:
         X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
-        z_mean, z_var = encode_cells(gmvae, X, cfg.batch_size)
+        z_mean, z_var = (part.cpu() for part in encode_cells(gmvae, X, cfg.batch_size))
 
     model = scDecoder(
         mu.shape[1],

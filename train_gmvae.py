@@ -13,6 +13,7 @@ steps then read.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ from data import (
 )
 from files import InputError, write_whole
 from models import (
+    encode_cells,
     in_batches,
     mean_profile,
     pick_device,
@@ -241,14 +243,8 @@ def main(cfg):
             kl = model.kl(mean, var, k)
         return model.decoder.loss(x, z, x.sum(dim=1)), kl
 
-    @torch.no_grad()
-    def over_cells(function, rows):
-        """Apply a function that returns two tensors to all cells, in batches, in eval mode."""
-        model.eval()
-        return in_batches(function, rows, cfg.batch_size)
-
     def posteriors(rows):
-        return over_cells(lambda r: model.encode(to_dense(X, r, device)), rows)  # (N, D) each
+        return encode_cells(model, X, cfg.batch_size, rows)  # (N, D) each
 
     def fit_mixture():
         model.fit_mixture(*posteriors(train), torch.as_tensor(codes[train], device=device))
@@ -283,7 +279,9 @@ def main(cfg):
         row = dict(epoch=epoch, reconstruction=reconstruction, kl=kl)
         row |= dict(held_out_reconstruction=None, held_out_kl=None)
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
-            measured = over_cells(lambda rows, joint=joint: losses(rows, joint), test)
+            model.eval()
+            with torch.no_grad():
+                measured = in_batches(partial(losses, joint=joint), test, cfg.batch_size)
             row["held_out_reconstruction"], row["held_out_kl"] = (m.mean().item() for m in measured)
         run.after_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
 
