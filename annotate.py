@@ -22,18 +22,15 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 
-from data import (
-    EMBEDDED,
-    LABEL_FILE,
-    bare_id,
-    choose_genes,
-    flag,
-    library_size,
-    read_counts,
-    run_script,
-)
-from files import InputError, one_line, read_table, some, write_whole
+from data import choose_genes, library_size
 from plotting import write_clusters
+from readers.bounded import read_table
+from readers.counts import EMBEDDED, read_counts
+from readers.gene_names import bare_id
+from readers.labels import LABEL_FILE
+from runtime.errors import InputError, one_line, some
+from runtime.script import flag, run_script
+from runtime.writing import write_whole
 
 # Of the marker table, named as ScType's own.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]

@@ -22,86 +22,45 @@ proportions were measured.
 Writes evaluation.csv (with every cell type on its own as well) and evaluation.png to --weights.
 """
 
-import contextlib
 import importlib.util
-import io
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.optimize
 import scipy.sparse as sp
-import scipy.stats
 import torch
 from tqdm import trange
 
-import train_decoder
-from bulk2sc import (
-    add_to_sums,
-    calibration,
-    check_filled,
-    decode_cells,
-    draw_types,
-    encode_bulks,
-    expected_bulk,
-    sum_agreement,
-)
+from baselines import draw_cell_type_nb, predict_proportions, train_published, train_scvi
 from data import (
     DatasetSettings,
     align_genes,
-    apply_split,
-    choose_genes,
-    clean_label,
     codes_of,
-    draw_pseudobulks,
-    flag,
-    library_size,
+    draw_test_bulks,
     load_cells,
     mean_counts,
-    natural_order,
-    read_bulk,
-    read_counts,
-    run_script,
     split_cells,
 )
-from files import InputError, read_table, some, write_whole
-from models import (
-    MIXTURE_FILES,
-    BulkEncoder,
-    check_cell_types,
-    check_mixture,
-    load_model,
-    pick_device,
-    scDecoder,
-    seed_everything,
+from generation import (
+    add_to_sums,
+    calibrate_to,
+    check_filled,
+    draw_types,
+    load_weights,
+    new_cells,
+    sum_agreement,
 )
+from metrics import BEST, CellFigures, proportion_figures, to_lineages
 from plotting import write_evaluation
+from readers.bulk import read_bulk
+from readers.counts import read_counts
+from readers.lineages import lineages_in, read_fractions, read_lineages
+from runtime.device import pick_device, seed_everything
+from runtime.errors import InputError, some
+from runtime.script import flag, run_script
+from runtime.writing import write_whole
 
-BEST = {  # every figure, in the order of the table, and its value for perfect cells
-    "random-forest AUROC, PCs": 0.5,
-    "random-forest AUROC, genes": 0.5,
-    "MMD2, PCs": 0,
-    "within-type variance ratio": 1,
-    "gene-gene correlation RMSE": 0,
-    "zero-fraction error": 0,
-    "library-size KS": 0,
-    "macro-F1, generated to real": 1,
-    "energy distance": 0,
-    "marker mean error": 0,
-    "marker fraction error": 0,
-    "fold-change correlation": 1,
-    "nearest neighbour trained on, excess": 0,
-    "sum of cells against bulk, Pearson": 1,
-} | {
-    f"proportions {measure}{where}": best
-    for where in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
-    for measure, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
-    if measure != "Pearson" or where == ", real bulk"
-}
-N_MARKERS = 20  # per cell type
 BULKS_PER_PLATFORM = 20  # of those under a simulated shift
 SHIFT_DEPTH = 2e5  # their counts
 
@@ -150,347 +109,7 @@ class Settings(DatasetSettings):
 # ------------------------------------------------------------------------------------ figures
 
 
-def within_type_variance_ratio(real, real_codes, made, made_codes):
-    """Variance within cell types, made over real; 1 is best. real, made: (N, P) PCs.
-
-    For each type with at least three cells on either side, the variance summed over PCs.
-
-    Returns:
-        dict: type code -> ratio.
-    """
-    ratios = {}
-    for k in np.unique(real_codes):
-        r, m = real[real_codes == k], made[made_codes == k]
-        if min(len(r), len(m)) > 2:
-            ratios[int(k)] = m.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum()
-    return ratios
-
-
-def random_forest_auroc(real, made, seed, n_trees=300):
-    """Cross-validated AUROC of a random forest told to tell real from made; 0.5 is best."""
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-
-    X = np.vstack([real, made])
-    y = np.repeat([0, 1], [len(real), len(made)])
-    forest = RandomForestClassifier(n_trees, random_state=seed, n_jobs=-1)
-    # Shuffled: cells may come sorted by type, and a fold of one type alone reads far below 0.5.
-    folds = StratifiedKFold(min(5, len(real), len(made)), shuffle=True, random_state=seed)
-    score = cross_val_predict(forest, X, y, cv=folds, method="predict_proba")
-    return roc_auc_score(y, score[:, 1])
-
-
-def pairwise_discrepancy(real, made, kernel):
-    """E k(X, X') + E k(Y, Y') - 2 E k(X, Y), unbiased: no point is paired with itself.
-
-    real (N, P), made (M, P). kernel: all pairwise distances (N + M, N + M) -> its value at each.
-    """
-    from sklearn.metrics import pairwise_distances
-
-    k = kernel(pairwise_distances(np.vstack([real, made])))
-    n, m = len(real), len(made)
-    rr, mm, rm = k[:n, :n], k[n:, n:], k[:n, n:]
-    return (
-        (rr.sum() - np.trace(rr)) / (n * (n - 1))
-        + (mm.sum() - np.trace(mm)) / (m * (m - 1))
-        - 2 * rm.mean()
-    )
-
-
-def mmd2(real, made):
-    """Unbiased squared maximum mean discrepancy, Gaussian kernel of median width; 0 is best.
-
-    Gretton et al., JMLR 2012, equation 3. real (N, P), made (M, P).
-    """
-    return pairwise_discrepancy(real, made, lambda d: np.exp(-(d**2) / np.median(d[d > 0] ** 2)))
-
-
-def energy_distance(real, made):
-    """Unbiased energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|; 0 is best. real (N, P), made (M, P).
-
-    Székely and Rizzo, J. Statistical Planning and Inference 2013.
-    """
-    return pairwise_discrepancy(real, made, lambda d: -d)
-
-
-def correlation_rmse(real, made):
-    """Root mean squared difference of gene-gene Pearson correlations; 0 is best.
-
-    real (N, P), made (M, P) log-expression of the same genes; a constant gene correlates with none.
-    """
-    upper = np.triu_indices(real.shape[1], 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r, m = (np.nan_to_num(np.corrcoef(a, rowvar=False))[upper] for a in (real, made))
-    return np.sqrt(np.mean((r - m) ** 2))
-
-
-def macro_f1(train, train_codes, test, test_codes):
-    """F1, mean over cell types, of a logistic regression on PCs trained on one set of cells."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
-
-    predicted = LogisticRegression(max_iter=2000).fit(train, train_codes).predict(test)
-    return f1_score(test_codes, predicted, average="macro", labels=np.unique(test_codes))
-
-
-def trained_on_share(cells, real, trained_on, skip_self=False):
-    """Share of cells whose nearest real neighbour is one the model was trained on.
-
-    Copies of training cells read 1. cells (M, P), real (N, P) PCs, trained_on bool (N).
-    skip_self: the cells are among the real ones, so the nearest is the cell itself.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    n = 1 + skip_self
-    nearest = NearestNeighbors(n_neighbors=n).fit(real).kneighbors(cells, return_distance=False)
-    return trained_on[nearest[:, -1]].mean()
-
-
-def concordance(true, predicted):
-    """Lin's concordance correlation coefficient over all entries; 1 is best."""
-    t, p = np.ravel(true), np.ravel(predicted)
-    return 2 * np.cov(t, p, bias=True)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
-
-
-def nnls_proportions(bulk, profiles):
-    """Proportions by non-negative least squares on mean count profiles, the field's baseline.
-
-    bulk (S, G) and profiles (K, G) are counts of cells of their natural depth, so that weights
-    are cell numbers. Returns (S, K), rows summing to 1.
-    """
-    weights = np.stack([scipy.optimize.nnls(profiles.T, b / b.sum())[0] for b in bulk])
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-class CellFigures:
-    """Figures of made cells against the held-out real ones, in a space fitted on all real cells.
-
-    Log-normalised to 1e4; 1,000 highly variable genes for zeros and the forest on genes, and 20 PCs
-    of them; 200 genes by seurat_v3 for correlations; 20 markers of each cell type by t-test on the
-    training cells.
-
-    Args:
-        cells: AnnData (N) of real cells. held_out: bool (N). codes: cell types (N).
-        n_trees: of each random forest.
-    """
-
-    def __init__(self, cells, held_out, codes, n_trees=300):
-        import scanpy
-        from sklearn.decomposition import PCA
-
-        real = cells.copy()
-        real.X = real.X.astype(np.float32)
-        scanpy.pp.normalize_total(real, target_sum=1e4)
-        scanpy.pp.log1p(real)
-        scanpy.pp.highly_variable_genes(real, n_top_genes=min(1000, real.n_vars))
-        self.genes = np.flatnonzero(real.var["highly_variable"])
-        correlated = choose_genes(cells, min(200, cells.n_vars))
-        self.correlated = cells.var_names.get_indexer(correlated)
-        self.markers = find_markers(real[~held_out], codes[~held_out])
-
-        log = self.log(cells.X)
-        self.pca = PCA(min(20, *log.shape), random_state=0).fit(log)
-        self.all_pcs, self.held_out = self.pca.transform(log), held_out
-        self.codes, self.n_trees = codes[held_out], n_trees
-        self.real = self.describe(cells.X[np.flatnonzero(held_out)])
-        # What copying must be compared with: real cells that nothing was trained on.
-        self.expected_share = trained_on_share(
-            self.real["pcs"], self.all_pcs, ~held_out, skip_self=True
-        )
-
-    def log(self, X, genes=None):
-        """log1p of counts per 10,000 at some genes, by default the variable ones (N, P)."""
-        total = library_size(X)
-        part = X[:, self.genes if genes is None else genes].toarray().astype(np.float64)
-        return np.log1p(part / np.maximum(total, 1)[:, None] * 1e4)
-
-    def describe(self, X):
-        log = self.log(X)
-        return dict(
-            log=log,
-            pcs=self.pca.transform(log),
-            correlated=self.log(X, self.correlated),
-            markers={k: self.log(X, genes) for k, genes in self.markers.items()},
-            library=library_size(X),
-        )
-
-    def compare(self, X, codes, seed, trained_on=False):
-        """All figures of made cells: counts X (M x G) and type codes (M).
-
-        trained_on: they are training cells themselves.
-
-        Returns:
-            list of (figure, type code, value); the code is None where the figure is of all cells.
-        """
-        made, real = self.describe(X), self.real
-        zeros = np.abs((made["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
-        share = trained_on_share(made["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on)
-        auroc_pcs, auroc_genes = (
-            random_forest_auroc(real[space], made[space], seed, self.n_trees)
-            for space in ("pcs", "log")
-        )
-        whole = {
-            "random-forest AUROC, PCs": auroc_pcs,
-            "random-forest AUROC, genes": auroc_genes,
-            "MMD2, PCs": mmd2(real["pcs"], made["pcs"]),
-            "gene-gene correlation RMSE": correlation_rmse(real["correlated"], made["correlated"]),
-            "zero-fraction error": zeros.mean(),
-            "library-size KS": scipy.stats.ks_2samp(real["library"], made["library"]).statistic,
-            "macro-F1, generated to real": macro_f1(made["pcs"], codes, real["pcs"], self.codes),
-            "nearest neighbour trained on, excess": share - self.expected_share,
-        }
-        rows = [(figure, None, value) for figure, value in whole.items()]
-        by_type = {
-            "within-type variance ratio": within_type_variance_ratio(
-                real["pcs"], self.codes, made["pcs"], codes
-            )
-        }
-        for k in np.unique(self.codes):
-            r, m = self.codes == k, codes == k
-            if min(r.sum(), m.sum()) < 3:
-                continue
-            own = {"energy distance": energy_distance(real["pcs"][r], made["pcs"][m])}
-            if k in self.markers:
-                a, b = real["markers"][k][r], made["markers"][k][m]
-                own["marker mean error"] = np.abs(a.mean(axis=0) - b.mean(axis=0)).mean()
-                expressing = np.abs((a > 0).mean(axis=0) - (b > 0).mean(axis=0))
-                own["marker fraction error"] = expressing.mean()
-            if min((~r).sum(), (~m).sum()) > 2:
-                # Difference of means of log-expression, type against the rest, each gene.
-                change = (
-                    log[own_type].mean(axis=0) - log[~own_type].mean(axis=0)
-                    for log, own_type in ((real["log"], r), (made["log"], m))
-                )
-                own["fold-change correlation"] = np.corrcoef(*change)[0, 1]
-            for figure, value in own.items():
-                by_type.setdefault(figure, {})[int(k)] = value
-        for figure, values in by_type.items():
-            # The mean of the types, so that one type with a few odd cells does not decide it.
-            rows += [(figure, None, np.mean(list(values.values())))]
-            rows += [(figure, k, value) for k, value in values.items()]
-        return rows
-
-
-def find_markers(real, codes):
-    """Indices of the 20 genes that mark each type, by t-test against the rest.
-
-    real: AnnData of log-normalised cells. codes (N). Types of fewer than two cells have none.
-
-    Returns:
-        dict: type code -> gene indices.
-    """
-    import scanpy
-
-    real = real.copy()
-    real.obs["code"] = pd.Categorical(codes.astype(str))
-    size = pd.Series(codes).value_counts()
-    groups = [str(k) for k in size.index if size[k] > 1]
-    if real.obs["code"].nunique() < 2 or not groups:
-        return {}
-    scanpy.tl.rank_genes_groups(real, "code", groups=groups, method="t-test", n_genes=N_MARKERS)
-    names = real.uns["rank_genes_groups"]["names"]
-    return {int(k): real.var_names.get_indexer(names[k]) for k in names.dtype.names}
-
-
 # ---------------------------------------------------------------------------------- baselines
-
-
-def draw_cell_type_nb(X, codes, wanted, rng):
-    """Cells of independent genes, negative binomial with the moments of their cell type.
-
-    θ = mean² / (variance - mean), Poisson where the variance is not above the mean. Library size
-    is whatever comes of it.
-
-    Args:
-        X: training counts (N x G). codes (N). wanted: types of the cells to draw (M).
-
-    Returns:
-        CSR int32 (M x G).
-    """
-    made = np.zeros((len(wanted), X.shape[1]), dtype=np.int32)
-    for k in np.unique(wanted):
-        own = X[np.flatnonzero(codes == k)].toarray().astype(np.float64)
-        rows = np.flatnonzero(wanted == k)
-        if len(own):
-            mean, extra = own.mean(axis=0), own.var(axis=0) - own.mean(axis=0)
-            theta = np.clip(mean**2 / np.maximum(extra, 1e-12), 1e-6, 1e6)
-            rate = rng.gamma(theta, np.maximum(mean, 1e-12) / theta, (len(rows), len(mean)))
-            made[rows] = rng.poisson(rate)
-    return sp.csr_matrix(made)
-
-
-def train_published(cfg, weights, decoder_card):
-    """scDecoder by the published recipe, on the same mixture and split: prior pairing, MSE + L1.
-
-    Returns:
-        The decoder, in eval mode.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (*MIXTURE_FILES, "scGMVAE_model.pt"):
-            if (weights / name).exists():
-                shutil.copy(weights / name, folder)
-        settings = train_decoder.Settings(
-            data=cfg.data,
-            labels=cfg.labels,
-            weights=Path(folder),
-            seed=decoder_card["seed"],
-            device=cfg.device,
-            held_out=decoder_card["held_out_fraction"],
-            pairing="prior",
-            loss="mse_l1",
-            n_hidden=700,
-            epochs=40,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            train_decoder.main(settings)
-        decoder, card = load_model(
-            Path(folder) / "scDecoder_model.pt", scDecoder, pick_device(cfg.device)
-        )
-    if set(card["held_out"]) != set(decoder_card["held_out"]):
-        raise InputError(
-            f"{weights}: scDecoder_model.pt and the baseline hold out different cells; expected "
-            "scGMVAE_model.pt of the same run beside it, or --no-baselines"
-        )
-    return decoder
-
-
-def train_scvi(cells, train, codes, seed):
-    """scVI (Lopez et al., Nature Methods 2018), 10 latent dimensions, 400 epochs.
-
-    Returns:
-        A function: types of the cells to draw (M) -> CSR int32 (M x G), with z from the Gaussian of
-        each type's posterior means and library sizes from its training cells.
-    """
-    import scvi
-
-    scvi.settings.seed = seed
-    reference = cells[train].copy()
-    reference.X = reference.X.astype(np.float32)
-    scvi.model.SCVI.setup_anndata(reference)
-    model = scvi.model.SCVI(reference, n_latent=10)
-    model.train(max_epochs=400, accelerator="cpu", enable_progress_bar=False)
-    latent, library = model.get_latent_representation(), library_size(reference.X)
-    own_codes, rng = codes[train], np.random.default_rng(seed)
-
-    def draw(wanted):
-        z = np.zeros((len(wanted), latent.shape[1]), np.float32)
-        size = np.zeros((len(wanted), 1), np.float32)
-        for k in np.unique(wanted):
-            own, rows = own_codes == k, wanted == k
-            z[rows] = rng.normal(
-                latent[own].mean(axis=0), latent[own].std(axis=0), (rows.sum(), z.shape[1])
-            )
-            size[rows, 0] = rng.choice(library[own], rows.sum())
-        with torch.inference_mode():
-            out = model.module.generative(
-                torch.from_numpy(z),
-                torch.from_numpy(np.log(size)),
-                torch.zeros(len(wanted), 1, dtype=torch.long),
-            )
-            return sp.csr_matrix(out["px"].sample().numpy().astype(np.int32))
-
-    return draw
 
 
 # --------------------------------------------------------------------------------- measurement
@@ -523,35 +142,6 @@ def read_generated(path, cells, cell_types):
         raise InputError(f"{path}: cell type {unknown} is not one of the model's")
     X, _ = align_genes(made.X, made.var_names, list(cells.var_names), path)
     return X, codes
-
-
-def new_cells(decoder, k, generator, log_factor=None, sample=None):
-    """Counts (N x G), CSR, of new cells of types k (N) by the mixture itself; no bulk moves it."""
-    mu, var = decoder.mu[k], decoder.var[k]
-    return decode_cells(decoder, mu, var, k, generator, log_factor=log_factor, sample=sample)[0]
-
-
-def draw_test_bulks(X, codes, n_types, n, n_cells, rng):
-    """Sums of n_cells cells, proportions from Dirichlet(1): counts (n x G), proportions (n x K).
-
-    A type that has no cell in X (N x G), codes (N), is in no bulk.
-    """
-    has_cells = np.isin(np.arange(n_types), codes)
-    expected = np.zeros((n, n_types))
-    expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), n)
-    return draw_pseudobulks(X, codes, expected, n_cells, rng)
-
-
-def calibrate_to(bulk, decoder, encoder, genes):
-    """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
-
-    genes: ``(decoder's, encoder's)``.
-    """
-    X, present = align_genes(bulk, *genes, "the encoder", report=False)
-    device = decoder.mu.device
-    _, _, pi, _ = encode_bulks(encoder, X, present, device)
-    factor = calibration(bulk.toarray(), expected_bulk(decoder, pi), np.ones(bulk.shape[1], bool))
-    return torch.from_numpy(factor).to(device), pi
 
 
 def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10):
@@ -656,106 +246,6 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
 # --------------------------------------------------------------------------------- proportions
 
 
-def read_rows(path):
-    """A csv as text under the names of its first line; a line with more fields is an error."""
-    table = read_table(path, header=None, encoding="utf-8-sig")
-    rows = table.iloc[1:].set_axis([str(name).strip() for name in table.iloc[0]], axis=1)
-    return rows[(rows != "").any(axis=1)]  # spreadsheets leave lines of commas
-
-
-def read_lineages(path, cell_types):
-    """Lineage of each cell type (K) by a csv cell_type,lineage; None where it has none.
-
-    Names are cleaned as labels are. Types left out are reported.
-
-    Raises:
-        InputError: unreadable, other columns, a type with two lineages, no type of the model, or
-            fewer than two lineages.
-    """
-    table = read_rows(path)
-    if sorted(table.columns) != ["cell_type", "lineage"]:
-        found = some(table.columns)
-        raise InputError(f"{path}: found the columns {found}, expected cell_type and lineage")
-    table = table.map(clean_label).dropna(subset="cell_type").drop_duplicates()
-    twice = table["cell_type"][table["cell_type"].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}: cell types with two different lineages ({some(twice)})")
-    given = dict(zip(table["cell_type"], table["lineage"], strict=True))
-    unknown = [name for name in given if name not in cell_types]
-    if len(unknown) == len(given):
-        raise InputError(
-            f"{path}: none of its {len(given)} cell types ({some(given)}) is one of the model's "
-            f"({some(cell_types)})"
-        )
-    if unknown:
-        print(f"{path}: {len(unknown)} cell types that the model does not know ({some(unknown)})")
-    lineage_of = [given.get(name) for name in cell_types]
-    left_out = [name for name, own in zip(cell_types, lineage_of, strict=True) if own is None]
-    if left_out:
-        print(f"{path}: {len(left_out)} cell types without a lineage left out ({some(left_out)})")
-    if len(lineages := lineages_in(lineage_of)) < 2:
-        raise InputError(f"{path}: found {len(lineages)} lineages, expected two or more")
-    return lineage_of
-
-
-def lineages_in(lineage_of):
-    """Names of the lineages (L) of :func:`read_lineages`, in natural order."""
-    return natural_order(own for own in lineage_of if own is not None)
-
-
-def read_fractions(path, lineages, lineage_file):
-    """Measured fractions (samples x lineages) of a csv: first column sample, then lineages.
-
-    They may be of any scale, percentages too, as only ratios within a sample are used. Columns that
-    are none of the lineages are left out and reported.
-
-    Raises:
-        InputError: unreadable, a lineage or a name is missing or there twice, a value is no number
-            of 0 or more, or a sample has nothing of these lineages.
-    """
-    table = read_rows(path)
-    samples, table = table.iloc[:, 0].astype(str).str.strip(), table.iloc[:, 1:]
-    missing = [name for name in lineages if name not in table]
-    if missing:
-        raise InputError(
-            f"{path}: has no column {some(missing)}, which {lineage_file} names as lineage; found "
-            f"{some(table.columns, 8)}"
-        )
-    for what, names in (("columns", table.columns), ("samples", pd.Index(samples))):
-        if names.has_duplicates:
-            raise InputError(f"{path}: {what} there twice ({some(names[names.duplicated()])})")
-    left_out = [name for name in table if name not in lineages]
-    if left_out:
-        print(f"{path}: {len(left_out)} columns that are no lineage left out ({some(left_out)})")
-    text = table[lineages].set_axis(samples)
-    values = text.apply(pd.to_numeric, errors="coerce").astype(float)
-    wrong = ~(np.isfinite(values) & (values >= 0)).to_numpy()
-    if wrong.any():
-        i, j = (int(at[0]) for at in np.nonzero(wrong))
-        raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (sample {values.index[i]}, {lineages[j]}), expected "
-            "a number, 0 or more"
-        )
-    empty = values.index[values.sum(axis=1) == 0]
-    if len(empty):
-        raise InputError(
-            f"{path}: {len(empty)} samples ({some(empty)}) have nothing of {some(lineages, 8)}"
-        )
-    return values
-
-
-def to_lineages(proportions, names, lineages):
-    """Proportions (S x K) summed to lineages and renormalised over these (S x L).
-
-    names: lineage of each column (K), None or another name where it is left out. A row that has
-    nothing of any lineage becomes even.
-    """
-    member = np.array([[name == lineage for lineage in lineages] for name in names], float)
-    summed = proportions @ member
-    total = summed.sum(axis=1, keepdims=True)
-    return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))
-
-
 def shift_platform(bulk, rng):
     """Expected counts of bulks (S x G) as other platforms or donors would measure them.
 
@@ -771,32 +261,6 @@ def shift_platform(bulk, rng):
     factors[rng.random(factors.shape).argsort(axis=1) < round(0.1 * n_genes)] = 0
     shifted = bulk * factors.repeat(BULKS_PER_PLATFORM, axis=0)[: len(bulk)]
     return shifted / shifted.sum(axis=1, keepdims=True) * SHIFT_DEPTH
-
-
-def proportion_figures(true, predicted, where):
-    """dict: name of figure -> value, over all entries; true, predicted (S, K or L).
-
-    where: the end of the names, as in ``BEST``.
-    """
-    error = predicted - true
-    values = {
-        "RMSE": np.sqrt(np.mean(error**2)),
-        "CCC": concordance(true, predicted),
-        "MAE": np.abs(error).mean(),
-    }
-    return {f"proportions {measure}{where}": value for measure, value in values.items()}
-
-
-def predict_proportions(encoder, bulk, present, profiles):
-    """Proportions (S x K) of bulks (S x G) by each method, all on the genes that are present (G).
-
-    profiles: mean counts of training cells (K x G). Returns a dict: method -> array.
-    """
-    _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
-    return {
-        "bulk2sc": pi.cpu().numpy(),
-        "NNLS": nnls_proportions(bulk[:, present], profiles[:, present]),
-    }
 
 
 def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, rng):
@@ -863,23 +327,6 @@ def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractio
 
 
 # ------------------------------------------------------------------------------------ tables
-
-
-def load_weights(weights, cells, cell_types, device, fewest=2):
-    """Both models of a folder and their cards, checked against the data, and the split (N).
-
-    fewest: held-out cells that there must be.
-    """
-    decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
-    decoder, decoder_card = load_model(decoder_file, scDecoder, device)
-    encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
-    for file, card in ((decoder_file, decoder_card), (encoder_file, encoder_card)):
-        check_cell_types(file, card, cell_types)
-    check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
-    held_out = apply_split(cells, decoder_card["held_out"], decoder_file)
-    if held_out.sum() < fewest:
-        raise InputError(f"{decoder_file}: no cells were held out, so nothing can be measured")
-    return decoder, decoder_card, encoder, encoder_card, held_out
 
 
 def summarise(table, n_weights):

@@ -21,27 +21,19 @@ import scipy.sparse as sp
 import torch
 
 import bulk2sc
-from bulk2sc import draw_types, log_cpm
+from baselines import predict_proportions
 from data import (
     DatasetSettings,
     align_genes,
     codes_of,
+    draw_test_bulks,
     library_size,
     load_cells,
     mean_counts,
-    run_script,
 )
-from evaluate import (
-    calibrate_to,
-    concordance,
-    draw_test_bulks,
-    find_markers,
-    load_weights,
-    new_cells,
-    predict_proportions,
-)
-from files import InputError
-from models import encode_cells, load_model, pick_device, scGMVAE, seed_everything
+from generation import CHUNK, calibrate_to, draw_types, load_weights, log_cpm, new_cells
+from metrics import concordance, find_markers
+from models import encode_cells, scGMVAE
 from plotting import (
     write_curves,
     write_joint,
@@ -51,6 +43,10 @@ from plotting import (
     write_schematic,
     write_whole_figure,
 )
+from runtime.device import pick_device, seed_everything
+from runtime.errors import InputError
+from runtime.script import run_script
+from runtime.weights import load_model
 
 N_NEIGHBORS = 30  # of each real cell, in which generated ones are counted
 
@@ -118,12 +114,12 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
     if gmvae is not None:
         model, card = gmvae
         seen, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
-        mean, var = (part.to(device) for part in encode_cells(model, seen, bulk2sc.CHUNK))
+        mean, var = (part.to(device) for part in encode_cells(model, seen, CHUNK))
     z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)
     blocks = [
         decoder.sample_rows(z[rows], library[rows], k[rows], generator)
-        for rows in torch.arange(len(codes), device=device).split(bulk2sc.CHUNK)
+        for rows in torch.arange(len(codes), device=device).split(CHUNK)
     ]
     return sp.vstack(blocks, format="csr")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from data import natural_order
-from files import write_whole
+from readers.labels import natural_order
+from runtime.writing import write_whole
 
 # Seven colours of Okabe and Ito, then each the one furthest (in Oklab) from white and from all
 # before it, as seen by the one who needs it most: full colour vision, protanopia or deuteranopia

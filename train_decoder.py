@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backed import sample_in_memory
 from data import (
     TrainingSettings,
     align_genes,
@@ -25,28 +24,18 @@ from data import (
     library_size,
     load_cells,
     mean_counts,
-    run_script,
-    take,
 )
-from files import InputError, some
-from models import (
-    LIKELIHOODS,
-    check_cell_types,
-    check_mixture,
-    encode_cells,
-    in_batches,
-    load_mixture,
-    load_model,
-    mean_profile,
-    pick_device,
-    save_model,
-    scDecoder,
-    scGMVAE,
-    seed_everything,
-    to_dense,
-)
+from models import LIKELIHOODS, encode_cells, mean_profile, scDecoder, scGMVAE
 from plotting import write_losses
-from training import Run, already_finished, digest, several, two_rate_optimizer
+from readers.backed import sample_in_memory
+from readers.fingerprint import digest
+from runtime.checkpoint import already_finished
+from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from runtime.errors import InputError, some
+from runtime.processes import several
+from runtime.script import run_script
+from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
+from training import Run, two_rate_optimizer
 
 
 @dataclass
@@ -220,7 +209,7 @@ def main(cfg):
     ).to(device)
     # Close to Poisson, as most genes are: from 1 the dispersions of rare genes, whose gradient is
     # small, never get there, and cells come out with too few genes detected.
-    model.start_at(mean_profile(take(cells.X, train)).to(device), theta=10.0)
+    model.start_at(mean_profile(cells.X, train).to(device), theta=10.0)
     model.mu.copy_(mu)
     model.var.copy_(var)
     library = torch.as_tensor(library_size(cells.X))  # (N,)
@@ -259,7 +248,7 @@ def main(cfg):
         return
     model.eval()
     if posterior:
-        model.fit_types(take(cells.X, train), codes[train], seed=cfg.seed)
+        model.fit_types(cells[train].X, codes[train], seed=cfg.seed)
     save_model(
         model_file,
         model,

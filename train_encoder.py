@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backed import sample_in_memory
-from bulk2sc import bulk_fit, encode_bulks, expected_bulk
 from data import (
     TrainingSettings,
     align_genes,
@@ -22,25 +20,21 @@ from data import (
     choose_marker_genes,
     codes_of,
     draw_pseudobulks,
-    flag,
     load_cells,
     mean_counts,
-    run_script,
 )
-from files import InputError
-from models import (
-    BulkEncoder,
-    check_cell_types,
-    check_mixture,
-    load_mixture,
-    load_model,
-    pick_device,
-    save_model,
-    scDecoder,
-    seed_everything,
-)
+from generation import bulk_fit, encode_bulks, expected_bulk
+from models import BulkEncoder, scDecoder
 from plotting import write_losses
-from training import Run, already_finished, digest, several, two_rate_optimizer
+from readers.backed import sample_in_memory
+from readers.fingerprint import digest
+from runtime.checkpoint import already_finished
+from runtime.device import pick_device, seed_everything
+from runtime.errors import InputError
+from runtime.processes import several
+from runtime.script import flag, run_script
+from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
+from training import Run, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much, gene by gene
 # (standard deviation of the log-ratio). Bulks that differ no more are as usual, though training at

@@ -19,34 +19,27 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backed import sample_in_memory
 from data import (
-    FOUND_FILE,
     TrainingSettings,
     align_genes,
     choose_genes,
     choose_held_out,
     codes_of,
     load_cells,
-    natural_order,
-    read_labels,
-    run_script,
-    take,
 )
-from files import InputError, write_whole
-from models import (
-    encode_cells,
-    in_batches,
-    mean_profile,
-    pick_device,
-    save_mixture,
-    save_model,
-    scGMVAE,
-    seed_everything,
-    to_dense,
-)
+from models import encode_cells, mean_profile, scGMVAE
 from plotting import write_losses
-from training import Run, already_finished, digest, several, two_rate_optimizer
+from readers.backed import sample_in_memory
+from readers.fingerprint import digest
+from readers.labels import FOUND_FILE, natural_order, read_labels
+from runtime.checkpoint import already_finished
+from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from runtime.errors import InputError
+from runtime.processes import several
+from runtime.script import run_script
+from runtime.weights import save_mixture, save_model
+from runtime.writing import write_whole
+from training import Run, two_rate_optimizer
 
 MOST_TYPES = 20  # that the BIC chooses from
 
@@ -214,7 +207,7 @@ def main(cfg):
     model = scGMVAE(
         len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
     ).to(device)
-    model.decoder.start_at(mean_profile(take(X, train)).to(device))
+    model.decoder.start_at(mean_profile(X, train).to(device))
     # Mixture and dispersions lag behind the network at its own rate, and then cells drawn from the
     # prior come out worse than cells drawn from posteriors.
     fast = [model.mu, model.log_var, model.decoder.log_theta]

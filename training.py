@@ -15,112 +15,31 @@ those of one process, but for rounding. The first process alone prints and write
 same data and the same folder of weights.
 """
 
-import contextlib
-import functools
-import hashlib
 import math
-import os
 import signal
-import sys
 import time
-from datetime import timedelta
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import is_backed, plain_settings, silence
-from files import InputError, Interruption, Stopped, check_writable
-from models import Dropout, load_model, load_tensors, save_tensors
+from models import Dropout
+from readers.backed import BackedCounts
+from readers.fingerprint import digest
+from runtime.checkpoint import CHECKPOINT_VERSION, alike, differing_setting
+from runtime.errors import InputError
+from runtime.processes import among_all
+from runtime.script import plain_settings
+from runtime.signals import Interruption, Stopped
+from runtime.weights import load_tensors, save_tensors
+from runtime.writing import check_writable
 
-CHECKPOINT_VERSION = 1
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
-# Settings that a resumed run may change: where things are, and how often it saves.
-FREE = {"data", "labels", "weights", "device", "resume", "checkpoint_every"}
 LOOK_EVERY = 20  # steps on a GPU, which stands still whenever the loss is looked at
-PATIENCE = timedelta(seconds=10)  # that the first process has to say itself what went wrong
 
 
 # ------------------------------------------------------------------------- several processes
-
-
-def several(main):
-    """Decorator: ``main(cfg)`` of a training also runs as one of the processes of ``torchrun``.
-
-    Whatever ends one of them ends all: it leaves the group, and the others fail at the next sum.
-    One of them alone says why, the first if it can.
-    """
-
-    @functools.wraps(main)
-    def run_one(cfg):
-        if not dist.is_available() or not dist.is_torchelastic_launched():
-            return main(cfg)
-        store, rank, size = next(dist.rendezvous("env://"))
-        if size == 1:
-            return main(cfg)
-        with contextlib.ExitStack() as stack:
-            if rank:
-                stack.enter_context(silence())
-            try:
-                join(cfg, store, rank, size)
-                main(cfg)
-            except (Exception, KeyboardInterrupt) as error:
-                Interruption.later = lambda number: None  # it is ending already
-                if not is_to_say(store, rank):
-                    time.sleep(1)  # torchrun ends all when the first of them has ended
-                    sys.exit(128 + error.number if isinstance(error, Stopped) else 1)
-                raise
-            finally:
-                Dropout.part = None
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-
-    return run_one
-
-
-def join(cfg, store, rank, size):
-    """Become one of ``size`` processes; on CUDA each has a GPU of its own.
-
-    Raises:
-        InputError: there are fewer GPUs than processes.
-    """
-    gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
-    if gpu:
-        own, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= found or cfg.device not in ("auto", "cuda"):
-            raise InputError(
-                f"--device {cfg.device}: found {found} GPUs for the processes of torchrun, "
-                "expected one each, and --device auto or cuda"
-            )
-        torch.cuda.set_device(own)  # which "cuda" means from now on
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
-
-
-def is_to_say(store, rank):
-    """Whether this process is the one to say what went wrong: the first, or if it does not, one."""
-    try:
-        if rank:
-            with contextlib.suppress(dist.DistStoreError):  # it waited in vain
-                store.wait(["said"], PATIENCE)
-        return store.add("said", 1) == 1
-    except RuntimeError:  # the store is gone, and with it the process that held it
-        return False
-
-
-def among_all(collective, *arguments):
-    """Call a function of ``torch.distributed``.
-
-    Raises:
-        InputError: another process has ended.
-    """
-    try:
-        return collective(*arguments)
-    except RuntimeError as error:
-        raise InputError(
-            "another process of this training has ended; --resume goes on from the last checkpoint"
-        ) from error
 
 
 # -------------------------------------------------------------------------------- one training
@@ -151,86 +70,6 @@ def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
         optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps + 1
     )
     return optimizer, schedule
-
-
-def digest(*parts):
-    """A fingerprint (hex) of arrays, tensors, sparse matrices and lists or dicts of such.
-
-    By it a checkpoint knows whether the data and the earlier stages are still the same.
-    """
-    code = hashlib.blake2b(digest_size=16)
-
-    def add(part):
-        if is_backed(part):
-            part = part.fingerprint
-        if sp.issparse(part):
-            part = [part.indptr.astype(np.int64), part.indices.astype(np.int64), part.data]
-        if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().numpy()
-        if isinstance(part, dict):
-            part = [x for item in part.items() for x in item]
-        if isinstance(part, list):
-            code.update(f"[{len(part)}]".encode())
-            for one in part:
-                add(one)
-        elif isinstance(part, np.ndarray):
-            code.update(f"{part.dtype}{part.shape}".encode())
-            code.update(np.ascontiguousarray(part).data)
-        else:
-            text = str(part).encode("utf-8", "surrogateescape")
-            code.update(f"{len(text)}:".encode() + text)
-
-    for part in parts:
-        add(part)
-    return code.hexdigest()
-
-
-def differing_setting(found, own):
-    """The first setting in which two runs differ, as words, or None. Both: plain settings."""
-    for name in own:
-        if name not in FREE and found.get(name) != own[name]:
-            return f"--{name.replace('_', '-')} {found.get(name)}, now {own[name]}"
-    return None
-
-
-def already_finished(cfg, path, model_class, made_from):
-    """Whether ``--resume`` has nothing left to do: the model is there, of the same run, complete.
-
-    made_from: :func:`digest` of what the run starts from.
-    """
-    stem = path.name.removesuffix("_model.pt")
-    if not cfg.resume or not path.exists() or path.with_name(f"{stem}_checkpoint.pt").exists():
-        return False
-    try:
-        _, card = load_model(path, model_class)
-    except InputError:
-        return False  # to be made again
-    same = card.get("made_from") == made_from
-    if not same or differing_setting(card["settings"], plain_settings(cfg)):
-        return False
-    print(f"{path}: of a run with these settings and this data that ended; nothing left to do")
-    return True
-
-
-def alike(found, own):
-    """Whether a value from a file has the structure of one's own: keys, types, shapes, finite."""
-    if isinstance(own, torch.Tensor):
-        return (
-            isinstance(found, torch.Tensor)
-            and found.shape == own.shape
-            and found.dtype == own.dtype
-            and found.layout == torch.strided
-            and bool(torch.isfinite(found).all())
-        )
-    if isinstance(own, dict):
-        return isinstance(found, dict) and found.keys() == own.keys() and all(
-            alike(found[key], own[key]) for key in own
-        )  # fmt: skip
-    if isinstance(own, list | tuple):
-        return type(found) is type(own) and len(found) == len(own) and all(map(alike, found, own))
-    if isinstance(own, int | float) and not isinstance(own, bool):
-        return isinstance(found, int | float) and math.isfinite(found)
-    return type(found) is type(own)
 
 
 class Run:
@@ -320,7 +159,8 @@ class Run:
         if self.step:  # resumed within the epoch: its order comes from the state before it
             self.rng.bit_generator.state = self.rng_of_epoch
         self.rng_of_epoch = self.rng.bit_generator.state
-        order = X.shuffled(rows, self.rng) if is_backed(X) else self.rng.permutation(rows)
+        backed = isinstance(X, BackedCounts)
+        order = X.shuffled(rows, self.rng) if backed else self.rng.permutation(rows)
         if self.step:
             self.rng.bit_generator.state = at_step
         for batch in np.array_split(order, n)[self.step :]:

@@ -27,10 +27,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bulk2sc  # noqa: E402
-from data import silence  # noqa: E402
-from files import write_cells, write_whole  # noqa: E402
+import generation  # noqa: E402
 from models import scDecoder  # noqa: E402
+from runtime.script import silence  # noqa: E402
+from runtime.writing import write_cells, write_whole  # noqa: E402
 
 K, D, N_REFERENCE = 8, 10, 906  # cell types, latents and cells, as in PBMC 1K
 PUBLISHED_EPOCHS = {"scDecoder": 5000, "Bulk Encoder": 3000}
@@ -75,17 +75,17 @@ def chunks(decoder, n_cells, generator):
     """One bulk's cells, as ``bulk2sc.py --bulk`` draws them."""
     pi = torch.full((1, K), 1 / K)
     moments = decoder.mu[None], decoder.var[None]  # (1, K, D)
-    return bulk2sc.chunks_of_samples(*moments, pi, n_cells, generator)
+    return generation.chunks_of_samples(*moments, pi, n_cells, generator)
 
 
 def generate(n_genes, n_cells):
     """Counts in memory, dropped chunk by chunk. Returns seconds."""
     decoder = random_decoder(n_genes)
     generator = torch.Generator().manual_seed(0)
-    for _ in bulk2sc.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
+    for _ in generation.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
         pass  # compiled, threads started
     start = time.perf_counter()
-    for _ in bulk2sc.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator):
+    for _ in generation.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator):
         pass
     return time.perf_counter() - start
 
@@ -96,11 +96,11 @@ def generate_file(n_genes, n_cells):
 
     decoder = random_decoder(n_genes)
     generator = torch.Generator().manual_seed(0)
-    for _ in bulk2sc.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
+    for _ in generation.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
         pass
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        blocks = bulk2sc.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator)
+        blocks = generation.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator)
         obs = pd.DataFrame(index=[f"cell_{i}" for i in range(n_cells)])
         genes = [f"gene_{i}" for i in range(n_genes)]
         file = Path(folder) / "cells.h5ad"
@@ -115,7 +115,7 @@ def limit(n_genes, n_cells):
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    import sampler
+    from runtime import sampler
 
     decoder = random_decoder(n_genes)
     n_threads = torch.get_num_threads()
@@ -248,7 +248,8 @@ def our_elbo(weights, training, held_out, n=10):
     training cells. n: draws of z.
     """
     from data import align_genes, codes_of
-    from models import encode_cells, load_model, nb_log_prob, scGMVAE
+    from models import encode_cells, nb_log_prob, scGMVAE
+    from runtime.weights import load_model
 
     gmvae, card = load_model(weights / "scGMVAE_model.pt", scGMVAE)
     decoder, own = load_model(weights / "scDecoder_model.pt", scDecoder)

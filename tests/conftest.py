@@ -29,10 +29,9 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import backed  # noqa: E402  the project is not an installed package
-import check_hdf5  # noqa: E402
-import data  # noqa: E402
-from data import run_script  # noqa: E402
+
+from readers import backed, bulk, counts, hdf5_probe  # noqa: E402  not an installed package
+from runtime.script import run_script  # noqa: E402
 
 CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]  # slash, two blanks: real names
 
@@ -195,8 +194,8 @@ def hdf5_in_this_process(request, monkeypatch):
     The scripts' own processes, test_untrusted.py and test_fuzz.py do it as it is meant.
     """
     if request.path.stem != "test_untrusted":
-        for module in (data, backed):
-            monkeypatch.setattr(module, "check_hdf5", check_hdf5.look_through)
+        for module in (counts, bulk, backed):
+            monkeypatch.setattr(module, "check_hdf5", hdf5_probe.look_through)
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from conftest import (
     write_10x,
     write_10x_h5,
 )
-from data import InputError, read_counts
+from readers.counts import read_counts
+from runtime.errors import InputError
 
 SHARED = ROOT / ".." / "shared" / "data"
 PBMC1K = SHARED / "pbmc1k_v3"

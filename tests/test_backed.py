@@ -10,8 +10,6 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-import backed
-from backed import sample_in_memory
 from conftest import QUICK, assert_one_line_error, make_cells, run_inside, train
 from data import (
     TrainingSettings,
@@ -21,9 +19,11 @@ from data import (
     load_cells,
     mean_counts,
     sum_by_type,
-    take,
 )
-from models import load_tensors, mean_profile
+from models import mean_profile
+from readers import backed
+from readers.backed import sample_in_memory
+from runtime.weights import load_tensors
 from test_interruption import same_weights, stop_at
 
 STAGES = ("train_gmvae.py", "train_decoder.py", "train_encoder.py")
@@ -79,8 +79,8 @@ def test_cells_are_those_in_memory(tmp_path, monkeypatch, many, kind):
     rows = np.random.default_rng(0).permutation(own.n_obs)[:200]
     assert (own.X[rows] != there.X[rows]).nnz == 0
     assert own.X[rows[:0]].shape == (0, own.n_vars)
-    assert (take(own.X, rows)[np.arange(9)] != there.X[rows[:9]]).nnz == 0
-    assert (mean_profile(take(own.X, rows)) == mean_profile(there.X[rows])).all()
+    assert (own.X.only(rows)[np.arange(9)] != there.X[rows[:9]]).nnz == 0
+    assert (mean_profile(own.X, rows) == mean_profile(there.X[rows])).all()
     wanted = [*own.var_names[[5, 3, 30]], "absent"]
     genes = [align_genes(cells.X, cells.var_names, wanted, path)[0] for cells in (own, there)]
     assert genes[0].shape == genes[1].shape and (genes[0][rows] != genes[1][rows]).nnz == 0

@@ -1,6 +1,7 @@
 """Reading counts and labels, aligning genes, splitting cells, making bulks."""
 
 import time
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -8,25 +9,23 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-import data
 from conftest import CELL_TYPES, write_10x, write_10x_h5, write_labels
 from data import (
     PROTOCOL_GENES,
     DatasetSettings,
-    InputError,
     align_genes,
     batch_bulks,
-    check_counts,
     choose_genes,
     choose_marker_genes,
     codes_of,
     draw_pseudobulks,
     load_cells,
-    natural_order,
-    read_bulk,
-    read_counts,
     split_cells,
 )
+from readers.bulk import read_bulk
+from readers.counts import check_counts, read_counts
+from readers.labels import natural_order
+from runtime.errors import InputError
 from train_encoder import split_folds
 
 # ------------------------------------------------------------------------------------ counts
@@ -640,7 +639,7 @@ def test_bulk_without_known_genes_is_an_error(tmp_path, bulk_table):
 
 
 def test_pbmc1k_reads_as_described():
-    folder = data.Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
+    folder = Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
     if not folder.is_dir():
         pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
     cells = load_cells(DatasetSettings(data=folder))
@@ -650,7 +649,7 @@ def test_pbmc1k_reads_as_described():
 
 def test_ids_of_a_real_reference_name_its_genes(tmp_path, capsys):
     """GENCODE-like ids, with versions: those the reference has find their genes, and no other."""
-    folder = data.Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
+    folder = Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
     if not folder.is_dir():
         pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
     table = pd.read_csv(folder / "features.tsv.gz", sep="\t", header=None, keep_default_na=False)

@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 import training
 from conftest import ROOT, TINY, run_inside
-from models import Dropout, from_csr, to_dense
+from models import Dropout
+from runtime import processes
+from runtime.device import from_csr, to_dense
 from test_interruption import FILE, left_behind, same_weights, start_folder
 
 # Batches that two processes cannot halve, and batches of one cell, of which one has no part.
@@ -132,11 +134,11 @@ def test_one_that_ends_ends_both_and_resume_goes_on(folders, h5ad):
 
 def test_one_process_says_what_went_wrong(monkeypatch):
     """The first, if it fails as well; else one of the others, after it has waited."""
-    monkeypatch.setattr(training, "PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=0.2))
     store = dist.HashStore()
-    assert [training.is_to_say(store, rank) for rank in (0, 1, 2)] == [True, False, False]
+    assert [processes.is_to_say(store, rank) for rank in (0, 1, 2)] == [True, False, False]
     store = dist.HashStore()
-    assert [training.is_to_say(store, rank) for rank in (2, 0, 1)] == [True, False, False]
+    assert [processes.is_to_say(store, rank) for rank in (2, 0, 1)] == [True, False, False]
 
 
 @pytest.mark.parametrize("n, size", [(7, 2), (1, 3), (8, 4)])

@@ -10,9 +10,14 @@ import scipy.sparse as sp
 import scipy.stats
 from sklearn.datasets import make_blobs
 
+import baselines
 import evaluate
+import generation
+import metrics
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run, run_inside
-from data import InputError, codes_of, load_cells, split_cells
+from data import codes_of, load_cells, split_cells
+from readers import lineages
+from runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def figures():
     cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
     codes, _ = codes_of(cells)
     held_out = split_cells(codes, 0.5, 0)
-    return evaluate.CellFigures(cells, held_out, codes), cells, codes, held_out
+    return metrics.CellFigures(cells, held_out, codes), cells, codes, held_out
 
 
 def whole(rows):
@@ -53,7 +58,7 @@ def test_other_real_half_reads_as_good_as_it_gets(read_of_other_half):
     assert read["fold-change correlation"] > 0.95
     assert abs(read["energy distance"]) < 0.2
     of_bulks = ("proportions", "sum of cells")  # measured elsewhere
-    assert set(read) == {f for f in evaluate.BEST if not f.startswith(of_bulks)}
+    assert set(read) == {f for f in metrics.BEST if not f.startswith(of_bulks)}
 
 
 def test_the_held_out_cells_themselves_read_perfect(figures):
@@ -102,7 +107,7 @@ def test_mean_cells_have_no_variance_and_independent_genes_no_correlation(figure
     shuffled = np.stack([rng.permutation(column) for column in dense.T], axis=1)
     log = [figures[0].log(sp.csr_matrix(X), np.arange(60)) for X in (dense, shuffled)]
     real = figures[0].log(figures[1].X, np.arange(60))
-    together, apart = (evaluate.correlation_rmse(real, made) for made in log)
+    together, apart = (metrics.correlation_rmse(real, made) for made in log)
     assert apart > 2 * together
 
 
@@ -121,57 +126,57 @@ def test_energy_distance_and_mmd_against_closed_forms():
     grid = scipy.stats.norm.ppf((np.arange(1500) + 0.5) / 1500)  # normal without sampling noise
     a, b = (rng.permutation(grid)[:, None] + m for m in (0, 0.7))
     expected = scipy.stats.energy_distance(a[:, 0], b[:, 0]) ** 2
-    assert evaluate.energy_distance(a, b) == pytest.approx(expected, rel=0.02)
-    assert abs(evaluate.energy_distance(a[:700], a[700:])) < 0.02
-    assert abs(evaluate.mmd2(a[:700], a[700:])) < 0.003
+    assert metrics.energy_distance(a, b) == pytest.approx(expected, rel=0.02)
+    assert abs(metrics.energy_distance(a[:700], a[700:])) < 0.02
+    assert abs(metrics.mmd2(a[:700], a[700:])) < 0.003
     # Gaussian kernel of variance w/2: E k = sqrt(w/(w+4)) exp(-m²/(w+4)), m the distance of means.
     d = np.abs(np.subtract.outer(np.r_[a, b][:, 0], np.r_[a, b][:, 0])) ** 2
     w = np.median(d[d > 0])
     closed = 2 * np.sqrt(w / (w + 4)) * (1 - np.exp(-(0.7**2) / (w + 4)))
-    assert evaluate.mmd2(a, b) == pytest.approx(closed, rel=0.03)
+    assert metrics.mmd2(a, b) == pytest.approx(closed, rel=0.03)
 
 
 def test_forest_and_variance_on_known_blobs():
     X, y = make_blobs(400, centers=[[0, 0], [10, 10]], random_state=0)
     half = np.arange(400) % 2 == 0
-    assert evaluate.random_forest_auroc(X[half], X[~half], 0) == pytest.approx(0.5, abs=0.1)
-    assert evaluate.random_forest_auroc(X[y == 0], X[y == 1], 0) > 0.999
+    assert metrics.random_forest_auroc(X[half], X[~half], 0) == pytest.approx(0.5, abs=0.1)
+    assert metrics.random_forest_auroc(X[y == 0], X[y == 1], 0) > 0.999
     centre = np.stack([X[y == k].mean(axis=0) for k in (0, 1)])[y]
     wider = centre + (X - centre) * np.sqrt([2.0, 3.0])[y][:, None]
-    ratios = evaluate.within_type_variance_ratio(X, y, wider, y)
+    ratios = metrics.within_type_variance_ratio(X, y, wider, y)
     assert ratios == pytest.approx({0: 2, 1: 3})
 
 
 def test_concordance_and_nnls():
     t = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
-    assert evaluate.concordance(t, t) == pytest.approx(1)
-    assert evaluate.concordance(t, t[:, ::-1]) == pytest.approx(-1)
-    assert evaluate.concordance(t, t + 0.3) < 0.8  # a constant bias costs, unlike in Pearson's
+    assert metrics.concordance(t, t) == pytest.approx(1)
+    assert metrics.concordance(t, t[:, ::-1]) == pytest.approx(-1)
+    assert metrics.concordance(t, t + 0.3) < 0.8  # a constant bias costs, unlike in Pearson's
     profiles = np.random.default_rng(0).gamma(1.0, 1.0, (2, 50))
-    assert evaluate.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
+    assert baselines.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
 
 
 def test_lineages_are_summed_and_renormalised():
     proportions = np.array([[0.1, 0.2, 0.3, 0.4], [0.0, 0.5, 0.5, 0.0], [0, 0, 0, 1]])
-    read = evaluate.to_lineages(proportions, ["T", "B", "T", None], ["B", "T"])
+    read = metrics.to_lineages(proportions, ["T", "B", "T", None], ["B", "T"])
     assert read == pytest.approx(np.array([[1 / 3, 2 / 3], [0.5, 0.5], [0.5, 0.5]]))  # even: none
     # Measured fractions go the same way: a column that is no lineage is left out.
-    read = evaluate.to_lineages(np.array([[30.0, 10, 99]]), ["T", "B", "Unknown"], ["B", "T"])
+    read = metrics.to_lineages(np.array([[30.0, 10, 99]]), ["T", "B", "Unknown"], ["B", "T"])
     assert read == pytest.approx(np.array([[0.25, 0.75]]))
 
 
 def test_proportion_figures_of_perfect_wrong_and_permuted_predictions():
     true = np.random.default_rng(0).dirichlet(np.ones(4), 50)
-    read = evaluate.proportion_figures(true, true, ", shift")
+    read = metrics.proportion_figures(true, true, ", shift")
     assert read == pytest.approx({
         "proportions RMSE, shift": 0, "proportions CCC, shift": 1, "proportions MAE, shift": 0,
     })  # fmt: skip
-    wrong = list(evaluate.proportion_figures(true, true[:, [1, 2, 3, 0]], "").values())
+    wrong = list(metrics.proportion_figures(true, true[:, [1, 2, 3, 0]], "").values())
     assert wrong[0] > 0.2 and wrong[1] < 0.3 and wrong[2] > 0.15
     a, b = np.array([[0.2, 0.8]]), np.array([[0.5, 0.5]])
-    assert evaluate.proportion_figures(a, b, "")["proportions RMSE"] == pytest.approx(0.3)
+    assert metrics.proportion_figures(a, b, "")["proportions RMSE"] == pytest.approx(0.3)
     a, b = np.array([[0.2, 0.8], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.5, 0.5]])
-    assert evaluate.proportion_figures(a, b, "")["proportions MAE"] == pytest.approx(0.2)
+    assert metrics.proportion_figures(a, b, "")["proportions MAE"] == pytest.approx(0.2)
 
 
 def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes():
@@ -208,7 +213,7 @@ def test_lineage_file(tmp_path, capsys):
         f"\ufeff{MAP} Natural killer  cells , NK\nMartian,T\n\nB cells,B\nB cells,B\nCD4,\n,\n",
         encoding="utf-8",
     )
-    assert evaluate.read_lineages(path, [*CELL_TYPES, "CD4"]) == ["B", None, "NK", None]
+    assert lineages.read_lineages(path, [*CELL_TYPES, "CD4"]) == ["B", None, "NK", None]
     said = capsys.readouterr().out
     assert "2 cell types without a lineage left out (CD4+/CD25 T, CD4)" in said
     assert "1 cell types that the model does not know (Martian)" in said
@@ -228,7 +233,7 @@ def test_lineage_file(tmp_path, capsys):
 def test_lineage_files_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(InputError, match=f"map.csv: .*{words}"):
-        evaluate.read_lineages(tmp_path / "map.csv", CELL_TYPES)
+        lineages.read_lineages(tmp_path / "map.csv", CELL_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +251,14 @@ def test_lineage_files_that_cannot_be_used(tmp_path, text, words):
 def test_fractions_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "f.csv").write_text(text)
     with pytest.raises(InputError, match=f"f.csv: .*{words}"):
-        evaluate.read_fractions(tmp_path / "f.csv", ["B", "T"], "map.csv")
+        lineages.read_fractions(tmp_path / "f.csv", ["B", "T"], "map.csv")
 
 
 def test_cell_type_nb_has_the_moments_of_the_type():
     cells = make_cells((400, 300, 20))
     X, codes = cells.X, cells.obs["cell_type"].astype("category").cat.codes.to_numpy()
     wanted = np.repeat([0, 1], 4000)
-    made = evaluate.draw_cell_type_nb(X, codes, wanted, np.random.default_rng(0))
+    made = baselines.draw_cell_type_nb(X, codes, wanted, np.random.default_rng(0))
     for k in (0, 1):
         own, got = X[codes == k].toarray(), made[wanted == k].toarray()
         np.testing.assert_allclose(got.mean(axis=0), own.mean(axis=0), rtol=0.2, atol=0.1)
@@ -289,7 +294,7 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
         "published recipe", "NNLS",
     }  # fmt: skip
     # Lineages and real bulks need files of their own.
-    figures = {f for f in evaluate.BEST if not f.endswith((", lineages", ", real bulk"))}
+    figures = {f for f in metrics.BEST if not f.endswith((", lineages", ", real bulk"))}
     assert set(table["figure"]) == figures
     assert table["cell_type"].nunique() == 4  # three types, and all together
     for figure in figures:
@@ -378,7 +383,7 @@ def measured(tmp_path):
 @pytest.fixture
 def no_forests(monkeypatch):
     """The slowest figure by far, for runs in which it is not looked at."""
-    monkeypatch.setattr(evaluate, "random_forest_auroc", lambda *_: 0.5)
+    monkeypatch.setattr(metrics, "random_forest_auroc", lambda *_: 0.5)
 
 
 def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, no_forests):
@@ -388,7 +393,7 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
     assert "11 samples with measured fractions, 1 without; 1 of" in done.stdout
     assert "columns that are no lineage left out (Unknown)" in done.stdout
     table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
-    assert set(table["figure"]) == set(evaluate.BEST)
+    assert set(table["figure"]) == set(metrics.BEST)
     table = table.astype({"mean": float})
     for method in ("bulk2sc", "NNLS"):
         own = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("figure")
@@ -401,7 +406,7 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
         assert read["proportions CCC, lineages"] > 0.8
     two = done.stdout.split("\nproportions of ")
     assert len(two) == 2 and "NNLS" not in two[0] and "NNLS" in two[1]
-    assert all(f in two[1] for f in evaluate.BEST if f.startswith("proportions"))
+    assert all(f in two[1] for f in metrics.BEST if f.startswith("proportions"))
 
 
 def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured):
@@ -412,9 +417,9 @@ def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured
     cfg = evaluate.Settings(data=h5ad, weights=trained, n_draws=1, n_pseudobulks=5, **paths)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    _, _, encoder, card, held_out = evaluate.load_weights(trained, cells, cell_types, "cpu")
-    lineage_of = evaluate.read_lineages(cfg.lineages, cell_types)
-    fractions = evaluate.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
+    _, _, encoder, card, held_out = generation.load_weights(trained, cells, cell_types, "cpu")
+    lineage_of = lineages.read_lineages(cfg.lineages, cell_types)
+    fractions = lineages.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
     models = cells, codes, held_out, encoder, card
     rows = evaluate.measure_real_bulk(*models, lineage_of, fractions, cfg)
     read = {(method, figure.split()[1]): value for method, figure, _, value in rows}
@@ -423,7 +428,7 @@ def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured
     for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
         rng = np.random.default_rng(0)
         rows = evaluate.measure_proportions(*models, given, cfg, rng)
-        expected = {f for f in evaluate.BEST if f.startswith("proportions")}
+        expected = {f for f in metrics.BEST if f.startswith("proportions")}
         assert {row[1] for row in rows} == {f for f in expected if not f.endswith(left_out)}
 
 

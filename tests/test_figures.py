@@ -7,9 +7,10 @@ import torch
 import plotting
 from conftest import assert_one_line_error, make_cells, run_inside
 from data import codes_of, load_cells
-from evaluate import load_weights
+from generation import load_weights
 from make_figures import Settings, generate, mixing, principal_components, reconstruct
-from models import load_model, scGMVAE
+from models import scGMVAE
+from runtime.weights import load_model
 
 PICTURES = {
     *("pbmc1k", "Latent", "reconstructed", "generated", "labels", "joint", "markers"),

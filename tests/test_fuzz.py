@@ -26,12 +26,14 @@ import pytest
 import torch
 
 import annotate
-import evaluate
 import training
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
-from data import DatasetSettings, TrainingSettings, load_cells, read_bulk
-from files import InputError, plain, some
-from models import BulkEncoder, load_mixture, load_model, mean_profile, scDecoder, scGMVAE
+from data import DatasetSettings, TrainingSettings, load_cells
+from models import BulkEncoder, mean_profile, scDecoder, scGMVAE
+from readers import lineages
+from readers.bulk import read_bulk
+from runtime.errors import InputError, plain, some
+from runtime.weights import load_mixture, load_model
 
 SECONDS = 30  # that one case may take
 MEMORY = 3 << 30  # bytes that the process may have beyond what it has at the start
@@ -231,9 +233,9 @@ def read(path, sound):
     elif name.startswith("markers."):
         annotate.read_markers(str(path), "Blood")
     elif name == "lineages.csv":
-        evaluate.read_lineages(path, TYPES)
+        lineages.read_lineages(path, TYPES)
     elif name == "fractions.csv":
-        evaluate.read_fractions(path, TYPES, "lineages.csv")
+        lineages.read_fractions(path, TYPES, "lineages.csv")
     elif name in MODELS:
         use_model(path, MODELS[name])
     elif name.endswith("_checkpoint.pt"):

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-import files
 import training
 from conftest import ROOT, TINY, assert_one_line_error, run, run_inside, train
-from files import InputError, write_whole
-from models import BulkEncoder, load_mixture, load_model, scDecoder, scGMVAE
+from models import BulkEncoder, scDecoder, scGMVAE
+from runtime import writing
+from runtime.errors import InputError
+from runtime.weights import load_mixture, load_model
+from runtime.writing import write_whole
 
 FILE = {
     "train_gmvae.py": ("scGMVAE", scGMVAE),
@@ -396,7 +398,7 @@ def test_every_step_of_a_write_may_fail(tmp_path, monkeypatch, step):
     def fail(*arguments, **options):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(files.os, step, fail)
+    monkeypatch.setattr(writing.os, step, fail)
     with pytest.raises(InputError, match=r"a\.txt: could not be written \(Input/output error\)"):
         write_whole(path, lambda part: part.write_text("new"))
     monkeypatch.undo()
@@ -407,7 +409,7 @@ def test_temporary_file_follows_no_link(tmp_path, monkeypatch):
     """Somebody else's link under the name of our temporary file is not written through."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 8)
+    monkeypatch.setattr(writing.secrets, "token_hex", lambda n: "0" * 8)
     (tmp_path / ".a.00000000.tmp.txt").symlink_to(victim)
     with pytest.raises(InputError, match="File exists"):
         write_whole(tmp_path / "a.txt", lambda part: part.write_text("new"))
@@ -429,7 +431,7 @@ def test_left_over_temporary_files_are_removed_once_old(tmp_path, capsys):
     for path in (old, young, other):
         path.write_text("x")
     for path in (old, other):
-        os.utime(path, (time.time() - 2 * files.OLD,) * 2)
+        os.utime(path, (time.time() - 2 * writing.OLD,) * 2)
     write_whole(tmp_path / "a.txt", lambda part: part.write_text("new"))
     assert not old.exists() and young.exists() and other.exists()
     assert str(old) in capsys.readouterr().out

@@ -21,8 +21,9 @@ from conftest import (
     write_10x,
     write_labels,
 )
-from data import FOUND_FILE
-from models import MIXTURE_FILES, BulkEncoder, load_model, normal_kl, scDecoder, scGMVAE
+from models import BulkEncoder, normal_kl, scDecoder, scGMVAE
+from readers.labels import FOUND_FILE
+from runtime.weights import MIXTURE_FILES, load_model
 from train_gmvae import choose_mixture, name_types
 
 

@@ -9,7 +9,9 @@ import scipy.sparse as sp
 import scipy.stats
 import torch
 
-from bulk2sc import (
+from conftest import make_cells
+from data import DatasetSettings
+from generation import (
     add_to_sums,
     bulk_fit,
     calibration,
@@ -18,18 +20,9 @@ from bulk2sc import (
     misfit,
     sum_agreement,
 )
-from conftest import make_cells
-from data import DatasetSettings, InputError
-from models import (
-    BulkEncoder,
-    load_mixture,
-    load_model,
-    mean_profile,
-    save_mixture,
-    save_model,
-    scDecoder,
-    scGMVAE,
-)
+from models import BulkEncoder, mean_profile, scDecoder, scGMVAE
+from runtime.errors import InputError
+from runtime.weights import load_mixture, load_model, save_mixture, save_model
 from train_encoder import encoder_losses
 
 G, K, D = 40, 3, 7  # all different, so that a mix-up of axes cannot pass

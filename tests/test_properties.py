@@ -26,33 +26,27 @@ from hypothesis import strategies as st
 from conftest import write_10x, write_10x_h5
 from data import (
     DatasetSettings,
-    InputError,
     align_genes,
     batch_bulks,
-    check_counts,
-    clean_label,
     codes_of,
     draw_pseudobulks,
     load_cells,
-    natural_order,
-    read_bulk,
-    read_counts,
-    read_label_csv,
     split_cells,
 )
 from models import (
     BulkEncoder,
-    load_mixture,
-    load_model,
     nb_log_prob,
     nb_log_prob_of_cells,
     sample_nb,
-    save_mixture,
-    save_model,
     scDecoder,
     scGMVAE,
     zinb_log_prob,
 )
+from readers.bulk import read_bulk
+from readers.counts import check_counts, read_counts
+from readers.labels import clean_label, natural_order, read_label_csv
+from runtime.errors import InputError
+from runtime.weights import load_mixture, load_model, save_mixture, save_model
 
 TOP = 2**31 - 1
 SEEDS = st.integers(0, 2**32 - 1)

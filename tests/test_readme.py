@@ -14,7 +14,7 @@ import pytest
 
 from annotate import export_10x
 from conftest import ROOT, run, run_inside
-from data import read_counts
+from readers.counts import read_counts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -45,7 +45,7 @@ def clone(tmp_path_factory):
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "markers.csv", ROOT / "README.md"]:
         shutil.copy(path, folder)
-    for name in ("weights", "benchmarks"):
+    for name in ("weights", "benchmarks", "readers", "runtime"):
         shutil.copytree(ROOT / name, folder / name)
     rng = np.random.default_rng(0)
     cells = read_counts()  # the embedded dataset stands in for every download

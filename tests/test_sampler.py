@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from sampler import exp32, exp64, log1p64, poisson_draw, sample_csr
+from runtime.sampler import exp32, exp64, log1p64, poisson_draw, sample_csr
 
 MEANS = 10.0 ** np.arange(-3, 4.5, 0.5)
 THETAS = 10.0 ** np.arange(-4, 5)

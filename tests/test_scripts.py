@@ -11,8 +11,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-import bulk2sc
-from bulk2sc import MISFIT
+import generation
 from conftest import (
     CELL_TYPES,
     QUICK,
@@ -25,8 +24,10 @@ from conftest import (
     write_10x,
     write_labels,
 )
-from models import load_model, scGMVAE
+from generation import MISFIT
+from models import scGMVAE
 from plotting import type_colors, write_proportions
+from runtime.weights import load_model
 
 TRAININGS = list(TINY)
 GENES = [f"GENE{i}" for i in range(60)]
@@ -159,7 +160,7 @@ def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path
 @pytest.mark.parametrize("chunk", [1, 64, 10_000])
 def test_cells_that_come_in_chunks_keep_their_bulk_and_type(trained, tmp_path, monkeypatch, chunk):
     """Whatever the chunk, each cell stands under its own sample and cell type."""
-    monkeypatch.setattr(bulk2sc, "CHUNK", chunk)
+    monkeypatch.setattr(generation, "CHUNK", chunk)
     cells = make_cells()
     pure = [cells[cells.obs["cell_type"] == t].X.sum(axis=0).A1 for t in CELL_TYPES]
     table = pd.DataFrame(dict(zip("abc", pure, strict=True)), index=cells.var_names)

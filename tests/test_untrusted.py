@@ -14,11 +14,17 @@ import pytest
 import torch
 
 import annotate
-import files
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
-from data import DatasetSettings, load_cells, read_bulk, read_counts, read_label_csv
-from files import BoundedFile, InputError, check_hdf5
-from models import BulkEncoder, load_mixture, load_model, scDecoder, scGMVAE
+from data import DatasetSettings, load_cells
+from models import BulkEncoder, scDecoder, scGMVAE
+from readers import hdf5
+from readers.bounded import BoundedFile
+from readers.bulk import read_bulk
+from readers.counts import read_counts
+from readers.hdf5 import check_hdf5
+from readers.labels import read_label_csv
+from runtime.errors import InputError
+from runtime.weights import load_mixture, load_model
 
 HEADER = "%%MatrixMarket matrix coordinate integer general\n"
 
@@ -240,10 +246,10 @@ def test_hdf5_is_looked_through_in_a_process_of_its_own(tmp_path, cells, monkeyp
         return real([sys.executable, "-c", "while True: pass"], **options | {"timeout": 0.2})
 
     for run, words in ((crash, "ended with -11"), (stand_still, "come to an end")):
-        monkeypatch.setattr(files.subprocess, "run", run)
+        monkeypatch.setattr(hdf5.subprocess, "run", run)
         refused(lambda: check_hdf5(path), path, words)
     monkeypatch.undo()
-    program = [sys.executable, ROOT / "check_hdf5.py", path]
+    program = [sys.executable, ROOT / "readers/hdf5_probe.py", path]
     size = int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
     assert size >= cells.X.data.nbytes + cells.X.indices.nbytes
 

@@ -9,15 +9,19 @@ is shuffled as it would be in memory, and gives the same results to the bit.
 
 import hashlib
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from data import check_counts, in_parts, other_names
-from files import InputError, check_hdf5, one_line
+from readers.counts import check_cells, check_counts
+from readers.gene_names import other_names
+from readers.hdf5 import check_hdf5
+from runtime.errors import InputError, one_line
 
 BLOCK = 256  # cells
+
 BUFFER = 4e8  # bytes of the blocks kept, of each of the two matrices that a training may read
 
 
@@ -25,7 +29,7 @@ class BackedCounts:
     """A matrix of counts (N x G) in a file; rows that are asked for come as CSR int32.
 
     Every block is checked as it is read: all values must be raw counts, as in
-    :func:`data.check_counts`.
+    :func:`readers.counts.check_counts`.
 
     Attributes:
         shape: (N, G). library: total counts of each cell in all genes of the file (N), int64.
@@ -108,6 +112,10 @@ class BackedCounts:
         """Close the file, from which nothing can be read then."""
         getattr(self.source, "group", self.source).file.close()
 
+    def __matmul__(self, select):
+        """The genes that a matrix of zeros and ones (G x G') selects; they stay in the file."""
+        return self.only(select=select)
+
     def only(self, rows=None, select=None):
         """The same counts, some rows or genes of them, which stay in the file.
 
@@ -128,10 +136,14 @@ class BackedCounts:
         return own
 
     def sum(self, axis):
-        """Total counts of each gene (G), int64."""
-        if axis != 0:
-            raise ValueError("only of genes; the cells' are in .library")
-        return sum(np.asarray(X.sum(axis=0, dtype=np.int64)).ravel() for _, X in in_parts(self))
+        """Total counts, int64: of each gene (G) along axis 0; of each cell (N) along axis 1.
+
+        A cell's are of all genes in the file, as its library size is.
+        """
+        if axis == 1:
+            return self.library
+        chunks = np.array_split(np.arange(self.shape[0]), -(-self.shape[0] // 4096))
+        return sum(np.asarray(self[rows].sum(axis=0, dtype=np.int64)).ravel() for rows in chunks)
 
     def shuffled(self, rows, rng):
         """Rows in random order, those of a bufferful of blocks together."""
@@ -228,13 +240,18 @@ def read_backed(path):
     """Open an ``.h5ad``; counts are ``layers["counts"]``, else ``X``, else ``raw.X``.
 
     Returns:
-        BackedCells; ``.var["gene_ids"]`` as :func:`data.read_counts` has it.
+        BackedCells; ``.var["gene_ids"]`` as :func:`readers.counts.read_counts` has it.
 
     Raises:
         InputError: the file is unreadable or holds no raw counts, kept cell by cell.
     """
     import h5py
 
+    if Path(path).suffix != ".h5ad":
+        raise InputError(f"--backed: found {path}, expected an .h5ad file for --data")
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected counts for --data")
     try:
         check_hdf5(path, within=("obs", "var", "raw/var"))
         file = h5py.File(path, "r")
@@ -243,7 +260,7 @@ def read_backed(path):
     except Exception as error:  # each kind of broken file raises something else
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     try:
-        return open_counts(file, path)
+        return check_cells(open_counts(file, path), path)
     except BaseException:
         file.close()
         raise

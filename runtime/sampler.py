@@ -29,7 +29,7 @@ import scipy.sparse as sp
 import torch
 from numba import njit
 
-from files import InputError
+from runtime.errors import InputError
 
 BLOCK = 512  # cells of one matrix product; fewer are slower for each cell, more take more memory
 HIGH = 16.0  # mean from which a gamma and a Poisson draw cost less than climbing the distribution

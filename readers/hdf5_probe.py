@@ -1,7 +1,7 @@
 """Look through an HDF5 file in a process of its own: a broken one can crash or hang the library.
 
-    python check_hdf5.py cells.h5ad
-    python check_hdf5.py cells.h5ad obs var          # of which these groups will be read
+    python readers/hdf5_probe.py cells.h5ad
+    python readers/hdf5_probe.py cells.h5ad obs var          # of which these groups will be read
 
 Prints how many bytes its datasets take in memory, or those of some groups, or a line that begins
 with "refused:". Reads all attributes, all datasets that are small, and the ends of the others.

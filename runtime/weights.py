@@ -1,0 +1,279 @@
+"""Files of weights: saved so that each rebuilds its model alone, checked before they are used."""
+
+import io
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from runtime.errors import InputError, is_plain_name, one_line, some
+from runtime.script import plain_settings
+from runtime.writing import write_whole
+
+FORMAT_VERSION = 2  # 2: scDecoder knows the shape of each type's cloud of cells
+
+MADE_BY = {
+    "scGMVAE": "train_gmvae.py",
+    "scDecoder": "train_decoder.py",
+    "BulkEncoder": "train_encoder.py",
+}
+
+MIXTURE_FILES = ("gmm_mu_c.pt", "gmm_var_c.pt")
+
+
+def save_model(path, model, settings, **card):
+    """Save a model so that the file alone rebuilds it: state, shape, settings and ``card``.
+
+    ``card`` holds what else the file should know: genes, cell_types, held_out (barcodes), epoch.
+    Only tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it.
+    """
+    card = {
+        "format": "bulk2sc",
+        "version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "config": model.config,
+        "state": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "settings": plain_settings(settings),
+        "seed": settings.seed,
+        **card,
+    }
+    save_tensors(path, card)
+
+
+def save_tensors(path, content):
+    """``torch.save``, whole or not at all.
+
+    By way of memory, as its own writing of files ends in an abort when the disk is full.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def load_tensors(path, made_by):
+    """``torch.load`` onto the CPU, of a file that may come from anybody; one-line errors name it.
+
+    No code in it is run (``weights_only``), and it takes no more memory than it has bytes: records
+    of torch's zip files are never compressed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {made_by} makes it")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                records = file.infolist()
+            size = sum(record.file_size for record in records)
+            if size > path.stat().st_size or any(record.compress_type for record in records):
+                raise ValueError("compressed records")
+        with warnings.catch_warnings():  # what torch thinks of a strange file
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a broken zip, a foreign pickle, a cut-off record: many kinds
+        raise InputError(
+            f"{path}: not a readable weights file, expected one by {made_by}"
+        ) from error
+
+
+def is_plain_tensor(value):
+    """Whether a value is a dense tensor on the CPU that has all of its elements in memory.
+
+    A file may hold views that claim more elements than are stored, or sparse or empty shells.
+    """
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def is_list_of_names(value, length=None):
+    """Whether a value is a list (of some length) of texts that every format can hold."""
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(isinstance(name, str) and is_plain_name(name) for name in value)
+    )
+
+
+def check_card(card, model_class):
+    """Check that what a file says of a model fits together, before anything is built from it.
+
+    The model is first set up without memory; so what is set aside for it later is no more than
+    what the file itself holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, RuntimeError: it does not; says what.
+    """
+    config, state = card["config"], card["state"]
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise ValueError("config or state is no dict")
+    for name, value in config.items():
+        most = {"n_iterations": 10_000}.get(name, 2**31 - 1)
+        if name == "likelihood":  # which the model itself checks
+            sound = isinstance(value, str)
+        elif name == "dropout":
+            sound = isinstance(value, int | float) and 0 <= value < 1
+        else:
+            sound = type(value) is int and 1 <= value <= most
+        if not sound:
+            raise ValueError(f"{name} {value}")
+    with torch.device("meta"):
+        expected = model_class(**config).state_dict()
+    if state.keys() != expected.keys():
+        raise ValueError("other names of tensors")
+    for name, value in state.items():
+        like = expected[name]
+        if not is_plain_tensor(value) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"tensor {name}")
+    names, K = card["genes"], config["n_types"]
+    fraction, fit = card["held_out_fraction"], card.get("fit", {})
+    sound = {
+        "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
+        "gene_ids": is_list_of_names(card.get("gene_ids", names), len(names)),  # older have none
+        "cell_types": is_list_of_names(card["cell_types"], K) and len(set(card["cell_types"])) == K,
+        "held_out": is_list_of_names(card["held_out"]),
+        "held_out_fraction": isinstance(fraction, int | float) and 0 <= fraction < 1,
+        "settings": isinstance(card["settings"], dict),
+        "components": sorted(card.get("components", range(K))) == list(range(K)),
+        "fit": isinstance(fit, dict)
+        and all(
+            len(pair) == 2 and all(isinstance(v, float) for v in pair) and pair[1] > 0
+            for pair in fit.values()
+        )
+        and fit.keys() in (set(), {"correlation", "unexplained"}),
+    }
+    if wrong := [name for name, good in sound.items() if not good]:
+        raise ValueError(", ".join(wrong))
+
+
+def check_values(model):
+    """Check the values of a loaded model: finite, and in the range in which it can be used.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    state = model.state_dict()
+    sound = {name: bool(torch.isfinite(value).all()) for name, value in state.items()}
+    for name in ("var", "scale"):  # a σ_k² or spread of zero is none
+        if name in state:
+            sound[name] &= bool((state[name] > 0).all())
+    for name in ("signature", "profile", "shape_weight", "shape_sd"):
+        if name in state:
+            sound[name] &= bool((state[name] >= 0).all())
+    if "shape_weight" in state:
+        sound["shape_weight"] &= bool((state["shape_weight"].sum(dim=1) > 0).all())
+    if "log_library" in state:  # of which no exponential overflows
+        sound["log_library"] &= bool((state["log_library"].abs() < 40).all())
+    if wrong := [name for name, good in sound.items() if not good]:
+        raise ValueError(", ".join(wrong))
+
+
+def load_model(path, model_class, device="cpu"):
+    """Rebuild a saved model in eval mode; the file may come from anybody.
+
+    Returns:
+        ``(model, card)``: the module on ``device``, and the rest of the file as a dict.
+
+    Raises:
+        InputError: missing, truncated, another kind of file or version, or a state that does not
+            fit its own description.
+    """
+    name = model_class.__name__
+    card = load_tensors(path, MADE_BY[name])
+    if not isinstance(card, dict) or card.get("format") != "bulk2sc" or card.get("model") != name:
+        found = (
+            card.get("model", "something else") if isinstance(card, dict) else type(card).__name__
+        )
+        raise InputError(f"{path}: found {found}, expected a {name} by {MADE_BY[name]}")
+    if card.get("version") != FORMAT_VERSION:
+        found = card.get("version")
+        raise InputError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
+    try:
+        check_card(card, model_class)
+        model = model_class(**card["config"])
+        model.load_state_dict(card.pop("state"))
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: its parts do not fit together ({one_line(error)}), expected a whole {name}"
+        ) from error
+    try:
+        check_values(model)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: {error} with values that are not finite or out of range, expected trained "
+            "weights"
+        ) from error
+    return model.to(device).eval(), card
+
+
+def save_mixture(folder, mu, var):
+    """Write μ_k and σ_k² in autoCell's layout, 1 x D x K; mu and var are (K, D)."""
+    for name, value in zip(MIXTURE_FILES, (mu, var), strict=True):
+        layout = value.detach().cpu().T.unsqueeze(0).contiguous()  # (1, D, K)
+        save_tensors(Path(folder) / name, layout)
+
+
+def load_mixture(folder, n_types):
+    """Read μ_k and σ_k², from this project or from autoCell: 1 x D x K, or K x D.
+
+    Args:
+        folder: with ``gmm_mu_c.pt`` and ``gmm_var_c.pt``. n_types: K of the labels.
+
+    Returns:
+        mu, var: (K, D) float32.
+
+    Raises:
+        InputError: shapes disagree with each other or with K, or a value is not finite, or a
+            variance not positive.
+    """
+    tensors = []
+    for name in MIXTURE_FILES:
+        path = Path(folder) / name
+        value = load_tensors(path, MADE_BY["scGMVAE"])
+        if not is_plain_tensor(value) or not value.is_floating_point():
+            raise InputError(f"{path}: expected a tensor of 1 x D x K or K x D numbers")
+        shape = tuple(value.shape)
+        if value.dim() == 3 and shape[0] == 1:
+            value = value[0].T
+        if value.dim() != 2 or value.shape[0] != n_types:
+            raise InputError(
+                f"{path}: found shape {shape}, expected 1 x D x {n_types} or {n_types} x D "
+                f"for the {n_types} cell types of the labels"
+            )
+        tensors.append(value.detach().float().contiguous())
+        if not torch.isfinite(tensors[-1]).all():  # nor beyond single precision
+            raise InputError(f"{path}: holds values that are not finite")
+    mu, var = tensors
+    if mu.shape != var.shape:
+        raise InputError(f"{folder}: mu is {tuple(mu.shape)}, var is {tuple(var.shape)} (K x D)")
+    if not (var > 0).all():
+        found = var.min().item()
+        raise InputError(f"{path}: found a variance of {found:g}, expected positive ones")
+    return mu, var
+
+
+def check_cell_types(path, card, cell_types):
+    """The one name-to-code map must be the same in a model and in the labels at hand."""
+    if card["cell_types"] != list(cell_types):
+        raise InputError(
+            f"{path}: knows {len(card['cell_types'])} cell types ({some(card['cell_types'])}), the "
+            f"labels have {len(cell_types)} ({some(cell_types)}); expected weights of this dataset"
+        )
+
+
+def check_mixture(path, model, mu, var, other):
+    """A model must have been made for the mixture μ_k, σ_k² (K, D) that ``other`` holds."""
+    same = model.mu.shape == mu.shape
+    for own, given in ((model.mu, mu), (model.var, var)):
+        # Not to the bit: exp of the same number may differ between machines in the last place.
+        same = same and torch.allclose(own.detach().cpu(), given.detach().cpu(), rtol=1e-4)
+    if not same:
+        raise InputError(
+            f"{path}: made for another Gaussian mixture than {other}; expected weights of one "
+            "run, so train the later stage again"
+        )
