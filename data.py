@@ -20,6 +20,7 @@ from runtime.errors import InputError, one_line, some
 from runtime.script import flag
 
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
+DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 
 @dataclass
@@ -221,6 +222,24 @@ def align_genes(X, genes, wanted, where, report=True):
     return X @ S, present
 
 
+def log_normalise(X, dtype=np.float64):
+    """log1p of counts per 10,000, as scanpy computes it: the one log-normalisation of the project.
+
+    Args:
+        X: counts (N x G), CSR or dense. dtype: of the result; scanpy's own default is float32.
+
+    Returns:
+        As X (N x G), in ``dtype``; a cell without counts stays all zero.
+    """
+    import anndata
+    import scanpy
+
+    cells = anndata.AnnData(X.astype(dtype))
+    scanpy.pp.normalize_total(cells, target_sum=DEPTH)
+    scanpy.pp.log1p(cells)
+    return cells.X
+
+
 def choose_genes(adata, n_genes):
     """Names of the ``n_genes`` most variable genes, in the data's order (all, if there are fewer).
 
@@ -275,9 +294,7 @@ def choose_marker_genes(adata, codes, n_genes):
         adata = adata[:, usable]
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
-    total = np.maximum(library_size(adata.X), 1)
-    log = sp.csr_matrix(sp.diags(1e4 / total) @ adata.X)
-    log.data = np.log1p(log.data)
+    log = log_normalise(adata.X)
     kinds, share = np.unique(codes, return_counts=True)
     share = share[:, None] / len(codes)  # (K, 1)
     parts = [log[np.flatnonzero(codes == k)] for k in kinds]

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import library_size, sum_by_type
+from data import DEPTH, library_size, sum_by_type
 from runtime.device import in_batches, to_csr, to_dense
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
-DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 # ---------------------------------------------------------------------------- seed and device
 

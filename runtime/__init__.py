@@ -1,1 +1,1 @@
-"""How a run survives: errors, signals, files, weights, checkpoints, processes. Imports nothing above it."""
+"""How a run survives: errors, signals, whole files, weights, checkpoints, processes."""
