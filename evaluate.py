@@ -5,12 +5,12 @@
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
     python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
 
-Every figure is read on cells that no training has seen. Columns of the table:
+Every metric is read on cells that no training has seen. Columns of the table:
 
 - bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
 - calibrated: the same with bulk2sc.py --calibrate, to the sum of the held-out cells
 - other real cells: training cells in the place of generated ones
-- unseen real cells: the half of the training cells that the figures' space was not fitted on
+- unseen real cells: the half of the training cells that the metrics' space was not fitted on
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
 - scVI: if scvi-tools is installed, trained here
@@ -51,7 +51,7 @@ from generation import (
     new_cells,
     sum_agreement,
 )
-from metrics import BEST, CellFigures, proportion_figures, to_lineages
+from metrics import METRICS, CellMetrics, proportion_metrics, to_lineages
 from plotting import write_evaluation
 from readers.bulk import read_bulk
 from readers.counts import read_counts
@@ -68,7 +68,7 @@ SHIFT_DEPTH = 2e5  # their counts
 @dataclass
 class Settings(DatasetSettings):
     more_weights: tuple[Path, ...] = ()
-    """Further weights folders, of other seeds; figures are then mean and std over trainings."""
+    """Further weights folders, of other seeds; metrics are then mean and std over trainings."""
     generated: Path | None = None
     """An .h5ad of generated cells to measure, as bulk2sc.py writes it; default: generate them."""
     n_draws: int = 3
@@ -78,7 +78,7 @@ class Settings(DatasetSettings):
     cells_per_bulk: int = 500
     """Cells in each pseudobulk."""
     n_trees: int = 300
-    """Trees of each random forest, the slowest of the figures."""
+    """Trees of each random forest, the slowest of the metrics."""
     baselines: bool = True
     """Measure the baselines too; --no-baselines saves their training."""
     bulk: Path | None = None
@@ -106,12 +106,6 @@ class Settings(DatasetSettings):
             )
 
 
-# ------------------------------------------------------------------------------------ figures
-
-
-# ---------------------------------------------------------------------------------- baselines
-
-
 # --------------------------------------------------------------------------------- measurement
 
 
@@ -133,19 +127,19 @@ def read_generated(path, cells, cell_types):
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; bulk2sc.py makes it")
-    made = read_counts(path)
-    if "cell_type" not in made.obs:
+    generated = read_counts(path)
+    if "cell_type" not in generated.obs:
         raise InputError(f"{path}: has no column cell_type, expected cells by bulk2sc.py")
-    codes = pd.Index(cell_types).get_indexer(made.obs["cell_type"].astype(str))
+    codes = pd.Index(cell_types).get_indexer(generated.obs["cell_type"].astype(str))
     if (codes < 0).any():
-        unknown = made.obs["cell_type"].astype(str)[codes < 0].iloc[0]
+        unknown = generated.obs["cell_type"].astype(str)[codes < 0].iloc[0]
         raise InputError(f"{path}: cell type {unknown} is not one of the model's")
-    X, _ = align_genes(made.X, made.var_names, list(cells.var_names), path)
+    X, _ = align_genes(generated.X, generated.var_names, list(cells.var_names), path)
     return X, codes
 
 
 def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10):
-    """Rows (method, figure, None, value): cells of held-out pseudobulks, added up again.
+    """Rows (method, metric, None, value): cells of held-out pseudobulks, added up again.
 
     genes: ``(decoder's, encoder's)``. 1,000 cells for each of n pseudobulks of Dirichlet(1).
     """
@@ -158,19 +152,19 @@ def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10
     sample = torch.arange(n, device=k.device).repeat_interleave(1000)
     rows = []
     for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
-        made = new_cells(decoder, k, generator, log_factor, sample)
+        generated = new_cells(decoder, k, generator, log_factor, sample)
         sums = np.zeros(bulk.shape)
-        add_to_sums(sums, made, sample.cpu().numpy())
+        add_to_sums(sums, generated, sample.cpu().numpy())
         agreement = sum_agreement(bulk, sums, np.ones(bulk.shape[1], bool))
         rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
     return rows
 
 
 def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, weights, cfg, rng):
-    """Rows (method, figure, type code or None, value) of every method of the table."""
+    """Rows (method, metric, type code or None, value) of every method of the table."""
     test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
     wanted = codes[test]
-    figures = CellFigures(cells, held_out, codes, cfg.n_trees)
+    cell_metrics = CellMetrics(cells, held_out, codes, cfg.n_trees)
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
 
     def from_decoder(decoder, log_factor=None):
@@ -179,30 +173,30 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
         X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
         return X, wanted
 
-    # Half of the training cells, kept out of the space that the figures are read in.
+    # Half of the training cells, kept out of the space that the metrics are read in.
     kept = np.ones(cells.n_obs, dtype=bool)
-    unseen = train[split_cells(codes[train], 0.5, cfg.seed)]
-    kept[unseen] = False
+    left_out = train[split_cells(codes[train], 0.5, cfg.seed)]
+    kept[left_out] = False
 
     methods = {"bulk2sc": lambda: from_decoder(decoder)}
     if cfg.generated is not None:
-        made, made_codes = read_generated(cfg.generated, cells, card["cell_types"])
-        everyone = np.arange(len(made_codes))
+        generated, generated_codes = read_generated(cfg.generated, cells, card["cell_types"])
+        everyone = np.arange(len(generated_codes))
         short = {
-            card["cell_types"][k]: f"{(made_codes == k).sum()} of {n}"
+            card["cell_types"][k]: f"{(generated_codes == k).sum()} of {n}"
             for k, n in zip(*np.unique(wanted, return_counts=True), strict=True)
-            if (made_codes == k).sum() < n
+            if (generated_codes == k).sum() < n
         }
         if short:
             print(f"{cfg.generated}: fewer cells than are held out: {short}")
 
         def from_file():
-            chosen = draw_real(made_codes, wanted, everyone, rng)
+            chosen = draw_real(generated_codes, wanted, everyone, rng)
             if len(chosen) < 2:
                 raise InputError(
                     f"{cfg.generated}: found {len(chosen)} cells of the held-out types"
                 )
-            return made[chosen], made_codes[chosen]
+            return generated[chosen], generated_codes[chosen]
 
         methods["bulk2sc"] = from_file
 
@@ -231,12 +225,12 @@ def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, 
     for at in trange(cfg.n_draws, desc=f"cells of {weights}", unit="draw"):
         for method, draw_cells in methods.items():
             is_real = method == "other real cells"
-            compared = figures.compare(*draw_cells(), at, trained_on=is_real)
+            compared = cell_metrics.compare(*draw_cells(), at, trained_on=is_real)
             rows += [(method, *row) for row in compared]
-    if len(np.unique(codes[unseen])) > 1:
-        without = CellFigures(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
-        compared = without.compare(cells.X[unseen], codes[unseen], cfg.seed)
-        # The unseen cells are no neighbours of themselves, nor trained on in any sense.
+    if len(np.unique(codes[left_out])) > 1:
+        without = CellMetrics(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
+        compared = without.compare(cells.X[left_out], codes[left_out], cfg.seed)
+        # No cell here was trained on, so that share says nothing.
         rows += [
             ("unseen real cells", *row) for row in compared if not row[0].startswith("nearest")
         ]
@@ -264,7 +258,7 @@ def shift_platform(bulk, rng):
 
 
 def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, rng):
-    """Rows (method, figure, None, value) on pseudobulks of held-out cells, plain and shifted.
+    """Rows (method, metric, None, value) on pseudobulks of held-out cells, plain and shifted.
 
     card: the encoder's. lineage_of: of each type (K), or None.
     """
@@ -280,18 +274,18 @@ def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, 
         if where:
             bulk = rng.poisson(shift_platform(bulk, rng))
         for method, predicted in predict_proportions(encoder, bulk, present, profiles).items():
-            figures = proportion_figures(true, predicted, where)
+            values = proportion_metrics(true, predicted, where)
             if lineage_of is not None:
                 lineages = lineages_in(lineage_of)
                 told = true[:, [own is not None for own in lineage_of]].any(axis=1)
                 pair = (to_lineages(p[told], lineage_of, lineages) for p in (true, predicted))
-                figures |= proportion_figures(*pair, f"{where}, lineages")
-            rows += [(method, figure, None, value) for figure, value in figures.items()]
+                values |= proportion_metrics(*pair, f"{where}, lineages")
+            rows += [(method, metric, None, value) for metric, value in values.items()]
     return rows
 
 
 def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractions, cfg):
-    """Rows (method, figure, None, value) on the real bulks of --bulk; nothing is drawn.
+    """Rows (method, metric, None, value) on the real bulks of --bulk; nothing is drawn.
 
     card: the encoder's. lineage_of: of each type (K). fractions: of :func:`read_fractions`.
 
@@ -319,10 +313,10 @@ def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractio
     rows = []
     for method, pi in predict_proportions(encoder, bulk.toarray(), present, profiles).items():
         predicted = to_lineages(pi, lineage_of, lineages)
-        figures = proportion_figures(true, predicted, ", real bulk")
+        values = proportion_metrics(true, predicted, ", real bulk")
         correlation = np.corrcoef(true.ravel(), predicted.ravel())[0, 1]
-        figures["proportions Pearson, real bulk"] = correlation
-        rows += [(method, figure, None, value) for figure, value in figures.items()]
+        values["proportions Pearson, real bulk"] = correlation
+        rows += [(method, metric, None, value) for metric, value in values.items()]
     return rows
 
 
@@ -330,39 +324,39 @@ def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractio
 
 
 def summarise(table, n_weights):
-    """Mean and std of each figure: over trainings if there are several, else over draws.
+    """Mean and std of each metric: over trainings if there are several, else over draws.
 
-    table: columns weights, method, figure, cell_type, value. Returns columns figure, best,
+    table: columns weights, method, metric, cell_type, value. Returns columns metric, best,
     cell_type, method, mean, std, n.
     """
-    keys = ["figure", "cell_type", "method"]
+    keys = ["metric", "cell_type", "method"]
     if n_weights > 1:
         table = table.groupby([*keys, "weights"], sort=False, as_index=False)["value"].mean()
     table = table.groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    order = {figure: i for i, figure in enumerate(BEST)}
-    # Figures of all cells first, then each type; within them the order of the methods stays.
+    order = {metric: i for i, metric in enumerate(METRICS)}
+    # Metrics of all cells first, then each type; within them the order of the methods stays.
     table = table.sort_values(
-        ["cell_type", "figure"],
-        key=lambda c: c.map(order) if c.name == "figure" else c,
+        ["cell_type", "metric"],
+        key=lambda c: c.map(order) if c.name == "metric" else c,
         kind="stable",
     )
-    table.insert(1, "best", table["figure"].map(BEST))
+    table.insert(1, "best", table["metric"].map(METRICS))
     return table.rename(columns={"count": "n"}).reset_index(drop=True)
 
 
 def shown(table):
-    """A table of mean ± std as it is printed: figures with their best values x methods.
+    """A table of mean ± std as it is printed: metrics with their best values x methods.
 
-    table: of :func:`summarise`, figures of all cell types together.
+    table: of :func:`summarise`, metrics of all cell types together.
     """
     text = [
         f"{m:.4f}" + ("" if np.isnan(s) else f" ± {s:.4f}")
         for m, s in zip(table["mean"], table["std"], strict=True)
     ]
-    wide = table.assign(text=text).pivot(index="figure", columns="method", values="text")
-    figures = [f for f in BEST if f in wide.index]
-    wide = wide.loc[figures, list(dict.fromkeys(table["method"]))].fillna("")
-    wide.index = [f"{f} ({BEST[f]:g})" for f in figures]
+    wide = table.assign(text=text).pivot(index="metric", columns="method", values="text")
+    metrics = [name for name in METRICS if name in wide.index]
+    wide = wide.loc[metrics, list(dict.fromkeys(table["method"]))].fillna("")
+    wide.index = [f"{name} ({METRICS[name]:g})" for name in metrics]
     return wide.to_string()
 
 
@@ -397,7 +391,7 @@ def main(cfg):
             cells, codes, held_out, encoder, encoder_card, lineage_of, cfg, rng
         )
         rows += [(str(folder), *row) for row in measured]
-    table = pd.DataFrame(rows, columns=["weights", "method", "figure", "cell_type", "value"])
+    table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
     # "" is "all types": an empty field in the csv, and a key that groupby keeps.
     table["cell_type"] = table["cell_type"].map(dict(enumerate(cell_types))).fillna("")
     table = summarise(table, len(folders))
@@ -405,10 +399,10 @@ def main(cfg):
     write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
     write_evaluation(cfg.weights / "evaluation.png", overall)
     print(
-        "figure (best value), mean ± std over "
+        "metric (best value), mean ± std over "
         + (f"{len(folders)} trainings" if len(folders) > 1 else f"{cfg.n_draws} draws")
     )
-    of_proportions = overall["figure"].str.startswith("proportions")
+    of_proportions = overall["metric"].str.startswith("proportions")
     print(shown(overall[~of_proportions]))
     print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, beside least squares")
     print(shown(overall[of_proportions]))

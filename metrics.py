@@ -7,7 +7,7 @@ import scipy.stats
 
 from data import choose_genes, library_size
 
-BEST = {  # every figure, in the order of the table, and its value for perfect cells
+METRICS = {  # every metric in the order of the tables, and its best possible value
     "random-forest AUROC, PCs": 0.5,
     "random-forest AUROC, genes": 0.5,
     "MMD2, PCs": 0,
@@ -32,8 +32,8 @@ BEST = {  # every figure, in the order of the table, and its value for perfect c
 N_MARKERS = 20  # per cell type
 
 
-def within_type_variance_ratio(real, real_codes, made, made_codes):
-    """Variance within cell types, made over real; 1 is best. real, made: (N, P) PCs.
+def within_type_variance_ratio(real, real_codes, generated, generated_codes):
+    """Variance within cell types, generated over real; 1 is best. real, generated: (N, P) PCs.
 
     For each type with at least three cells on either side, the variance summed over PCs.
 
@@ -42,36 +42,36 @@ def within_type_variance_ratio(real, real_codes, made, made_codes):
     """
     ratios = {}
     for k in np.unique(real_codes):
-        r, m = real[real_codes == k], made[made_codes == k]
+        r, m = real[real_codes == k], generated[generated_codes == k]
         if min(len(r), len(m)) > 2:
             ratios[int(k)] = m.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum()
     return ratios
 
 
-def random_forest_auroc(real, made, seed, n_trees=300):
-    """Cross-validated AUROC of a random forest told to tell real from made; 0.5 is best."""
+def random_forest_auroc(real, generated, seed, n_trees=300):
+    """Cross-validated AUROC of a random forest for generated against real cells; 0.5 is best."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    X = np.vstack([real, made])
-    y = np.repeat([0, 1], [len(real), len(made)])
+    X = np.vstack([real, generated])
+    y = np.repeat([0, 1], [len(real), len(generated)])
     forest = RandomForestClassifier(n_trees, random_state=seed, n_jobs=-1)
     # Shuffled: cells may come sorted by type, and a fold of one type alone reads far below 0.5.
-    folds = StratifiedKFold(min(5, len(real), len(made)), shuffle=True, random_state=seed)
+    folds = StratifiedKFold(min(5, len(real), len(generated)), shuffle=True, random_state=seed)
     score = cross_val_predict(forest, X, y, cv=folds, method="predict_proba")
     return roc_auc_score(y, score[:, 1])
 
 
-def pairwise_discrepancy(real, made, kernel):
+def pairwise_discrepancy(real, generated, kernel):
     """E k(X, X') + E k(Y, Y') - 2 E k(X, Y), unbiased: no point is paired with itself.
 
-    real (N, P), made (M, P). kernel: all pairwise distances (N + M, N + M) -> its value at each.
+    real (N, P), generated (M, P). kernel: function of all pairwise distances (N + M, N + M).
     """
     from sklearn.metrics import pairwise_distances
 
-    k = kernel(pairwise_distances(np.vstack([real, made])))
-    n, m = len(real), len(made)
+    k = kernel(pairwise_distances(np.vstack([real, generated])))
+    n, m = len(real), len(generated)
     rr, mm, rm = k[:n, :n], k[n:, n:], k[:n, n:]
     return (
         (rr.sum() - np.trace(rr)) / (n * (n - 1))
@@ -80,30 +80,32 @@ def pairwise_discrepancy(real, made, kernel):
     )
 
 
-def mmd2(real, made):
+def mmd2(real, generated):
     """Unbiased squared maximum mean discrepancy, Gaussian kernel of median width; 0 is best.
 
-    Gretton et al., JMLR 2012, equation 3. real (N, P), made (M, P).
+    Gretton et al., JMLR 2012, equation 3. real (N, P), generated (M, P).
     """
-    return pairwise_discrepancy(real, made, lambda d: np.exp(-(d**2) / np.median(d[d > 0] ** 2)))
+    return pairwise_discrepancy(
+        real, generated, lambda d: np.exp(-(d**2) / np.median(d[d > 0] ** 2))
+    )
 
 
-def energy_distance(real, made):
-    """Unbiased energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|; 0 is best. real (N, P), made (M, P).
+def energy_distance(real, generated):
+    """Unbiased energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|; 0 is best.
 
-    Székely and Rizzo, J. Statistical Planning and Inference 2013.
+    Székely and Rizzo, J. Statistical Planning and Inference 2013. real (N, P), generated (M, P).
     """
-    return pairwise_discrepancy(real, made, lambda d: -d)
+    return pairwise_discrepancy(real, generated, lambda d: -d)
 
 
-def correlation_rmse(real, made):
+def correlation_rmse(real, generated):
     """Root mean squared difference of gene-gene Pearson correlations; 0 is best.
 
-    real (N, P), made (M, P) log-expression of the same genes; a constant gene correlates with none.
+    real (N, P), generated (M, P): log-expression of the same genes. Constant genes correlate as 0.
     """
     upper = np.triu_indices(real.shape[1], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r, m = (np.nan_to_num(np.corrcoef(a, rowvar=False))[upper] for a in (real, made))
+        r, m = (np.nan_to_num(np.corrcoef(a, rowvar=False))[upper] for a in (real, generated))
     return np.sqrt(np.mean((r - m) ** 2))
 
 
@@ -135,8 +137,8 @@ def concordance(true, predicted):
     return 2 * np.cov(t, p, bias=True)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
 
 
-class CellFigures:
-    """Figures of made cells against the held-out real ones, in a space fitted on all real cells.
+class CellMetrics:
+    """Metrics of generated against held-out real cells, in a space fitted on all real cells.
 
     Log-normalised to 1e4; 1,000 highly variable genes for zeros and the forest on genes, and 20 PCs
     of them; 200 genes by seurat_v3 for correlations; 20 markers of each cell type by t-test on the
@@ -188,43 +190,51 @@ class CellFigures:
         )
 
     def compare(self, X, codes, seed, trained_on=False):
-        """All figures of made cells: counts X (M x G) and type codes (M).
+        """All metrics of generated cells: counts X (M x G) and type codes (M).
 
         trained_on: they are training cells themselves.
 
         Returns:
-            list of (figure, type code, value); the code is None where the figure is of all cells.
+            list of (metric, type code, value); the code is None for a metric of all cells.
         """
-        made, real = self.describe(X), self.real
-        zeros = np.abs((made["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
-        share = trained_on_share(made["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on)
+        generated, real = self.describe(X), self.real
+        zeros = np.abs((generated["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
+        share = trained_on_share(
+            generated["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on
+        )
         auroc_pcs, auroc_genes = (
-            random_forest_auroc(real[space], made[space], seed, self.n_trees)
+            random_forest_auroc(real[space], generated[space], seed, self.n_trees)
             for space in ("pcs", "log")
         )
         whole = {
             "random-forest AUROC, PCs": auroc_pcs,
             "random-forest AUROC, genes": auroc_genes,
-            "MMD2, PCs": mmd2(real["pcs"], made["pcs"]),
-            "gene-gene correlation RMSE": correlation_rmse(real["correlated"], made["correlated"]),
+            "MMD2, PCs": mmd2(real["pcs"], generated["pcs"]),
+            "gene-gene correlation RMSE": correlation_rmse(
+                real["correlated"], generated["correlated"]
+            ),
             "zero-fraction error": zeros.mean(),
-            "library-size KS": scipy.stats.ks_2samp(real["library"], made["library"]).statistic,
-            "macro-F1, generated to real": macro_f1(made["pcs"], codes, real["pcs"], self.codes),
+            "library-size KS": scipy.stats.ks_2samp(
+                real["library"], generated["library"]
+            ).statistic,
+            "macro-F1, generated to real": macro_f1(
+                generated["pcs"], codes, real["pcs"], self.codes
+            ),
             "nearest neighbour trained on, excess": share - self.expected_share,
         }
-        rows = [(figure, None, value) for figure, value in whole.items()]
+        rows = [(metric, None, value) for metric, value in whole.items()]
         by_type = {
             "within-type variance ratio": within_type_variance_ratio(
-                real["pcs"], self.codes, made["pcs"], codes
+                real["pcs"], self.codes, generated["pcs"], codes
             )
         }
         for k in np.unique(self.codes):
             r, m = self.codes == k, codes == k
             if min(r.sum(), m.sum()) < 3:
                 continue
-            own = {"energy distance": energy_distance(real["pcs"][r], made["pcs"][m])}
+            own = {"energy distance": energy_distance(real["pcs"][r], generated["pcs"][m])}
             if k in self.markers:
-                a, b = real["markers"][k][r], made["markers"][k][m]
+                a, b = real["markers"][k][r], generated["markers"][k][m]
                 own["marker mean error"] = np.abs(a.mean(axis=0) - b.mean(axis=0)).mean()
                 expressing = np.abs((a > 0).mean(axis=0) - (b > 0).mean(axis=0))
                 own["marker fraction error"] = expressing.mean()
@@ -232,15 +242,15 @@ class CellFigures:
                 # Difference of means of log-expression, type against the rest, each gene.
                 change = (
                     log[own_type].mean(axis=0) - log[~own_type].mean(axis=0)
-                    for log, own_type in ((real["log"], r), (made["log"], m))
+                    for log, own_type in ((real["log"], r), (generated["log"], m))
                 )
                 own["fold-change correlation"] = np.corrcoef(*change)[0, 1]
-            for figure, value in own.items():
-                by_type.setdefault(figure, {})[int(k)] = value
-        for figure, values in by_type.items():
+            for metric, value in own.items():
+                by_type.setdefault(metric, {})[int(k)] = value
+        for metric, values in by_type.items():
             # The mean of the types, so that one type with a few odd cells does not decide it.
-            rows += [(figure, None, np.mean(list(values.values())))]
-            rows += [(figure, k, value) for k, value in values.items()]
+            rows += [(metric, None, np.mean(list(values.values())))]
+            rows += [(metric, k, value) for k, value in values.items()]
         return rows
 
 
@@ -277,10 +287,10 @@ def to_lineages(proportions, names, lineages):
     return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))
 
 
-def proportion_figures(true, predicted, where):
-    """dict: name of figure -> value, over all entries; true, predicted (S, K or L).
+def proportion_metrics(true, predicted, where):
+    """dict: name of metric -> value, over all entries; true, predicted (S, K or L).
 
-    where: the end of the names, as in ``BEST``.
+    where: the end of the names, as in ``METRICS``.
     """
     error = predicted - true
     values = {

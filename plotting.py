@@ -92,11 +92,11 @@ def write_losses(stem, rows):
 
 
 def write_evaluation(path, table):
-    """Write the figures of merit as one picture, a panel for each, a dot for each method.
+    """Write the metrics as one picture: a panel for each metric, a dot for each method.
 
     Args:
         path: of the .png.
-        table: data frame with the columns figure, best, method, mean, std; std may be NaN.
+        table: data frame with the columns metric, best, method, mean, std; std may be NaN.
     """
     plt = pyplot()
 
@@ -105,19 +105,19 @@ def write_evaluation(path, table):
     colors += ["#7F7F7F"]
     methods = list(dict.fromkeys(table["method"]))
     color_of = {m: colors[i % len(colors)] for i, m in enumerate(methods)}
-    figures = list(dict.fromkeys(table["figure"]))
-    n_columns = min(3, len(figures))
-    n_rows = -(-len(figures) // n_columns)
+    metrics = list(dict.fromkeys(table["metric"]))
+    n_columns = min(3, len(metrics))
+    n_rows = -(-len(metrics) // n_columns)
 
-    picture, axes = plt.subplots(
+    figure, axes = plt.subplots(
         n_rows,
         n_columns,
         figsize=(4.2 * n_columns, (0.8 + 0.19 * len(methods)) * n_rows),
         squeeze=False,
         layout="constrained",
     )
-    for axis, figure in zip(axes.flat, figures, strict=False):
-        rows = table[table["figure"] == figure].iloc[::-1]  # the first method on top
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        rows = table[table["metric"] == metric].iloc[::-1]  # the first method on top
         axis.axvline(rows["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
         for y, row in enumerate(rows.itertuples()):
             axis.errorbar(
@@ -132,12 +132,12 @@ def write_evaluation(path, table):
         axis.set_yticks(range(len(rows)), rows["method"], fontsize=8)
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_title(figure, fontsize=9)
+        axis.set_title(metric, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(figures) :]:
+    for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
-    picture.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
-    write_whole_figure(path, picture, dpi=110)
+    figure.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
+    write_whole_figure(path, figure, dpi=110)
 
 
 def type_colors(cell_types):

@@ -1,4 +1,4 @@
-"""The figures of merit themselves: identical, shifted, permuted and copied cells."""
+"""The metrics themselves: identical, shifted, permuted and copied cells."""
 
 import shutil
 
@@ -21,31 +21,31 @@ from runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def figures():
-    """Figures of 300 synthetic cells, half held out, and what made them."""
+def fitted():
+    """Metrics fitted on 300 synthetic cells, half held out; and these cells."""
     cells = make_cells((120, 100, 80))
     cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
     codes, _ = codes_of(cells)
     held_out = split_cells(codes, 0.5, 0)
-    return metrics.CellFigures(cells, held_out, codes), cells, codes, held_out
+    return metrics.CellMetrics(cells, held_out, codes), cells, codes, held_out
 
 
 def whole(rows):
-    return {figure: value for figure, k, value in rows if k is None}
+    return {metric: value for metric, k, value in rows if k is None}
 
 
-def compare(figures, X, codes, **options):
-    return whole(figures[0].compare(sp.csr_matrix(X), codes, 0, **options))
+def compare(fitted, X, codes, **options):
+    return whole(fitted[0].compare(sp.csr_matrix(X), codes, 0, **options))
 
 
-def other_half(figures):
-    _, cells, codes, held_out = figures
+def other_half(fitted):
+    _, cells, codes, held_out = fitted
     return cells.X[np.flatnonzero(~held_out)], codes[~held_out]
 
 
 @pytest.fixture(scope="module")
-def read_of_other_half(figures):
-    return compare(figures, *other_half(figures), trained_on=True)
+def read_of_other_half(fitted):
+    return compare(fitted, *other_half(fitted), trained_on=True)
 
 
 def test_other_real_half_reads_as_good_as_it_gets(read_of_other_half):
@@ -58,64 +58,64 @@ def test_other_real_half_reads_as_good_as_it_gets(read_of_other_half):
     assert read["fold-change correlation"] > 0.95
     assert abs(read["energy distance"]) < 0.2
     of_bulks = ("proportions", "sum of cells")  # measured elsewhere
-    assert set(read) == {f for f in metrics.BEST if not f.startswith(of_bulks)}
+    assert set(read) == {f for f in metrics.METRICS if not f.startswith(of_bulks)}
 
 
-def test_the_held_out_cells_themselves_read_perfect(figures):
-    _, cells, codes, held_out = figures
-    read = compare(figures, cells.X[np.flatnonzero(held_out)], codes[held_out])
-    for figure in ("gene-gene correlation RMSE", "zero-fraction error", "library-size KS",
+def test_the_held_out_cells_themselves_read_perfect(fitted):
+    _, cells, codes, held_out = fitted
+    read = compare(fitted, cells.X[np.flatnonzero(held_out)], codes[held_out])
+    for metric in ("gene-gene correlation RMSE", "zero-fraction error", "library-size KS",
                    "marker mean error", "marker fraction error"):  # fmt: skip
-        assert read[figure] == pytest.approx(0, abs=1e-9), figure
+        assert read[metric] == pytest.approx(0, abs=1e-9), metric
     assert read["within-type variance ratio"] == pytest.approx(1)
     assert read["fold-change correlation"] == pytest.approx(1)
     assert read["nearest neighbour trained on, excess"] < -0.3  # they are copies of unseen cells
 
 
-def test_permuted_labels_are_noticed_where_labels_count_and_only_there(figures, read_of_other_half):
-    X, codes = other_half(figures)
+def test_permuted_labels_are_noticed_where_labels_count_and_only_there(fitted, read_of_other_half):
+    X, codes = other_half(fitted)
     right = read_of_other_half
-    wrong = compare(figures, X, np.random.default_rng(0).permutation(codes), trained_on=True)
+    wrong = compare(fitted, X, np.random.default_rng(0).permutation(codes), trained_on=True)
     assert wrong["macro-F1, generated to real"] < 0.6 < right["macro-F1, generated to real"]
     assert wrong["fold-change correlation"] < 0.5
     assert wrong["energy distance"] > 10 * abs(right["energy distance"])
     assert wrong["marker mean error"] > 3 * right["marker mean error"]
     assert wrong["within-type variance ratio"] > 1.5 * right["within-type variance ratio"]
-    for figure in ("MMD2, PCs", "zero-fraction error", "library-size KS"):
-        assert wrong[figure] == right[figure], figure
+    for metric in ("MMD2, PCs", "zero-fraction error", "library-size KS"):
+        assert wrong[metric] == right[metric], metric
 
 
-def test_shifted_cells_are_noticed(figures):
-    X, codes = other_half(figures)
+def test_shifted_cells_are_noticed(fitted):
+    X, codes = other_half(fitted)
     loud = X.toarray() * 3
     loud[:, :5] += 50
-    read = compare(figures, loud, codes)
+    read = compare(fitted, loud, codes)
     assert read["random-forest AUROC, PCs"] > 0.95 and read["random-forest AUROC, genes"] > 0.95
     assert read["library-size KS"] > 0.6
     assert read["MMD2, PCs"] > 0.05  # the other real half reads below 0.01
     assert read["zero-fraction error"] > 0
 
 
-def test_mean_cells_have_no_variance_and_independent_genes_no_correlation(figures):
-    X, codes = other_half(figures)
+def test_mean_cells_have_no_variance_and_independent_genes_no_correlation(fitted):
+    X, codes = other_half(fitted)
     means = np.stack([X[codes == k].toarray().mean(axis=0) for k in range(3)])
-    read = compare(figures, np.rint(means[codes] * 10).astype(int), codes)
+    read = compare(fitted, np.rint(means[codes] * 10).astype(int), codes)
     assert read["within-type variance ratio"] < 1e-6
     assert read["random-forest AUROC, genes"] > 0.99
     dense = X.toarray()
     rng = np.random.default_rng(0)
     shuffled = np.stack([rng.permutation(column) for column in dense.T], axis=1)
-    log = [figures[0].log(sp.csr_matrix(X), np.arange(60)) for X in (dense, shuffled)]
-    real = figures[0].log(figures[1].X, np.arange(60))
+    log = [fitted[0].log(sp.csr_matrix(X), np.arange(60)) for X in (dense, shuffled)]
+    real = fitted[0].log(fitted[1].X, np.arange(60))
     together, apart = (metrics.correlation_rmse(real, made) for made in log)
     assert apart > 2 * together
 
 
-def test_copies_of_training_cells_are_found(figures, read_of_other_half):
+def test_copies_of_training_cells_are_found(fitted, read_of_other_half):
     """All nearest neighbours of copies are training cells; of unseen cells about half are."""
-    X, codes = other_half(figures)
-    copied = compare(figures, X, codes)["nearest neighbour trained on, excess"]
-    assert copied == pytest.approx(1 - figures[0].expected_share)
+    X, codes = other_half(fitted)
+    copied = compare(fitted, X, codes)["nearest neighbour trained on, excess"]
+    assert copied == pytest.approx(1 - fitted[0].expected_share)
     assert copied > 0.3
     assert abs(read_of_other_half["nearest neighbour trained on, excess"]) < 0.15
 
@@ -165,18 +165,18 @@ def test_lineages_are_summed_and_renormalised():
     assert read == pytest.approx(np.array([[0.25, 0.75]]))
 
 
-def test_proportion_figures_of_perfect_wrong_and_permuted_predictions():
+def test_proportion_metrics_of_perfect_wrong_and_permuted_predictions():
     true = np.random.default_rng(0).dirichlet(np.ones(4), 50)
-    read = metrics.proportion_figures(true, true, ", shift")
+    read = metrics.proportion_metrics(true, true, ", shift")
     assert read == pytest.approx({
         "proportions RMSE, shift": 0, "proportions CCC, shift": 1, "proportions MAE, shift": 0,
     })  # fmt: skip
-    wrong = list(metrics.proportion_figures(true, true[:, [1, 2, 3, 0]], "").values())
+    wrong = list(metrics.proportion_metrics(true, true[:, [1, 2, 3, 0]], "").values())
     assert wrong[0] > 0.2 and wrong[1] < 0.3 and wrong[2] > 0.15
     a, b = np.array([[0.2, 0.8]]), np.array([[0.5, 0.5]])
-    assert metrics.proportion_figures(a, b, "")["proportions RMSE"] == pytest.approx(0.3)
+    assert metrics.proportion_metrics(a, b, "")["proportions RMSE"] == pytest.approx(0.3)
     a, b = np.array([[0.2, 0.8], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.5, 0.5]])
-    assert metrics.proportion_figures(a, b, "")["proportions MAE"] == pytest.approx(0.2)
+    assert metrics.proportion_metrics(a, b, "")["proportions MAE"] == pytest.approx(0.2)
 
 
 def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes():
@@ -268,7 +268,7 @@ def test_cell_type_nb_has_the_moments_of_the_type():
 
 def test_summary_is_over_trainings_where_there_are_several():
     rows = [(w, "bulk2sc", "MMD2, PCs", "", v) for w, v in zip("aabb", (1, 3, 5, 7), strict=True)]
-    table = pd.DataFrame(rows, columns=["weights", "method", "figure", "cell_type", "value"])
+    table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
     one = evaluate.summarise(table, 2).iloc[0]
     assert (one["mean"], one["n"], one["best"]) == (4, 2, 0)
     assert one["std"] == pytest.approx(np.std([2, 6], ddof=1))
@@ -294,13 +294,13 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
         "published recipe", "NNLS",
     }  # fmt: skip
     # Lineages and real bulks need files of their own.
-    figures = {f for f in metrics.BEST if not f.endswith((", lineages", ", real bulk"))}
-    assert set(table["figure"]) == figures
+    expected = {f for f in metrics.METRICS if not f.endswith((", lineages", ", real bulk"))}
+    assert set(table["metric"]) == expected
     assert table["cell_type"].nunique() == 4  # three types, and all together
-    for figure in figures:
-        assert figure in done.stdout
+    for metric in expected:
+        assert metric in done.stdout
     assert matplotlib.image.imread(weights / "evaluation.png").std() > 0.01
-    value = table[table["cell_type"] == ""].set_index(["method", "figure"])["mean"].astype(float)
+    value = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
     # Regression: unpaired z leaves no variation within a type.
     published = value["published recipe", "within-type variance ratio"]
     assert published < 0.1 < value["bulk2sc", "within-type variance ratio"]
@@ -382,7 +382,7 @@ def measured(tmp_path):
 
 @pytest.fixture
 def no_forests(monkeypatch):
-    """The slowest figure by far, for runs in which it is not looked at."""
+    """Without the slowest metric by far, where a test does not need it."""
     monkeypatch.setattr(metrics, "random_forest_auroc", lambda *_: 0.5)
 
 
@@ -393,10 +393,10 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
     assert "11 samples with measured fractions, 1 without; 1 of" in done.stdout
     assert "columns that are no lineage left out (Unknown)" in done.stdout
     table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
-    assert set(table["figure"]) == set(metrics.BEST)
+    assert set(table["metric"]) == set(metrics.METRICS)
     table = table.astype({"mean": float})
     for method in ("bulk2sc", "NNLS"):
-        own = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("figure")
+        own = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("metric")
         read = own["mean"]
         assert own.loc["proportions RMSE, real bulk", "n"] == 1  # nothing is drawn
         assert own.loc["proportions RMSE, shift", "n"] == 2
@@ -406,7 +406,7 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
         assert read["proportions CCC, lineages"] > 0.8
     two = done.stdout.split("\nproportions of ")
     assert len(two) == 2 and "NNLS" not in two[0] and "NNLS" in two[1]
-    assert all(f in two[1] for f in metrics.BEST if f.startswith("proportions"))
+    assert all(f in two[1] for f in metrics.METRICS if f.startswith("proportions"))
 
 
 def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured):
@@ -422,13 +422,13 @@ def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured
     fractions = lineages.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
     models = cells, codes, held_out, encoder, card
     rows = evaluate.measure_real_bulk(*models, lineage_of, fractions, cfg)
-    read = {(method, figure.split()[1]): value for method, figure, _, value in rows}
+    read = {(method, metric.split()[1]): value for method, metric, _, value in rows}
     for method in ("bulk2sc", "NNLS"):
         assert read[method, "Pearson,"] < -0.8 and read[method, "RMSE,"] > 0.5
     for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
         rng = np.random.default_rng(0)
         rows = evaluate.measure_proportions(*models, given, cfg, rng)
-        expected = {f for f in metrics.BEST if f.startswith("proportions")}
+        expected = {f for f in metrics.METRICS if f.startswith("proportions")}
         assert {row[1] for row in rows} == {f for f in expected if not f.endswith(left_out)}
 
 
