@@ -1,1 +1,1 @@
-"""What comes in: counts, bulk tables, labels, from files of any origin. Imports runtime alone."""
+"""Readers of counts, bulk tables and labels from files of any origin; they import runtime alone."""

@@ -1,39 +1,38 @@
-"""Counts that stay in their .h5ad and are read block by block, for references larger than memory.
+"""Counts that stay in their ``.h5ad``, for references larger than memory (``--backed``).
 
-The trainings read them so with ``--backed``. Blocks of consecutive cells are read by anndata, and
-as many as fit into BUFFER bytes are kept. An epoch takes the blocks in random order, a bufferful at
-a time, and its cells in random order from all blocks of the bufferful, so that each block is read
-once an epoch and a batch still holds cells from all over the file. All that fits into one bufferful
-is shuffled as it would be in memory, and gives the same results to the bit.
+anndata reads blocks of consecutive cells, and up to BUFFER bytes of blocks are kept (a bufferful).
+An epoch takes the blocks in random order, one bufferful at a time, and the cells of a bufferful in
+random order. Each block is thus read once per epoch, and a batch still mixes cells from all over
+the file. A matrix that fits into one bufferful is shuffled as it would be in memory, and gives the
+same results to the bit.
 """
 
 import hashlib
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from readers.counts import check_cells, check_counts
-from readers.gene_names import other_names
+from readers.counts import check_cells, check_counts, check_shape, first_counts
 from readers.hdf5 import check_hdf5
 from runtime.errors import InputError, one_line
 
 BLOCK = 256  # cells
 
-BUFFER = 4e8  # bytes of the blocks kept, of each of the two matrices that a training may read
+BUFFER = 4e8  # bytes of blocks kept of each matrix; a training reads up to two
 
 
 class BackedCounts:
-    """A matrix of counts (N x G) in a file; rows that are asked for come as CSR int32.
+    """A matrix of counts (N x G) in a file; the rows that are asked for come as CSR int32.
 
-    Every block is checked as it is read: all values must be raw counts, as in
+    Every block is checked when it is read: all values must be raw counts, as in
     :func:`readers.counts.check_counts`.
 
     Attributes:
-        shape: (N, G). library: total counts of each cell in all genes of the file (N), int64.
-        fingerprint: of the file's counts and the choice of rows, as hex.
+        shape: (N, G). library: total counts of each cell over all genes of the file (N), int64.
+        fingerprint: hash (hex) of the file's counts and the choice of rows.
     """
 
     dtype = np.dtype(np.int32)
@@ -42,28 +41,28 @@ class BackedCounts:
         """Read all counts once.
 
         Args:
-            source: a 2-d h5py dataset, or what anndata makes of a sparse one.
+            source: a 2-d h5py dataset, or a sparse dataset of anndata.
             where: what messages name. cells, genes: names of the file's rows and columns.
 
         Raises:
-            InputError: what stands there is not a matrix of raw counts, or not kept cell by cell.
+            InputError: the source is not a matrix of raw counts, or is not stored cell by cell.
         """
         self.source, self.where, self.cells, self.genes = source, where, cells, genes
         self.select = None  # (genes of the file x G), which genes to take
         self.file_row = np.arange(len(cells))  # (N)
         check_layout(source, where, cells, genes)
-        self.blocks = OrderedDict()  # number -> CSR, the latest used last
-        code, total, stored = hashlib.blake2b(digest_size=16), [], 0
+        self.blocks = OrderedDict()  # number -> CSR, the most recently used last
+        hasher, library, n_stored = hashlib.blake2b(digest_size=16), [np.zeros(0, np.int64)], 0
         for number in range(-(-len(cells) // BLOCK)):
             X = self.read(number)
             for part in (np.diff(X.indptr), X.indices, X.data):
-                code.update(part.astype(np.int64).data)
-            total.append(np.asarray(X.sum(axis=1, dtype=np.int64)).ravel())
-            stored += X.nnz
-        self.library = np.concatenate([np.zeros(0, np.int64), *total])
-        self.fingerprint = code.hexdigest()
+                hasher.update(part.astype(np.int64).data)
+            library.append(np.asarray(X.sum(axis=1, dtype=np.int64)).ravel())
+            n_stored += X.nnz
+        self.library = np.concatenate(library)
+        self.fingerprint = hasher.hexdigest()
         # Bytes of a cell: values and indices of 4 bytes each.
-        self.cell_bytes = 8 * max(1, stored / max(1, len(cells)))
+        self.cell_bytes = 8 * max(1, n_stored / max(1, len(cells)))
         self.n_kept = max(1, int(BUFFER / (self.cell_bytes * BLOCK)))
 
     @property
@@ -72,17 +71,17 @@ class BackedCounts:
         return len(self.file_row), n_genes
 
     def read(self, number):
-        """A block of the file as CSR, whatever is kept; its counts checked."""
-        part = slice(number * BLOCK, min((number + 1) * BLOCK, len(self.cells)))
+        """Read a block of the file as CSR and check its counts; it is not kept."""
+        rows = slice(number * BLOCK, min((number + 1) * BLOCK, len(self.cells)))
         try:
-            X = self.source[part]
-        except Exception as error:  # each kind of broken file raises something else
+            X = self.source[rows]
+        except Exception as error:  # h5py and anndata raise many types of errors on broken files
             raise InputError(f"{self.where}: not readable ({one_line(error)})") from error
-        X = check_counts(X, self.where, self.cells[part], self.genes)
+        X = check_counts(X, self.where, self.cells[rows], self.genes)
         return X if self.select is None else sp.csr_matrix(X @ self.select)
 
     def block(self, number):
-        """A block, from those kept if it is among them."""
+        """A block as CSR, from memory if it is kept, else from the file."""
         if number not in self.blocks:
             while len(self.blocks) >= self.n_kept:
                 self.blocks.popitem(last=False)
@@ -92,53 +91,54 @@ class BackedCounts:
 
     def __getitem__(self, rows):
         """Rows (n) in any order, as CSR (n x G) in memory."""
-        at = self.file_row[rows]
-        number, within = np.divmod(at, BLOCK)
-        size, indices, values = np.zeros(len(at), np.int64), [None] * len(at), [None] * len(at)
-        # Each block once, those at hand first: a batch may lie across two bufferfuls.
-        for one in sorted(np.unique(number), key=lambda one: one not in self.blocks):
-            X = self.block(one)
-            for i in np.flatnonzero(number == one):
-                a, b = X.indptr[within[i] : within[i] + 2]
-                # Copies: a view would keep its block in memory.
-                size[i], indices[i], values[i] = b - a, X.indices[a:b].copy(), X.data[a:b].copy()
-        if not len(at):
+        block_of_row, row_in_block = np.divmod(self.file_row[rows], BLOCK)  # (n)
+        n = len(block_of_row)
+        if n == 0:
             return sp.csr_matrix((0, self.shape[1]), dtype=np.int32)
+        size, indices, values = np.zeros(n, np.int64), [None] * n, [None] * n
+        # Kept blocks first, before others replace them: a batch may lie across two bufferfuls.
+        for number in sorted(np.unique(block_of_row), key=lambda number: number not in self.blocks):
+            X = self.block(number)
+            for i in np.flatnonzero(block_of_row == number):
+                start, end = X.indptr[row_in_block[i] : row_in_block[i] + 2]
+                # Copies, as views would keep the whole block in memory.
+                size[i] = end - start
+                indices[i], values[i] = X.indices[start:end].copy(), X.data[start:end].copy()
         indptr = np.concatenate([[0], np.cumsum(size)])
         parts = (np.concatenate(values), np.concatenate(indices), indptr)
-        return sp.csr_matrix(parts, shape=(len(at), self.shape[1]))
+        return sp.csr_matrix(parts, shape=(n, self.shape[1]))
 
     def close(self):
-        """Close the file, from which nothing can be read then."""
+        """Close the file; nothing can be read afterwards."""
         getattr(self.source, "group", self.source).file.close()
 
     def __matmul__(self, select):
-        """The genes that a matrix of zeros and ones (G x G') selects; they stay in the file."""
+        """Choose genes with a matrix of zeros and ones (G x G'); the counts stay in the file."""
         return self.only(select=select)
 
     def only(self, rows=None, select=None):
-        """The same counts, some rows or genes of them, which stay in the file.
+        """The same counts restricted to some rows or genes; they stay in the file.
 
         Args:
-            rows: indices or mask. select: (G x G'), zeros and ones; as a matrix, so that absent
-                genes can become zero.
+            rows: indices or mask. select: (G x G'), zeros and ones; a matrix, so that a gene that
+                the file lacks can be a column of zeros.
         """
-        own = object.__new__(BackedCounts)
-        own.__dict__ |= self.__dict__
-        own.blocks = OrderedDict()
+        view = object.__new__(BackedCounts)
+        view.__dict__ |= self.__dict__
+        view.blocks = OrderedDict()
         if rows is not None:
-            own.file_row, own.library = self.file_row[rows], self.library[rows]
-            code = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
-            code.update(own.file_row.astype(np.int64).data)
-            own.fingerprint = code.hexdigest()
+            view.file_row, view.library = self.file_row[rows], self.library[rows]
+            hasher = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+            hasher.update(view.file_row.astype(np.int64).data)
+            view.fingerprint = hasher.hexdigest()
         if select is not None:
-            own.select = select if self.select is None else self.select @ select
-        return own
+            view.select = select if self.select is None else self.select @ select
+        return view
 
     def sum(self, axis):
-        """Total counts, int64: of each gene (G) along axis 0; of each cell (N) along axis 1.
+        """Total counts, int64: of each gene (G) for axis 0, of each cell (N) for axis 1.
 
-        A cell's are of all genes in the file, as its library size is.
+        A cell's total is over all genes of the file, as its library size is.
         """
         if axis == 1:
             return self.library
@@ -146,32 +146,29 @@ class BackedCounts:
         return sum(np.asarray(self[rows].sum(axis=0, dtype=np.int64)).ravel() for rows in chunks)
 
     def shuffled(self, rows, rng):
-        """Rows in random order, those of a bufferful of blocks together."""
-        number = self.file_row[rows] // BLOCK
-        found = np.unique(number)
-        if len(found) <= self.n_kept:
+        """Rows in random order, one bufferful of blocks after the other."""
+        block_of_row = self.file_row[rows] // BLOCK
+        numbers = np.unique(block_of_row)
+        if len(numbers) <= self.n_kept:
             return rng.permutation(rows)
-        found = rng.permutation(found)
-        starts = range(0, len(found), self.n_kept)
-        together = [np.isin(number, found[i : i + self.n_kept]) for i in starts]
-        return np.concatenate([rng.permutation(rows[own]) for own in together])
+        numbers = rng.permutation(numbers)
+        starts = range(0, len(numbers), self.n_kept)
+        bufferfuls = [np.isin(block_of_row, numbers[i : i + self.n_kept]) for i in starts]
+        return np.concatenate([rng.permutation(rows[in_buffer]) for in_buffer in bufferfuls])
 
 
 def check_layout(source, where, cells, genes):
-    """What must hold before blocks are read from a matrix in a file.
+    """Check how a matrix is stored, before blocks of it are read.
 
     Raises:
-        InputError: it is kept gene by gene, or its index of cells leads astray.
+        InputError: it has another shape, is stored gene by gene, is broken, or has parts over
+            BUFFER bytes that can only be read as a whole.
     """
     import h5py
 
-    if source.shape != (len(cells), len(genes)):
-        raise InputError(
-            f"{where}: found a matrix of {' x '.join(map(str, source.shape))}, expected "
-            f"{len(cells)} cells x {len(genes)} genes"
-        )
+    check_shape(source.shape, where, cells, genes)
     if isinstance(source, h5py.Dataset):
-        datasets, longest = [source], BLOCK * len(genes) * source.dtype.itemsize
+        datasets, block_bytes = [source], BLOCK * len(genes) * source.dtype.itemsize
     else:
         if source.format != "csr":
             raise InputError(
@@ -179,26 +176,24 @@ def check_layout(source, where, cells, genes):
                 "expected CSR (adata.X = adata.X.tocsr() before writing)"
             )
         datasets = [source.group["data"], source.group["indices"]]
-        start = source.group["indptr"][()].astype(np.int64)  # (N + 1)
-        sizes = {len(one) for one in datasets}
-        if len(start) != len(cells) + 1 or start[0] or (np.diff(start) < 0).any():
+        indptr = source.group["indptr"][()].astype(np.int64)  # (N + 1)
+        if len(indptr) != len(cells) + 1 or indptr[0] or (np.diff(indptr) < 0).any():
             raise InputError(f"{where}: a broken sparse matrix (its cells are not in order)")
-        if sizes != {start[-1]}:
+        if {len(dataset) for dataset in datasets} != {indptr[-1]}:
             raise InputError(f"{where}: a broken sparse matrix (its cells reach beyond its values)")
-        blocks = np.append(start[:-1:BLOCK], start[-1])
-        longest = 8 * int(np.diff(blocks).max(initial=0))
-    for dataset in datasets:
-        if dataset.chunks and np.prod(dataset.chunks) * dataset.dtype.itemsize > BUFFER:
-            longest = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
-    if longest > BUFFER:
+        block_starts = np.append(indptr[:-1:BLOCK], indptr[-1])
+        block_bytes = 8 * int(np.diff(block_starts).max(initial=0))
+    chunk_bytes = [int(np.prod(d.chunks)) * d.dtype.itemsize for d in datasets if d.chunks]
+    largest = max(block_bytes, *chunk_bytes, 0)
+    if largest > BUFFER:
         raise InputError(
-            f"{where}: found {longest / 1e9:.1f} GB that can only be read at once, expected at "
+            f"{where}: found {largest / 1e9:.1f} GB that can only be read at once, expected at "
             f"most {BUFFER / 1e9:.1f} GB; written again by anndata it has smaller chunks"
         )
 
 
 class BackedCells:
-    """What the trainings need of an AnnData, the counts of which stay in the file.
+    """The part of AnnData that the trainings use, with counts that stay in the file.
 
     Attributes:
         X: BackedCounts (N x G). obs, var: tables of cells (N) and genes (G). uns: a dict.
@@ -220,14 +215,13 @@ class BackedCells:
         self.var.index = names
 
     def __getitem__(self, which):
-        """Some cells, or some cells and genes; masks or indices. Their counts stay in the file."""
+        """Some cells, or some cells and genes, by mask or index; their counts stay in the file."""
         rows, genes = which if isinstance(which, tuple) else (which, slice(None))
         select = None
         if not isinstance(genes, slice):
             genes = np.arange(self.n_vars)[genes]
-            at = (genes, np.arange(len(genes)))
-            ones = np.ones(len(genes), np.int32)
-            select = sp.csr_matrix((ones, at), shape=(self.n_vars, len(genes)))
+            one_hot = (np.ones(len(genes), np.int32), (genes, np.arange(len(genes))))
+            select = sp.csr_matrix(one_hot, shape=(self.n_vars, len(genes)))
         X = self.X.only(None if isinstance(rows, slice) else rows, select)
         obs = self.obs if isinstance(rows, slice) else self.obs.iloc[np.arange(self.n_obs)[rows]]
         return BackedCells(X, obs.copy(), self.var.iloc[genes].copy(), self.uns)
@@ -240,10 +234,10 @@ def read_backed(path):
     """Open an ``.h5ad``; counts are ``layers["counts"]``, else ``X``, else ``raw.X``.
 
     Returns:
-        BackedCells; ``.var["gene_ids"]`` as :func:`readers.counts.read_counts` has it.
+        BackedCells; ``.var["gene_ids"]`` as in :func:`readers.counts.read_counts`.
 
     Raises:
-        InputError: the file is unreadable or holds no raw counts, kept cell by cell.
+        InputError: the file is unreadable, or has no raw counts that are stored cell by cell.
     """
     import h5py
 
@@ -257,7 +251,7 @@ def read_backed(path):
         file = h5py.File(path, "r")
     except InputError:
         raise
-    except Exception as error:  # each kind of broken file raises something else
+    except Exception as error:  # as in BackedCounts.read
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     try:
         return check_cells(open_counts(file, path), path)
@@ -267,66 +261,65 @@ def read_backed(path):
 
 
 def open_counts(file, path):
-    """The first matrix of raw counts in an open file, and the tables that belong to it."""
-    import h5py
-    from anndata.io import read_elem, sparse_dataset
+    """The first matrix of raw counts in an open ``.h5ad``, with its tables, as BackedCells."""
+    from anndata.io import read_elem
 
     try:
         obs, var = read_elem(file["obs"]), read_elem(file["var"])
         places = [("layers/counts", "layers['counts']", var), ("X", "X", var)]
         if "raw/X" in file:
             places.append(("raw/X", "raw.X", read_elem(file["raw/var"])))
-    except Exception as error:
+    except Exception as error:  # as in BackedCounts.read
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
-    problem = None
-    for name, shown, genes in places:
-        if name not in file:
-            continue
-        try:
-            source = file[name]
-            if not isinstance(source, h5py.Dataset):
-                source = sparse_dataset(source)
-            X = BackedCounts(source, f"{path} ({shown})", obs.index, genes.index)
-        except InputError as error:
-            problem = problem or error
-            continue
-        except Exception as error:
-            raise InputError(f"{path} ({shown}): not readable ({one_line(error)})") from error
-        if name != "X" or problem:
-            print(f"{path}: raw counts taken from {shown}")
-        genes = pd.DataFrame({"gene_ids": other_names(genes)}, index=genes.index)
-        return BackedCells(X, obs, genes)
-    raise problem or InputError(f"{path}: found no matrix in it, expected raw counts in X")
+    matrices = [(shown, name, genes) for name, shown, genes in places if name in file]
+    X, var = first_counts(matrices, partial(open_matrix, file), obs.index, path)
+    return BackedCells(X, obs, var)
+
+
+def open_matrix(file, name, where, cells, genes):
+    """The BackedCounts of a dataset or a group of an HDF5 file, by its name there."""
+    import h5py
+    from anndata.io import sparse_dataset
+
+    source = file[name]
+    if not isinstance(source, h5py.Dataset):
+        source = sparse_dataset(source)
+    return BackedCounts(source, where, cells, genes)
 
 
 def sample_in_memory(cells, codes, rng, what):
-    """As many cells as fit into BUFFER, in memory; all of them where they do.
+    """Draw as many cells as fit into BUFFER, and read them into memory.
 
-    At random, but of each type at least 500, if there are, so that rare types are not lost.
+    The draw is random within each type and keeps at least 500 cells of it, or all if there are
+    fewer, so that rare types are not lost.
 
     Args:
-        cells: AnnData, which is returned as it is, or BackedCells. codes: their types (N).
-        what: they are for, for the message.
+        cells: AnnData, which is returned as it is, or BackedCells. codes: cell types (N).
+        rng: numpy's. what: the sample is for, for the message.
 
     Returns:
-        AnnData, and the positions (n) among all cells, in order.
+        AnnData, and the positions (n) of its cells among all cells, ascending.
     """
     import anndata
 
-    every = np.arange(cells.n_obs)
+    rows = np.arange(cells.n_obs)
     if not isinstance(cells, BackedCells):
-        return cells, every
-    most = int(BUFFER / cells.X.cell_bytes)
-    rows = every
-    if cells.n_obs > most:
-        chosen = []
-        for k in np.unique(codes):
-            own = np.flatnonzero(codes == k)
-            n = min(len(own), max(500, round(most * len(own) / cells.n_obs)))
-            chosen.append(rng.choice(own, n, replace=False))
-        rows = np.sort(np.concatenate(chosen))
+        return cells, rows
+    limit = int(BUFFER / cells.X.cell_bytes)
+    if cells.n_obs > limit:
+        rows = sample_by_type(codes, limit, rng)
         print(f"{what}: from {len(rows):,} of {cells.n_obs:,} cells, drawn at random by type")
-    X = cells.X.only()[rows]  # only(), so that no block is kept
-    own = anndata.AnnData(X, obs=cells.obs.iloc[rows].copy(), var=cells.var.copy())
-    own.uns |= cells.uns
-    return own, rows
+    X = cells.X.only()[rows]  # only() is a view with its own blocks, which go with it
+    sample = anndata.AnnData(X, obs=cells.obs.iloc[rows].copy(), var=cells.var.copy())
+    sample.uns |= cells.uns
+    return sample, rows
+
+
+def sample_by_type(codes, n, rng):
+    """Positions of about n cells, ascending: the same fraction of each type, but at least 500."""
+    chosen = []
+    for k in np.unique(codes):
+        of_type = np.flatnonzero(codes == k)
+        n_of_type = min(len(of_type), max(500, round(n * len(of_type) / len(codes))))
+        chosen.append(rng.choice(of_type, n_of_type, replace=False))
+    return np.sort(np.concatenate(chosen))

@@ -1,4 +1,4 @@
-"""Text files from anywhere, read without trust: bounded in bytes, columns and memory."""
+"""Text files of unknown origin, read with limits on bytes, columns and memory."""
 
 import csv
 import gzip
@@ -9,19 +9,23 @@ import pandas as pd
 
 from runtime.errors import InputError, one_line
 
-MOST_COLUMNS = 300_000  # of a table; there are some 250,000 human transcripts
+MOST_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
 
-# What reading a broken file raises; each package has its own.
-UNREADABLE = (ValueError, TypeError, EOFError, OSError, OverflowError, MemoryError)
-
-UNREADABLE += (gzip.zlib.error, csv.Error, RecursionError)
+# What broken files raise, depending on the library that reads them.
+UNREADABLE = (
+    *(ValueError, TypeError, EOFError, OSError, OverflowError, MemoryError, RecursionError),
+    *(gzip.zlib.error, csv.Error),
+)
 
 
 def check_memory(n_bytes, where, what):
-    """What a file says that it holds must fit into the memory that is free now.
+    """Refuse what does not fit into the memory that is free now.
+
+    Args:
+        n_bytes: size that a file claims. where: the file. what: which part of it claims that size.
 
     Raises:
-        InputError: it does not.
+        InputError: it does not fit.
     """
     import psutil
 
@@ -33,39 +37,39 @@ def check_memory(n_bytes, where, what):
 
 
 class BoundedFile(io.RawIOBase):
-    """Bytes of a plain or gzipped text file, of which no more are given out than expected.
+    """The bytes of a plain or gzipped text file, up to a limit.
 
-    A few kilobytes can be unpacked to terabytes.
+    A gzip file of a few kilobytes can unpack to terabytes.
 
     Args:
-        path: of the file; gzip is known by its first two bytes.
-        most: bytes; default: the memory that is free now.
+        path: the file; gzip is recognised by its first two bytes.
+        limit: bytes after unpacking; default: the memory that is free now.
 
     Raises:
-        InputError: when more are read, or one of them is NUL, which readers of text take for the
-            end of a field.
+        InputError: on reading more than the limit, or a NUL character, which text parsers take for
+            the end of a field.
     """
 
-    def __init__(self, path, most=None):
+    def __init__(self, path, limit=None):
         import psutil
 
         self.path = Path(path)
-        self.most = psutil.virtual_memory().available if most is None else most
-        self.left = self.most
+        self.limit = psutil.virtual_memory().available if limit is None else limit
+        self.remaining = self.limit
         self.raw = open(path, "rb")  # noqa: SIM115  closed by close()
-        zipped = self.raw.read(2) == b"\x1f\x8b"
+        is_gzip = self.raw.read(2) == b"\x1f\x8b"
         self.raw.seek(0)
-        self.unpacked = gzip.GzipFile(fileobj=self.raw) if zipped else self.raw
+        self.unpacked = gzip.GzipFile(fileobj=self.raw) if is_gzip else self.raw
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         n = self.unpacked.readinto(buffer)
-        self.left -= n
-        if self.left < 0:
+        self.remaining -= n
+        if self.remaining < 0:
             raise InputError(
-                f"{self.path}: holds more than {self.most:,} bytes when unpacked, expected fewer"
+                f"{self.path}: holds more than {self.limit:,} bytes when unpacked, expected fewer"
             )
         if b"\0" in bytes(buffer[:n]):
             raise InputError(f"{self.path}: holds NUL characters, expected UTF-8 text")
@@ -77,27 +81,29 @@ class BoundedFile(io.RawIOBase):
         super().close()
 
 
-def open_bounded(path, most=None):
-    """A :class:`BoundedFile` with a buffer, for readers that ask for a few bytes at a time."""
-    return io.BufferedReader(BoundedFile(path, most), 1 << 20)
+def open_bounded(path, limit=None):
+    """Open a :class:`BoundedFile` with a buffer, so that short reads are cheap."""
+    return io.BufferedReader(BoundedFile(path, limit), 1 << 20)
 
 
 def read_table(path, **options):
-    """``pandas.read_csv`` of UTF-8 text, plain or gzipped, of unknown origin.
+    """Read a table of UTF-8 text, plain or gzipped, with ``pandas.read_csv``.
 
-    Columns are text by default; at most MOST_COLUMNS, and no more than fits into memory.
+    Args:
+        path: the file. options: for pandas; columns are text unless ``dtype`` says otherwise.
 
     Raises:
-        InputError: unreadable; the message is one line and names the file.
+        InputError: it is unreadable, or has more than MOST_COLUMNS columns or bytes than fit into
+            memory.
     """
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
     try:
         with open_bounded(path) as file:
-            first = file.readline(100 * MOST_COLUMNS).decode("utf-8", "replace")
-        mark = options.get("sep", ",")
-        if (found := first.count(mark) + 1) > MOST_COLUMNS:
+            first_line = file.readline(100 * MOST_COLUMNS).decode("utf-8", "replace")
+        n_columns = first_line.count(options.get("sep", ",")) + 1
+        if n_columns > MOST_COLUMNS:
             raise InputError(
-                f"{path}: found {found:,} columns or more, expected at most {MOST_COLUMNS:,}"
+                f"{path}: found {n_columns:,} columns or more, expected at most {MOST_COLUMNS:,}"
             )
         with open_bounded(path) as file:
             return pd.read_csv(file, **options)

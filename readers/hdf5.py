@@ -1,4 +1,4 @@
-"""HDF5 files from anywhere, looked through before they are read."""
+"""A check of HDF5 files of unknown origin before they are read."""
 
 import os
 import subprocess
@@ -10,14 +10,17 @@ from runtime.errors import InputError
 
 
 def check_hdf5(path, within=()):
-    """Look through an HDF5 file before it is read: what it holds must be its own and must fit.
+    """Check that an HDF5 file can be read, fits into memory and points to no other file.
 
-    By ``hdf5_probe.py`` in a process of its own, since a broken file can crash or hang the library.
-    within: groups that will be read; default: all of the file.
+    ``hdf5_probe.py`` reads it in a separate process, as a broken file can crash or hang the HDF5
+    library.
+
+    Args:
+        path: the file. within: groups whose size counts; default: the whole file.
 
     Raises:
-        InputError: it does crash, hang, or end in an error; a dataset lies in other files, or is a
-            link to one; or all of them together, unpacked, do not fit into memory.
+        InputError: the library crashes, hangs or fails; a dataset is stored in another file or
+            linked from one; or the datasets, uncompressed, do not fit into memory.
     """
     program = Path(__file__).with_name("hdf5_probe.py")
     seconds = 20 + os.path.getsize(path) / 1e7

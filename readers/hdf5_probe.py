@@ -1,62 +1,82 @@
-"""Look through an HDF5 file in a process of its own: a broken one can crash or hang the library.
+"""Read an HDF5 file in a process of its own, as a broken one can crash or hang the library.
 
     python readers/hdf5_probe.py cells.h5ad
-    python readers/hdf5_probe.py cells.h5ad obs var          # of which these groups will be read
+    python readers/hdf5_probe.py cells.h5ad obs var          # only these groups count
 
-Prints how many bytes its datasets take in memory, or those of some groups, or a line that begins
-with "refused:". Reads all attributes, all datasets that are small, and the ends of the others.
+Prints the size of the datasets in memory (bytes), or a line that begins with "refused:".
 """
 
 import sys
 
 import h5py
 
-SMALL = 64e6  # bytes of a dataset that is read as a whole
+SMALL = 64e6  # bytes of a dataset, or of one of its rows, that is read
 
 
 def refuse(text):
+    """Print why the file is refused, and end the process."""
     print(f"refused: {text!r}")
     sys.exit(0)
 
 
 def look_through(path, within=()):
-    """Return the bytes of all datasets; whatever h5py raises on a broken file goes through.
+    """Read all attributes, small datasets, and the first and last row of larger ones.
 
-    within: the groups of which the bytes count, if there are such; default: all.
+    Args:
+        path: the file. within: names of groups; those that exist are counted.
+
+    Returns:
+        Bytes that the datasets of these groups take in memory; default: of the whole file.
+
+    Raises:
+        Exception: whatever h5py raises on a broken file.
     """
-    total, seen = 0, set()
     with h5py.File(path, "r") as file:
-        parts = [file[name] for name in within if name in file]
-        counted = None  # until all of them are done
-        groups = [file, *parts]
-        while groups:
-            group = groups.pop()
-            if within and group == file:
-                counted = total
-            dict(group.attrs)
-            for name in group:
-                if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-                    refuse(f"{name} is a link to another file")
-                item = group[name]
-                key = h5py.h5o.get_info(item.id).addr
-                if key in seen:  # links may go round in circles
-                    continue
-                seen.add(key)
-                dict(item.attrs)
-                if isinstance(item, h5py.Group):
-                    groups.append(item)
-                elif isinstance(item, h5py.Dataset):
-                    if item.is_virtual or item.external:
-                        refuse(f"{name} keeps its values in another file")
-                    # A string is held as an object of some 50 bytes.
-                    width = item.dtype.itemsize + (50 if item.dtype.hasobject else 0)
-                    size = int(item.size or 0) * width
-                    total += size
-                    if size <= SMALL:
-                        item[()]
-                    elif size / item.shape[0] <= SMALL:
-                        item[:1], item[-1:]
-    return total if counted is None else counted
+        seen = set()
+        counted = look_through_groups([file[name] for name in within if name in file], seen)
+        total = counted + look_through_groups([file], seen)
+    return counted if within else total
+
+
+def look_through_groups(groups, seen):
+    """Bytes of the datasets in some groups and below them.
+
+    Args:
+        groups: list of h5py groups. seen: addresses of objects that are counted already, as links
+            may form circles; extended in place.
+    """
+    n_bytes = 0
+    while groups:
+        group = groups.pop()
+        dict(group.attrs)
+        for name in group:
+            if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+                refuse(f"{name} is a link to another file")
+            item = group[name]
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            dict(item.attrs)
+            if isinstance(item, h5py.Group):
+                groups.append(item)
+            elif isinstance(item, h5py.Dataset):
+                n_bytes += look_through_dataset(item, name)
+    return n_bytes
+
+
+def look_through_dataset(dataset, name):
+    """Bytes that a dataset takes in memory."""
+    if dataset.is_virtual or dataset.external:
+        refuse(f"{name} keeps its values in another file")
+    # Each string becomes an object of about 50 bytes.
+    width = dataset.dtype.itemsize + (50 if dataset.dtype.hasobject else 0)
+    n_bytes = int(dataset.size or 0) * width
+    if n_bytes <= SMALL:
+        dataset[()]
+    elif n_bytes / dataset.shape[0] <= SMALL:
+        dataset[:1], dataset[-1:]
+    return n_bytes
 
 
 if __name__ == "__main__":

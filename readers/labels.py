@@ -1,6 +1,7 @@
 """Cell-type labels: a csv by barcode or a column of ``.obs``."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -10,32 +11,34 @@ from readers.bounded import read_table
 from readers.counts import EMBEDDED, EMBEDDED_LABELS
 from runtime.errors import InputError, some
 
-LABEL_FILE = "barcode_to_celltype.csv"  # what scType.R writes
+LABEL_FILE = "barcode_to_celltype.csv"  # as scType.R names it
 
-# What train_gmvae.py writes without labels. Another name, as --weights may be the data's folder.
+# Written by train_gmvae.py if there are no labels. Its name differs from LABEL_FILE, as --weights
+# may be the folder of the data.
 FOUND_FILE = "found_celltypes.csv"
 
-LABEL_COLUMN = "cell_type"  # looked for in .obs when --labels is not given
+LABEL_COLUMN = "cell_type"  # of .obs, used if --labels is not given
 
-# Cells with one of these names (in any case) are unlabelled.
+# Cells with one of these labels, in upper or lower case, count as unlabelled.
 NO_LABEL = {"", "unknown", "unassigned", "nan", "na", "n/a", "none", "null"}
 
 
 def natural_order(names):
-    """Sort names so that '2' comes before '10', as people number their clusters.
+    """Sort names without duplicates, numbers in them by value: "T 2" comes before "T 10".
 
-    Regression: sorted as strings, codes came out as '0', '1', '10', '2'.
+    The order does not depend on the order of the input, so that it can number the cell types.
     """
 
     def key(name):
-        parts = re.split(r"(\d+)", name)  # odd positions are the runs of digits
-        return [(int(p), "") if i % 2 else (-1, p) for i, p in enumerate(parts)], name
+        parts = re.split(r"(\d+)", name)  # odd positions are runs of digits
+        # Decimal, as int() refuses numbers of more than 4300 digits.
+        return [Decimal(part) if i % 2 else part for i, part in enumerate(parts)], name
 
     return sorted(set(names), key=key)
 
 
 def clean_label(label):
-    """A label as text without outer blanks, or None for missing, Unknown and their like."""
+    """A label as text without surrounding blanks, or None if it is missing or in NO_LABEL."""
     if label is None or (isinstance(label, float) and np.isnan(label)) or label is pd.NA:
         return None
     label = str(label).strip()
@@ -46,59 +49,73 @@ def read_label_csv(path, barcodes):
     """Read ``barcode,cell_type`` with or without a header line.
 
     Args:
-        path: the csv; further columns are allowed when the header names ``barcode`` and
-            ``cell_type``.
-        barcodes: the data's barcodes.
+        path: the csv; more columns are allowed if its header names ``barcode`` and ``cell_type``.
+        barcodes: of the data (N).
 
     Returns:
-        Series of labels (str or None) indexed by the data's barcodes; None where there is none.
+        Series of labels (N, str), indexed by the data's barcodes; missing where there is none.
 
     Raises:
         InputError: no barcode of the file is in the data, or one has two different labels.
     """
-    table = read_table(path, header=None)
-    head = [str(c).strip().lower() for c in table.iloc[0]]
-    if "barcode" in head and "cell_type" in head:
-        table = table.iloc[1:, [head.index("barcode"), head.index("cell_type")]]
-    elif table.shape[1] == 2:
-        # Any other header is a row whose "barcode" no cell has, so it labels nothing.
-        header = head[0] in ("barcode", "barcodes", "cell", "cell_id", "index", "")
-        table = table.iloc[int(header) :]
-    else:
+    table = select_label_columns(read_table(path, header=None), path).drop_duplicates()
+    repeated = table["barcode"][table["barcode"].duplicated()].unique()
+    if len(repeated):
         raise InputError(
-            f"{path}: found {table.shape[1]} columns ({some(head)}), expected two, or a header "
-            "with barcode and cell_type"
+            f"{path}: {len(repeated)} barcodes have two different labels ({some(repeated)})"
         )
-    table.columns = ["barcode", "cell_type"]
-    table = table.drop_duplicates()
-    twice = table["barcode"][table["barcode"].duplicated()].unique()
-    if len(twice):
-        raise InputError(f"{path}: {len(twice)} barcodes have two different labels ({some(twice)})")
-    given = table.set_index("barcode")["cell_type"]
-    found = pd.Index(barcodes).isin(given.index)
-    if not found.any():
+    labels = table.set_index("barcode")["cell_type"]
+    labelled = pd.Index(barcodes).isin(labels.index)  # (N)
+    if not labelled.any():
         raise InputError(
-            f"{path}: none of its {len(given)} barcodes ({some(given.index, 2)}) is in the data "
+            f"{path}: none of its {len(labels)} barcodes ({some(labels.index, 2)}) is in the data "
             f"({some(barcodes, 2)}); expected the barcodes of --data"
         )
-    if not found.all():
-        print(f"{path}: no label for {np.sum(~found):,} of {len(barcodes):,} cells")
-    foreign = int((~given.index.isin(barcodes)).sum())
-    if foreign:
-        print(f"{path}: {foreign:,} labels are for barcodes that the data does not have")
-    return given.reindex(barcodes)
+    if not labelled.all():
+        print(f"{path}: no label for {np.sum(~labelled):,} of {len(barcodes):,} cells")
+    n_foreign = int((~labels.index.isin(barcodes)).sum())
+    if n_foreign:
+        print(f"{path}: {n_foreign:,} labels are for barcodes that the data does not have")
+    return labels.reindex(barcodes)
+
+
+def select_label_columns(table, path):
+    """The columns ``barcode`` and ``cell_type`` of a table, without its header.
+
+    Args:
+        table: the file, its header, if any, in the first row. path: for the message.
+
+    Raises:
+        InputError: the columns cannot be told.
+    """
+    header = [str(name).strip().lower() for name in table.iloc[0]]
+    if "barcode" in header and "cell_type" in header:
+        table = table.iloc[1:, [header.index("barcode"), header.index("cell_type")]]
+    elif table.shape[1] == 2:
+        # Another header is taken for a row; it labels nothing, as no cell has such a barcode.
+        has_header = header[0] in ("barcode", "barcodes", "cell", "cell_id", "index", "")
+        table = table.iloc[int(has_header) :]
+    else:
+        raise InputError(
+            f"{path}: found {table.shape[1]} columns ({some(header)}), expected two, or a header "
+            "with barcode and cell_type"
+        )
+    return table.set_axis(["barcode", "cell_type"], axis=1)
 
 
 def read_labels(adata, data, labels, weights=None):
-    """Cell-type labels of every cell, by the rules in :class:`DatasetSettings`.
+    """Read the cell-type label of every cell.
 
     Args:
-        weights: folder that may hold the cell types that train_gmvae.py found without labels; they
-            come before those of the data, as the models were trained on them.
+        adata: AnnData or BackedCells (N cells).
+        data: the file or folder that it was read from.
+        labels: a csv or a column of ``.obs``; None: see :func:`default_labels`.
+        weights: folder that may hold FOUND_FILE. If ``labels`` is None, these cell types come
+            before those of the data, as the models were trained on them.
 
     Returns:
-        Series (str or None) in the order of ``adata.obs_names``, or None when ``labels`` is None
-        and there are none to be found.
+        Series (N, str or None) in the order of ``adata.obs_names``; None if there are no labels
+        and ``labels`` is None.
 
     Raises:
         InputError: ``labels`` is neither a file nor a column of ``.obs``.
@@ -107,15 +124,9 @@ def read_labels(adata, data, labels, weights=None):
         labels = str(Path(weights) / FOUND_FILE)
         print(f"{labels}: cell types found by train_gmvae.py")
     if labels is None:
-        beside = Path(data) / LABEL_FILE if Path(data).is_dir() else Path(data).parent / LABEL_FILE
-        if str(data) == EMBEDDED:
-            labels = EMBEDDED_LABELS
-        elif beside.is_file():
-            labels = str(beside)
-        elif LABEL_COLUMN in adata.obs:
-            labels = LABEL_COLUMN
-        else:
-            return None
+        labels = default_labels(adata, data)
+    if labels is None:
+        return None
     if labels in adata.obs:
         series = adata.obs[labels].astype(object)
     elif Path(labels).is_file():
@@ -124,3 +135,17 @@ def read_labels(adata, data, labels, weights=None):
         columns = f"has {some(adata.obs.columns, 8)}" if len(adata.obs.columns) else "is empty"
         raise InputError(f"--labels {labels}: neither a file nor a column of .obs, which {columns}")
     return series.map(clean_label).astype(object)
+
+
+def default_labels(adata, data):
+    """Where labels are if the user does not say: a csv or a column of ``.obs``, or None.
+
+    In this order: the column of the embedded dataset, LABEL_FILE in the folder of the data,
+    LABEL_COLUMN.
+    """
+    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+    if str(data) == EMBEDDED:
+        return EMBEDDED_LABELS
+    if (folder / LABEL_FILE).is_file():
+        return str(folder / LABEL_FILE)
+    return LABEL_COLUMN if LABEL_COLUMN in adata.obs else None

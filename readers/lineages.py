@@ -9,29 +9,36 @@ from runtime.errors import InputError, some
 
 
 def read_rows(path):
-    """A csv as text under the names of its first line; a line with more fields is an error."""
+    """Read a csv as text, named by its first line; a longer line is an error."""
     table = read_table(path, header=None, encoding="utf-8-sig")
     rows = table.iloc[1:].set_axis([str(name).strip() for name in table.iloc[0]], axis=1)
     return rows[(rows != "").any(axis=1)]  # spreadsheets leave lines of commas
 
 
 def read_lineages(path, cell_types):
-    """Lineage of each cell type (K) by a csv cell_type,lineage; None where it has none.
+    """Read the lineage of each cell type from a csv ``cell_type,lineage``.
 
-    Names are cleaned as labels are. Types left out are reported.
+    Names are cleaned as labels are. Cell types without a lineage are reported.
+
+    Args:
+        path: the csv. cell_types: of the model (K).
+
+    Returns:
+        list (K) of str, None for a cell type without a lineage.
 
     Raises:
-        InputError: unreadable, other columns, a type with two lineages, no type of the model, or
-            fewer than two lineages.
+        InputError: the file is unreadable, has other columns, gives a cell type two lineages,
+            names no cell type of the model, or leaves fewer than two lineages.
     """
     table = read_rows(path)
     if sorted(table.columns) != ["cell_type", "lineage"]:
-        found = some(table.columns)
-        raise InputError(f"{path}: found the columns {found}, expected cell_type and lineage")
+        raise InputError(
+            f"{path}: found the columns {some(table.columns)}, expected cell_type and lineage"
+        )
     table = table.map(clean_label).dropna(subset="cell_type").drop_duplicates()
-    twice = table["cell_type"][table["cell_type"].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}: cell types with two different lineages ({some(twice)})")
+    repeated = table["cell_type"][table["cell_type"].duplicated()]
+    if len(repeated):
+        raise InputError(f"{path}: cell types with two different lineages ({some(repeated)})")
     given = dict(zip(table["cell_type"], table["lineage"], strict=True))
     unknown = [name for name in given if name not in cell_types]
     if len(unknown) == len(given):
@@ -42,7 +49,7 @@ def read_lineages(path, cell_types):
     if unknown:
         print(f"{path}: {len(unknown)} cell types that the model does not know ({some(unknown)})")
     lineage_of = [given.get(name) for name in cell_types]
-    left_out = [name for name, own in zip(cell_types, lineage_of, strict=True) if own is None]
+    left_out = [name for name in cell_types if given.get(name) is None]
     if left_out:
         print(f"{path}: {len(left_out)} cell types without a lineage left out ({some(left_out)})")
     if len(lineages := lineages_in(lineage_of)) < 2:
@@ -51,19 +58,25 @@ def read_lineages(path, cell_types):
 
 
 def lineages_in(lineage_of):
-    """Names of the lineages (L) of :func:`read_lineages`, in natural order."""
-    return natural_order(own for own in lineage_of if own is not None)
+    """Names of the lineages (L) among those of :func:`read_lineages`, in natural order."""
+    return natural_order(lineage for lineage in lineage_of if lineage is not None)
 
 
 def read_fractions(path, lineages, lineage_file):
-    """Measured fractions (samples x lineages) of a csv: first column sample, then lineages.
+    """Read measured fractions from a csv: first column sample, then one column per lineage.
 
-    They may be of any scale, percentages too, as only ratios within a sample are used. Columns that
-    are none of the lineages are left out and reported.
+    They may have any scale, percentages for instance, as only ratios within a sample are used.
+    Columns that are not lineages are left out and reported.
+
+    Args:
+        path: the csv. lineages: names (L). lineage_file: where they come from, for the message.
+
+    Returns:
+        DataFrame (samples x L), float64.
 
     Raises:
-        InputError: unreadable, a lineage or a name is missing or there twice, a value is no number
-            of 0 or more, or a sample has nothing of these lineages.
+        InputError: the file is unreadable; a lineage is missing; a sample or a column is repeated;
+            a value is not a number of 0 or more; or a sample has nothing of these lineages.
     """
     table = read_rows(path)
     samples, table = table.iloc[:, 0].astype(str).str.strip(), table.iloc[:, 1:]
@@ -79,18 +92,23 @@ def read_fractions(path, lineages, lineage_file):
     left_out = [name for name in table if name not in lineages]
     if left_out:
         print(f"{path}: {len(left_out)} columns that are no lineage left out ({some(left_out)})")
-    text = table[lineages].set_axis(samples)
+    return to_fractions(table[lineages].set_axis(samples), path)
+
+
+def to_fractions(text, path):
+    """Numbers from text (samples x L), with the checks of :func:`read_fractions`."""
     values = text.apply(pd.to_numeric, errors="coerce").astype(float)
     wrong = ~(np.isfinite(values) & (values >= 0)).to_numpy()
     if wrong.any():
-        i, j = (int(at[0]) for at in np.nonzero(wrong))
+        i, j = np.argwhere(wrong)[0]
         raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (sample {values.index[i]}, {lineages[j]}), expected "
-            "a number, 0 or more"
+            f"{path}: found {text.iat[i, j]!r} (sample {values.index[i]}, {values.columns[j]}), "
+            "expected a number, 0 or more"
         )
     empty = values.index[values.sum(axis=1) == 0]
     if len(empty):
         raise InputError(
-            f"{path}: {len(empty)} samples ({some(empty)}) have nothing of {some(lineages, 8)}"
+            f"{path}: {len(empty)} samples ({some(empty)}) have nothing of "
+            f"{some(values.columns, 8)}"
         )
     return values
