@@ -22,7 +22,7 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 
-from data import choose_genes, library_size
+from data import choose_genes, library_size, log_normalise
 from plotting import write_clusters
 from readers.bounded import read_table
 from readers.counts import EMBEDDED, read_counts
@@ -218,8 +218,7 @@ def cluster_cells(cells, cfg):
             f"--dims: found {cfg.dims}, expected at most {max(n_pcs, 0)} for {work.n_obs} cells"
         )
     variable = choose_genes(work, cfg.n_genes)
-    sc.pp.normalize_total(work, target_sum=1e4)
-    sc.pp.log1p(work)
+    work.X = log_normalise(work.X, dtype=np.float32)  # scanpy's own default
     variable = anndata.AnnData(scale_genes(work[:, variable].X))
     sc.pp.pca(variable, n_comps=n_pcs, random_state=cfg.seed)
     k = min(cfg.n_neighbors, work.n_obs - 1)

@@ -29,6 +29,7 @@ from data import (
     draw_test_bulks,
     library_size,
     load_cells,
+    log_normalise,
     mean_counts,
 )
 from generation import CHUNK, calibrate_to, draw_types, load_weights, log_cpm, new_cells
@@ -68,22 +69,18 @@ class Settings(DatasetSettings):
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
 
 
-def log_normalise(X):
-    """Counts (N x G), CSR, to log1p of counts per 10,000, as an AnnData."""
+def log_cells(X):
+    """AnnData of counts (N x G), CSR, log-normalised in float32, which is scanpy's default."""
     import anndata
-    import scanpy
 
-    cells = anndata.AnnData(X.astype(np.float32))
-    scanpy.pp.normalize_total(cells, target_sum=1e4)
-    scanpy.pp.log1p(cells)
-    return cells
+    return anndata.AnnData(log_normalise(X, dtype=np.float32))
 
 
 def principal_components(X, n=50):
     """PCs (N, n) of counts (N x G) as usual: log-normalised, 2,000 variable genes, scaled."""
     import scanpy
 
-    cells = log_normalise(X)
+    cells = log_cells(X)
     if cells.n_vars > 2000:
         scanpy.pp.highly_variable_genes(cells, n_top_genes=2000)
         cells = cells[:, cells.var["highly_variable"]].copy()
@@ -244,9 +241,9 @@ def main(cfg):
     save("joint", write_joint, at, both, cell_types, is_made, share, N_NEIGHBORS, unseen)
 
     marker_cells = ~held_out if (~held_out).any() else np.ones(len(codes), bool)
-    markers = find_markers(log_normalise(X[marker_cells]), codes[marker_cells])
+    markers = find_markers(log_cells(X[marker_cells]), codes[marker_cells])
     markers = {cell_types[k]: markers[k] for k in sorted(markers)}
-    real, fake = log_normalise(X[test]), log_normalise(new)
+    real, fake = log_cells(X[test]), log_cells(new)
     names = types[codes[test]]
     save("markers", write_dots, real, names, fake, names, markers, genes)
 

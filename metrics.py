@@ -5,7 +5,7 @@ import pandas as pd
 import scipy.optimize
 import scipy.stats
 
-from data import choose_genes, library_size
+from data import choose_genes, library_size, log_normalise
 
 METRICS = {  # every metric in the order of the tables, and its best possible value
     "random-forest AUROC, PCs": 0.5,
@@ -154,16 +154,14 @@ class CellMetrics:
         from sklearn.decomposition import PCA
 
         real = cells.copy()
-        real.X = real.X.astype(np.float32)
-        scanpy.pp.normalize_total(real, target_sum=1e4)
-        scanpy.pp.log1p(real)
+        real.X = log_normalise(cells.X)
         scanpy.pp.highly_variable_genes(real, n_top_genes=min(1000, real.n_vars))
         self.genes = np.flatnonzero(real.var["highly_variable"])
         correlated = choose_genes(cells, min(200, cells.n_vars))
         self.correlated = cells.var_names.get_indexer(correlated)
         self.markers = find_markers(real[~held_out], codes[~held_out])
 
-        log = self.log(cells.X)
+        log = real.X[:, self.genes].toarray()  # (N, P)
         self.pca = PCA(min(20, *log.shape), random_state=0).fit(log)
         self.all_pcs, self.held_out = self.pca.transform(log), held_out
         self.codes, self.n_trees = codes[held_out], n_trees
@@ -173,19 +171,14 @@ class CellMetrics:
             self.real["pcs"], self.all_pcs, ~held_out, skip_self=True
         )
 
-    def log(self, X, genes=None):
-        """log1p of counts per 10,000 at some genes, by default the variable ones (N, P)."""
-        total = library_size(X)
-        part = X[:, self.genes if genes is None else genes].toarray().astype(np.float64)
-        return np.log1p(part / np.maximum(total, 1)[:, None] * 1e4)
-
     def describe(self, X):
-        log = self.log(X)
+        log = log_normalise(X)  # (M, G)
+        variable = log[:, self.genes].toarray()  # (M, P)
         return dict(
-            log=log,
-            pcs=self.pca.transform(log),
-            correlated=self.log(X, self.correlated),
-            markers={k: self.log(X, genes) for k, genes in self.markers.items()},
+            log=variable,
+            pcs=self.pca.transform(variable),
+            correlated=log[:, self.correlated].toarray(),
+            markers={k: log[:, genes].toarray() for k, genes in self.markers.items()},
             library=library_size(X),
         )
 
