@@ -1,24 +1,46 @@
-"""README holds: its commands run as written, in order, and its links lead somewhere."""
+"""README and docs/ hold true: their commands run as written, in order, and their links work."""
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from annotate import export_10x
-from conftest import ROOT, run, run_inside
+from conftest import ROOT, run_inside
 from readers.counts import read_counts
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-# What makes each script quick. The last of two equal flags holds, so that these come after.
+# Pages with commands, in the order in which they run.
+GUIDES = [
+    "README.md",
+    "docs/your-data.md",
+    "docs/large-data.md",
+    "docs/results.md",
+    "docs/figures.md",
+    "docs/speed.md",
+    "examples/README.md",
+]
+PAGES = sorted(
+    {*GUIDES, "CHANGELOG.md", "tests/README.md"}
+    | {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+)
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+BLOCKS = [
+    block
+    for name in GUIDES
+    for block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+]
+# What makes each script quick. If a flag is given twice the last one wins, so these come last.
 SMALL = {
     "train_gmvae.py": "--epochs 4 --vae-epochs 2",
     "train_decoder.py": "--epochs 2 --n-hidden 16",
@@ -28,11 +50,12 @@ SMALL = {
     "make_figures.py": "--max-cells 40",
     "annotate.py": "",
     "benchmarks/benchmark.py": """--only '["bulk2sc, in memory", 50, 20]' """,
+    "examples/simulate_bulk.py": "",
 }
 
 
 def commands(text):
-    """The commands of a block, without comments, joined over ends of lines, parted at &&."""
+    """The commands of a block without comments; continued lines are joined, && separates."""
     text = text.replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
     return [part.strip() for line in lines if line for part in line.split("&&")]
@@ -40,23 +63,24 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The files of the repository, and those that a reader of README is taken to have."""
+    """The files of the repository, and those that a reader is assumed to have."""
     folder = tmp_path_factory.mktemp("readme") / "bulk2sc"
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "markers.csv", ROOT / "README.md"]:
         shutil.copy(path, folder)
-    for name in ("weights", "benchmarks", "readers", "runtime"):
+    for name in ("weights", "benchmarks", "examples", "readers", "runtime"):
         shutil.copytree(ROOT / name, folder / name)
     rng = np.random.default_rng(0)
     cells = read_counts()  # the embedded dataset stands in for every download
     symbols = pd.read_csv(ROOT / "markers.csv")["geneSymbolmore1"].str.split(",").explode()
     genes = pd.Index(cells.var_names).union(pd.Index(symbols)).unique()
     counts = pd.DataFrame(rng.poisson(50, (len(genes), 3)), genes, ["s1", "s2", "s3"])
-    counts.to_csv(folder / "my_blood_samples.csv")
     counts.to_csv(folder / "counts.csv.gz")
     fractions = pd.DataFrame({"sample": counts.columns, "T": [0.6, 0.5, 0.7], "B": [0.1, 0.2, 0.1]})
     fractions.to_csv(folder / "flow_fractions.csv", index=False)
-    few = cells[rng.permutation(cells.n_obs)[:250]]  # forests of evaluate.py take their time
+    few = cells[rng.permutation(cells.n_obs)[:250]].copy()  # evaluate.py's forests are slow
+    few.obs["cell_type"] = few.obs["bulk_labels"]
+    few.write_h5ad(folder / "atlas.h5ad")
     export_10x(few, folder / "filtered_feature_bc_matrix")
     with tarfile.open(folder / "download.tar.gz", "w:gz") as tar:
         tar.add(folder / "filtered_feature_bc_matrix", "filtered_feature_bc_matrix")
@@ -65,8 +89,7 @@ def clone(tmp_path_factory):
 
 
 def run_command(command, folder, ran):
-    """Run one command as written, with what makes it small; a script's second run needs no new
-    process."""
+    """Run one command as written, but small; a script's second run needs no new process."""
     words = shlex.split(command)
     if words[:3] == ["python3", "-m", "venv"] or words[0].endswith("/pip"):
         return  # the environment is this one
@@ -76,19 +99,19 @@ def run_command(command, folder, ran):
     if words[0] in ("python", ".venv/bin/python"):
         if words[1:3] == ["-m", "pytest"]:
             return  # this very run
-        assert words[1] in SMALL, f"README runs {words[1]}, which this test does not know"
+        assert words[1] in SMALL, f"the pages run {words[1]}, unknown to this test"
         for name in {"w1", "w2"} & set(words):  # "for each seed 0, 1, 2"
             shutil.copytree(folder / "w0", folder / name, dirs_exist_ok=True)
         words = ["markers.csv" if word.startswith("https://") else word for word in words]
         words = [sys.executable, *words[1:], *shlex.split(SMALL[words[1]])]
     else:
-        assert words[0] in ("tar", "mv"), f"README runs {words[0]}, which this test does not know"
+        assert words[0] in ("tar", "mv"), f"the pages run {words[0]}, unknown to this test"
     if any(words[1] in other.split() for other in ran) and words[1] in os.listdir(folder):
         done = run_inside(*words[1:], cwd=folder)
     else:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{command}\n{done.stderr[-1500:]}"
-    if words[1:2] == ["annotate.py"]:  # from here on there are cell types for a map of lineages
+    if words[1:2] == ["annotate.py"]:  # from here on lineages of its cell types are needed
         labels = pd.read_csv(folder / "pbmc1k_v3" / "barcode_to_celltype.csv")
         types = sorted(set(labels["cell_type"]) - {"Unknown"})
         lines = [f"{name},{'T' if 'T cells' in name else 'B'}\n" for name in types]
@@ -112,9 +135,16 @@ def test_code_blocks_run_in_order(clone):
         else:  # output and tables, not to be run
             assert language == "text", f"a block of {language or 'no language'}"
     scripts = {word for command in ran for word in command.split() if word.endswith(".py")}
-    assert scripts == set(SMALL)  # README shows every script
+    assert scripts == set(SMALL)  # the pages show every script
     for name in ("generated.h5ad", "proportions.csv", "proportions.png", "figures/joint.png"):
         assert (clone / name).is_file(), name
+    # The example bulk is what its script writes, up to rounding on another machine.
+    again, shipped = (
+        pd.read_csv(folder / "examples" / "bulk_pbmc_simulated.csv.gz", index_col=0)
+        for folder in (clone, ROOT)
+    )
+    assert again.index.equals(shipped.index) and again.columns.equals(shipped.columns)
+    np.testing.assert_allclose(again.sum(), shipped.sum(), rtol=0.01)
 
 
 def anchors(text):
@@ -123,33 +153,48 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("name", ["README.md", "NOTES.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)]+)\)", outside)
-    for link in links:
+    folder = (ROOT / name).parent
+    outside = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)]+)\)", outside):
         link = link.replace("\n", "")
-        if link.startswith("#"):
-            assert link[1:] in anchors(text), link
-        elif not link.startswith("https://"):
-            assert (ROOT / link).exists(), link
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
     for path in re.findall(r"`([\w/.]+\.(?:py|R|csv|md|txt|cff))`", outside):
-        made = {
+        generated = {
             "barcode_to_celltype.csv",
             "found_celltypes.csv",
             "clusters.csv",
             "proportions.csv",
             "evaluation.csv",
         }
-        assert path in made or (ROOT / path).exists(), path
+        assert path in generated or (ROOT / path).exists() or (folder / path).exists(), path
 
 
-def test_every_flag_in_readme_exists():
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+def help_of(script):
+    """What --help prints."""
+    if "/" not in script:
+        return run_inside(script, "--help").stdout
+    out = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [script, "--help"]),
+        contextlib.redirect_stdout(out),
+        pytest.raises(SystemExit),
+    ):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return out.getvalue()
+
+
+def test_every_flag_in_the_pages_exists():
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(TEXTS.values())))
     known = {"--index-url", "--help"}  # pip's
     known |= {"--standalone", "--nproc-per-node"}  # torchrun's
     for script in SMALL:
-        done = (run if "/" in script else run_inside)(script, "--help")
-        known |= set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+        known |= set(re.findall(r"--[a-z][a-z-]+", help_of(script)))
     assert not flags - known
