@@ -23,7 +23,8 @@ from generation import decode_cells  # noqa: E402
 from models import scDecoder  # noqa: E402
 from runtime.weights import load_model  # noqa: E402
 
-# Proportions of cells in each sample, in per cent; every column adds up to 100.
+WEIGHTS = ROOT / "weights" / "pbmc1k" / "scDecoder_model.pt"
+# Cell types of each sample in per cent of its cells.
 COMPOSITION = pd.DataFrame(
     {
         "CD8+ NKT-like cells": [10, 5, 12, 4],
@@ -41,8 +42,6 @@ COMPOSITION = pd.DataFrame(
 
 @dataclass
 class Settings:
-    weights: Path = ROOT / "weights" / "pbmc1k"
-    """Folder of scDecoder_model.pt."""
     n_cells: int = 2000
     """Cells in each sample."""
     seed: int = 0
@@ -60,7 +59,7 @@ def simulate_bulk(decoder, n_per_type, generator):
 
 
 def main(cfg):
-    decoder, card = load_model(cfg.weights / "scDecoder_model.pt", scDecoder)
+    decoder, card = load_model(WEIGHTS, scDecoder)
     generator = torch.Generator().manual_seed(cfg.seed)
     share = COMPOSITION[card["cell_types"]] / 100  # (S, K)
     n_cells = (share * cfg.n_cells).round().astype(int)
