@@ -1,4 +1,4 @@
-"""What bulk2sc is measured beside."""
+"""What bulk2sc is measured beside: least squares for proportions, three other sources of cells."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
-import scipy.stats
 import torch
 
 from data import library_size
@@ -19,21 +18,33 @@ from runtime.device import pick_device
 from runtime.errors import InputError
 from runtime.weights import MIXTURE_FILES, load_model
 
+# --------------------------------------------------------------------------------- proportions
+
 
 def nnls_proportions(bulk, profiles):
-    """Proportions by non-negative least squares on mean count profiles, the field's baseline.
+    """Proportions (S, K) by non-negative least squares on mean count profiles.
 
-    bulk (S, G) and profiles (K, G) are counts of cells of their natural depth, so that weights
-    are cell numbers. Returns (S, K), rows summing to 1.
+        b_s / Σ_g b_sg  ≈  Σ_k w_sk p_k,   w ≥ 0,   rows of w then scaled to sum to 1
+
+    The usual baseline of deconvolution (Abbas et al., PLoS ONE 2009; among the best bulk methods
+    of Avila Cobos et al., Nature Communications 2020).
+
+    bulk (S, G) and profiles (K, G): counts. Profiles keep the natural depth of their cells, so that
+    weights are numbers of cells.
     """
     weights = np.stack([scipy.optimize.nnls(profiles.T, b / b.sum())[0] for b in bulk])
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def predict_proportions(encoder, bulk, present, profiles):
-    """Proportions (S x K) of bulks (S x G) by each method, all on the genes that are present (G).
+    """Proportions (S, K) of bulks by each method, all on the same genes.
 
-    profiles: mean counts of training cells (K x G). Returns a dict: method -> array.
+    Args:
+        bulk: counts (S, G). present: mask (G) of the genes that were measured.
+        profiles: mean counts of the training cells of each type (K, G).
+
+    Returns:
+        dict: method -> array.
     """
     _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
     return {
@@ -42,35 +53,52 @@ def predict_proportions(encoder, bulk, present, profiles):
     }
 
 
-def draw_cell_type_nb(X, codes, wanted, rng):
-    """Cells of independent genes, negative binomial with the moments of their cell type.
+# --------------------------------------------------------------------------------------- cells
 
-    θ = mean² / (variance - mean), Poisson where the variance is not above the mean. Library size
-    is whatever comes of it.
+
+def draw_cell_type_nb(X, codes, target, rng):
+    """Draw cells of independent genes, negative binomial with the moments of their cell type.
+
+        θ = mean² / (variance - mean);   Poisson where the variance is not above the mean
+
+    These are the marginals of scDesign2 (Sun et al., Genome Biology 2021) without its copula, and
+    fitted by moments. Library sizes are whatever the genes add up to.
 
     Args:
-        X: training counts (N x G). codes (N). wanted: types of the cells to draw (M).
+        X: training counts (N x G), CSR. codes: their types (N). target: types of the cells to
+            draw (M). rng: numpy Generator.
 
     Returns:
         CSR int32 (M x G).
     """
-    made = np.zeros((len(wanted), X.shape[1]), dtype=np.int32)
-    for k in np.unique(wanted):
-        own = X[np.flatnonzero(codes == k)].toarray().astype(np.float64)
-        rows = np.flatnonzero(wanted == k)
-        if len(own):
-            mean, extra = own.mean(axis=0), own.var(axis=0) - own.mean(axis=0)
-            theta = np.clip(mean**2 / np.maximum(extra, 1e-12), 1e-6, 1e6)
+    drawn = np.zeros((len(target), X.shape[1]), dtype=np.int32)
+    for k in np.unique(target):
+        train = X[np.flatnonzero(codes == k)].toarray().astype(np.float64)
+        rows = np.flatnonzero(target == k)
+        if len(train):
+            mean = train.mean(axis=0)
+            overdispersion = train.var(axis=0) - mean
+            theta = np.clip(mean**2 / np.maximum(overdispersion, 1e-12), 1e-6, 1e6)
             rate = rng.gamma(theta, np.maximum(mean, 1e-12) / theta, (len(rows), len(mean)))
-            made[rows] = rng.poisson(rate)
-    return sp.csr_matrix(made)
+            drawn[rows] = rng.poisson(rate)
+    return sp.csr_matrix(drawn)
 
 
 def train_published(cfg, weights, decoder_card):
-    """scDecoder by the published recipe, on the same mixture and split: prior pairing, MSE + L1.
+    """Train scDecoder by the published recipe, on the same mixture and split.
+
+    z is drawn from its type's Gaussian rather than paired with its cell, and the loss is MSE + L1
+    (bulk2sc as published: Cho et al., bioRxiv 2024, doi:10.1101/2024.05.18.594837).
+
+    Args:
+        cfg: settings of the evaluation. weights: folder of the mixture. decoder_card: of the
+            decoder that it is measured beside.
 
     Returns:
-        The decoder, in eval mode.
+        scDecoder in eval mode.
+
+    Raises:
+        InputError: the mixture was trained on another split than the decoder.
     """
     import train_decoder  # run whole, as its script would be
 
@@ -103,39 +131,46 @@ def train_published(cfg, weights, decoder_card):
     return decoder
 
 
-def train_scvi(cells, train, codes, seed):
-    """scVI (Lopez et al., Nature Methods 2018), 10 latent dimensions, 400 epochs.
+class ScVI:
+    """scVI (Lopez et al., Nature Methods 2018): 10 latent dimensions, 400 epochs.
 
-    Returns:
-        A function: types of the cells to draw (M) -> CSR int32 (M x G), with z from the Gaussian of
-        each type's posterior means and library sizes from its training cells.
+    Args:
+        cells: AnnData of training counts (N x G). codes: their types (N). seed: of training and
+            draws.
     """
-    import scvi
 
-    scvi.settings.seed = seed
-    reference = cells[train].copy()
-    reference.X = reference.X.astype(np.float32)
-    scvi.model.SCVI.setup_anndata(reference)
-    model = scvi.model.SCVI(reference, n_latent=10)
-    model.train(max_epochs=400, accelerator="cpu", enable_progress_bar=False)
-    latent, library = model.get_latent_representation(), library_size(reference.X)
-    own_codes, rng = codes[train], np.random.default_rng(seed)
+    def __init__(self, cells, codes, seed):
+        import scvi  # optional
 
-    def draw(wanted):
-        z = np.zeros((len(wanted), latent.shape[1]), np.float32)
-        size = np.zeros((len(wanted), 1), np.float32)
-        for k in np.unique(wanted):
-            own, rows = own_codes == k, wanted == k
-            z[rows] = rng.normal(
-                latent[own].mean(axis=0), latent[own].std(axis=0), (rows.sum(), z.shape[1])
+        scvi.settings.seed = seed
+        cells = cells.copy()
+        cells.X = cells.X.astype(np.float32)
+        scvi.model.SCVI.setup_anndata(cells)
+        self.model = scvi.model.SCVI(cells, n_latent=10)
+        self.model.train(max_epochs=400, accelerator="cpu", enable_progress_bar=False)
+        self.latent = self.model.get_latent_representation()  # (N, D)
+        self.library, self.codes = library_size(cells.X), codes
+        self.rng = np.random.default_rng(seed)
+
+    def draw(self, target):
+        """Draw cells of types ``target`` (M): counts, CSR int32 (M x G).
+
+        z comes from the Gaussian of its type's posterior means, the library size from one of its
+        type's training cells.
+        """
+        z = np.zeros((len(target), self.latent.shape[1]), np.float32)
+        library = np.zeros((len(target), 1), np.float32)
+        for k in np.unique(target):
+            in_type, rows = self.codes == k, target == k
+            latent = self.latent[in_type]
+            z[rows] = self.rng.normal(
+                latent.mean(axis=0), latent.std(axis=0), (rows.sum(), z.shape[1])
             )
-            size[rows, 0] = rng.choice(library[own], rows.sum())
+            library[rows, 0] = self.rng.choice(self.library[in_type], rows.sum())
         with torch.inference_mode():
-            out = model.module.generative(
+            generative = self.model.module.generative(
                 torch.from_numpy(z),
-                torch.from_numpy(np.log(size)),
-                torch.zeros(len(wanted), 1, dtype=torch.long),
+                torch.from_numpy(np.log(library)),
+                torch.zeros(len(target), 1, dtype=torch.long),
             )
-            return sp.csr_matrix(out["px"].sample().numpy().astype(np.int32))
-
-    return draw
+            return sp.csr_matrix(generative["px"].sample().numpy().astype(np.int32))

@@ -1,38 +1,40 @@
-"""Generated cells against held-out real ones, beside simple baselines; proportions likewise.
+"""Compare generated cells with held-out real ones, and predicted with true proportions.
 
     python evaluate.py
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
     python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
 
-Every metric is read on cells that no training has seen. Columns of the table:
+Every metric is read on cells that no training has seen. Cells come from these methods:
 
 - bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
 - calibrated: the same with bulk2sc.py --calibrate, to the sum of the held-out cells
-- other real cells: training cells in the place of generated ones
-- unseen real cells: the half of the training cells that the metrics' space was not fitted on
+- other real cells: training cells in place of generated ones
+- unseen real cells: half of the training cells, left out when the metrics' space is fitted
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
-- scVI: if scvi-tools is installed, trained here
+- scVI: trained here, if scvi-tools is installed
 
-Predicted proportions have a table of their own beside NNLS, non-negative least squares: on
-pseudobulks of held-out cells, the same after a simulated change of platform, and real bulks whose
+Predicted proportions have their own table, beside NNLS, non-negative least squares: on pseudobulks
+of held-out cells, on the same after a simulated change of platform, and on real bulks whose
 proportions were measured.
 
-Writes evaluation.csv (with every cell type on its own as well) and evaluation.png to --weights.
+Writes evaluation.csv, which also has every cell type by itself, and evaluation.png to --weights.
 """
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from baselines import draw_cell_type_nb, predict_proportions, train_published, train_scvi
+from baselines import ScVI, draw_cell_type_nb, predict_proportions, train_published
 from data import (
     DatasetSettings,
     align_genes,
@@ -52,6 +54,7 @@ from generation import (
     sum_agreement,
 )
 from metrics import METRICS, CellMetrics, proportion_metrics, to_lineages
+from models import BulkEncoder, scDecoder
 from plotting import write_evaluation
 from readers.bulk import read_bulk
 from readers.counts import read_counts
@@ -61,8 +64,9 @@ from runtime.errors import InputError, some
 from runtime.script import flag, run_script
 from runtime.writing import write_whole
 
-BULKS_PER_PLATFORM = 20  # of those under a simulated shift
-SHIFT_DEPTH = 2e5  # their counts
+BULKS_PER_PLATFORM = 20  # of those with a simulated change of platform
+SHIFT_DEPTH = 2e5  # counts of each of them
+CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
 
 
 @dataclass
@@ -106,20 +110,102 @@ class Settings(DatasetSettings):
             )
 
 
-# --------------------------------------------------------------------------------- measurement
+@dataclass
+class Training:
+    """One training: its models, and the real cells it was trained on and held out."""
+
+    folder: Path
+    cells: anndata.AnnData
+    """Counts of all real cells (N x G)."""
+    codes: np.ndarray
+    """Their cell types (N)."""
+    decoder: scDecoder
+    decoder_card: dict
+    """What the decoder's file holds beside the weights: genes, cell types, seed, split."""
+    encoder: BulkEncoder
+    encoder_card: dict
+    held_out: np.ndarray
+    """Mask of the cells that no training has seen (N)."""
+
+    def __post_init__(self):
+        self.test, self.train = np.flatnonzero(self.held_out), np.flatnonzero(~self.held_out)
+        self.test_codes = self.codes[self.test]
+        self.genes = self.decoder_card["genes"], self.encoder_card["genes"]
+        self.cell_types = self.decoder_card["cell_types"]
+
+    def decoder_counts(self, rows):
+        """Counts of real cells in the decoder's genes, CSR."""
+        names = self.cells.var_names
+        X, _ = align_genes(self.cells.X[rows], names, self.genes[0], "the decoder", report=False)
+        return X
+
+    def encoder_counts(self, rows):
+        """Counts of real cells in the encoder's genes, CSR, and a mask of the genes they have."""
+        names = self.cells.var_names
+        return align_genes(self.cells.X[rows], names, self.genes[1], "the encoder", report=False)
+
+    def profiles(self):
+        """Mean counts of the training cells of each type in the encoder's genes (K, G)."""
+        X, _ = self.encoder_counts(self.train)
+        return mean_counts(X, self.codes[self.train], len(self.cell_types))
 
 
-def draw_real(codes, wanted, pool, rng):
-    """Indices of real cells from ``pool``, as many of each type as ``wanted`` has if there are."""
+# ------------------------------------------------------------------------------ ways to draw cells
+
+
+def match_types(codes, target, pool, rng):
+    """Draw cells, as many of each type as in ``target`` or, of a type with fewer, all of them.
+
+    codes: cell types (N). target: types to draw (M). pool: indices of the cells to draw from.
+
+    Returns:
+        indices (M or fewer).
+    """
     drawn = []
-    for k, n in zip(*np.unique(wanted, return_counts=True), strict=True):
-        own = pool[codes[pool] == k]
-        drawn.append(rng.permutation(own)[:n])
+    for k, n in zip(*np.unique(target, return_counts=True), strict=True):
+        drawn.append(rng.permutation(pool[codes[pool] == k])[:n])
     return np.concatenate(drawn)
 
 
-def read_generated(path, cells, cell_types):
-    """Read an .h5ad of generated cells; counts (M x G) in the order of the data's genes, codes (M).
+def draw_decoded(training, decoder, generator, log_factor=None):
+    """Cells of the held-out types: z of the mixture, decoded. log_factor: (1, G) or None."""
+    k = torch.as_tensor(training.test_codes, device=decoder.mu.device)
+    X = new_cells(decoder, k, generator, log_factor)
+    names = list(training.cells.var_names)
+    X, _ = align_genes(X, training.genes[0], names, "the decoder", report=False)
+    return X, training.test_codes
+
+
+def draw_real(training, rng):
+    """Training cells of the held-out types."""
+    rows = match_types(training.codes, training.test_codes, training.train, rng)
+    return training.cells.X[rows], training.codes[rows]
+
+
+def draw_nb(training, rng):
+    """Cells of the held-out types, genes negative binomial."""
+    rows, target = training.train, training.test_codes
+    return draw_cell_type_nb(training.cells.X[rows], training.codes[rows], target, rng), target
+
+
+def draw_scvi(training, model):
+    """Cells of the held-out types by scVI."""
+    return model.draw(training.test_codes), training.test_codes
+
+
+def draw_from_file(path, generated, codes, target, rng):
+    """Cells of a file of generated ones (M x G) with types codes (M), of the types ``target``."""
+    rows = match_types(codes, target, np.arange(len(codes)), rng)
+    if len(rows) < 2:
+        raise InputError(f"{path}: found {len(rows)} cells of the held-out types")
+    return generated[rows], codes[rows]
+
+
+def read_generated(path, training):
+    """Read an .h5ad of generated cells.
+
+    Returns:
+        counts (M x G) in the genes of the data, cell types (M).
 
     Raises:
         InputError: unreadable, no ``cell_type``, a type that the model does not know, or values
@@ -130,124 +216,113 @@ def read_generated(path, cells, cell_types):
     generated = read_counts(path)
     if "cell_type" not in generated.obs:
         raise InputError(f"{path}: has no column cell_type, expected cells by bulk2sc.py")
-    codes = pd.Index(cell_types).get_indexer(generated.obs["cell_type"].astype(str))
+    names = generated.obs["cell_type"].astype(str)
+    cell_types = training.cell_types
+    codes = pd.Index(cell_types).get_indexer(names)
     if (codes < 0).any():
-        unknown = generated.obs["cell_type"].astype(str)[codes < 0].iloc[0]
+        unknown = names[codes < 0].iloc[0]
         raise InputError(f"{path}: cell type {unknown} is not one of the model's")
-    X, _ = align_genes(generated.X, generated.var_names, list(cells.var_names), path)
+    X, _ = align_genes(generated.X, generated.var_names, list(training.cells.var_names), path)
+    n_target = np.bincount(training.test_codes, minlength=len(cell_types))
+    n_file = np.bincount(codes, minlength=len(cell_types))
+    short = {
+        cell_types[k]: f"{n_file[k]} of {n_target[k]}" for k in np.flatnonzero(n_file < n_target)
+    }
+    if short:
+        print(f"{path}: fewer cells than are held out: {short}")
     return X, codes
 
 
-def measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng, n=10):
-    """Rows (method, metric, None, value): cells of held-out pseudobulks, added up again.
+def calibration_to_held_out(training):
+    """Factors that calibrate to the sum of the held-out cells, as a logarithm (1, G)."""
+    bulk = sp.csr_matrix(training.decoder_counts(training.test).sum(axis=0))
+    log_factor, _ = calibrate_to(bulk, training.decoder, training.encoder, training.genes)
+    return log_factor
 
-    genes: ``(decoder's, encoder's)``. 1,000 cells for each of n pseudobulks of Dirichlet(1).
-    """
-    X, _ = align_genes(cells.X, cells.var_names, genes[0], "the decoder", report=False)
-    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
-    bulk, _ = draw_test_bulks(X_test, codes_test, len(decoder.mu), n, cfg.cells_per_bulk, rng)
-    factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, encoder, genes)
+
+def cell_methods(training, cfg, rng):
+    """Every method of the table, its model trained: name -> function that draws (X, codes)."""
+    decoder = training.decoder
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
-    k = draw_types(pi, 1000, generator)
-    sample = torch.arange(n, device=k.device).repeat_interleave(1000)
-    rows = []
-    for method, log_factor in (("bulk2sc", None), ("calibrated", factor)):
-        generated = new_cells(decoder, k, generator, log_factor, sample)
-        sums = np.zeros(bulk.shape)
-        add_to_sums(sums, generated, sample.cpu().numpy())
-        agreement = sum_agreement(bulk, sums, np.ones(bulk.shape[1], bool))
-        rows += [(method, "sum of cells against bulk, Pearson", None, agreement.mean())]
-    return rows
-
-
-def measure_cells(cells, codes, held_out, decoder, card, encoder, encoder_card, weights, cfg, rng):
-    """Rows (method, metric, type code or None, value) of every method of the table."""
-    test, train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
-    wanted = codes[test]
-    cell_metrics = CellMetrics(cells, held_out, codes, cfg.n_trees)
-    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
-
-    def from_decoder(decoder, log_factor=None):
-        k = torch.as_tensor(wanted, device=decoder.mu.device)
-        X = new_cells(decoder, k, generator, log_factor, torch.zeros_like(k))
-        X, _ = align_genes(X, card["genes"], list(cells.var_names), "the decoder", report=False)
-        return X, wanted
-
-    # Half of the training cells, kept out of the space that the metrics are read in.
-    kept = np.ones(cells.n_obs, dtype=bool)
-    left_out = train[split_cells(codes[train], 0.5, cfg.seed)]
-    kept[left_out] = False
-
-    methods = {"bulk2sc": lambda: from_decoder(decoder)}
-    if cfg.generated is not None:
-        generated, generated_codes = read_generated(cfg.generated, cells, card["cell_types"])
-        everyone = np.arange(len(generated_codes))
-        short = {
-            card["cell_types"][k]: f"{(generated_codes == k).sum()} of {n}"
-            for k, n in zip(*np.unique(wanted, return_counts=True), strict=True)
-            if (generated_codes == k).sum() < n
-        }
-        if short:
-            print(f"{cfg.generated}: fewer cells than are held out: {short}")
-
-        def from_file():
-            chosen = draw_real(generated_codes, wanted, everyone, rng)
-            if len(chosen) < 2:
-                raise InputError(
-                    f"{cfg.generated}: found {len(chosen)} cells of the held-out types"
-                )
-            return generated[chosen], generated_codes[chosen]
-
-        methods["bulk2sc"] = from_file
-
-    def real_cells():
-        chosen = draw_real(codes, wanted, train, rng)
-        return cells.X[chosen], codes[chosen]
-
+    methods = {}
     if cfg.generated is None:
-        genes = card["genes"], encoder_card["genes"]
-        X, _ = align_genes(cells.X[test], cells.var_names, genes[0], "the decoder", report=False)
-        bulk = sp.csr_matrix(X.sum(axis=0))
-        log_factor, _ = calibrate_to(bulk, decoder, encoder, genes)
-        methods["calibrated"] = lambda: from_decoder(decoder, log_factor)
-    methods["other real cells"] = real_cells
+        log_factor = calibration_to_held_out(training)
+        methods["bulk2sc"] = partial(draw_decoded, training, decoder, generator)
+        methods["calibrated"] = partial(draw_decoded, training, decoder, generator, log_factor)
+    else:
+        cells = read_generated(cfg.generated, training)
+        target = training.test_codes
+        methods["bulk2sc"] = partial(draw_from_file, cfg.generated, *cells, target, rng)
+    methods["other real cells"] = partial(draw_real, training, rng)
     if cfg.baselines:
-        methods["cell-type NB"] = lambda: (
-            draw_cell_type_nb(cells.X[train], codes[train], wanted, rng),
-            wanted,
-        )
-        published = train_published(cfg, weights, card)
-        methods["published recipe"] = lambda: from_decoder(published)
+        methods["cell-type NB"] = partial(draw_nb, training, rng)
+        published = train_published(cfg, training.folder, training.decoder_card)
+        methods["published recipe"] = partial(draw_decoded, training, published, generator)
         if importlib.util.find_spec("scvi"):
-            draw = train_scvi(cells, train, codes, card["seed"])
-            methods["scVI"] = lambda: (draw(wanted), wanted)
+            rows, seed = training.train, training.decoder_card["seed"]
+            model = ScVI(training.cells[rows], training.codes[rows], seed)
+            methods["scVI"] = partial(draw_scvi, training, model)
+    return methods
+
+
+# ---------------------------------------------------------------------------------- measurements
+# Each returns rows (method, metric, type code or None for all types, value).
+
+
+def measure_cells(training, cfg, rng):
+    """Every method's cells against the held-out ones."""
+    cell_metrics = CellMetrics(training.cells, training.held_out, training.codes, cfg.n_trees)
+    methods = cell_methods(training, cfg, rng)
     rows = []
-    for at in trange(cfg.n_draws, desc=f"cells of {weights}", unit="draw"):
-        for method, draw_cells in methods.items():
-            is_real = method == "other real cells"
-            compared = cell_metrics.compare(*draw_cells(), at, trained_on=is_real)
-            rows += [(method, *row) for row in compared]
-    if len(np.unique(codes[left_out])) > 1:
-        without = CellMetrics(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
-        compared = without.compare(cells.X[left_out], codes[left_out], cfg.seed)
-        # No cell here was trained on, so that share says nothing.
-        rows += [
-            ("unseen real cells", *row) for row in compared if not row[0].startswith("nearest")
-        ]
+    for i in trange(cfg.n_draws, desc=f"cells of {training.folder}", unit="draw"):
+        for method, draw in methods.items():
+            X, codes = draw()
+            trained_on = method == "other real cells"
+            values = cell_metrics.compare(X, codes, seed=i, trained_on=trained_on)
+            rows += [(method, *row) for row in values]
+    return rows + measure_left_out(training, cfg)
+
+
+def measure_left_out(training, cfg):
+    """Half of the training cells, in a space that was fitted without them."""
+    cells, codes, held_out = training.cells, training.codes, training.held_out
+    left_out = training.train[split_cells(codes[training.train], 0.5, cfg.seed)]
+    if len(np.unique(codes[left_out])) < 2:
+        return []
+    kept = np.ones(cells.n_obs, dtype=bool)
+    kept[left_out] = False
+    cell_metrics = CellMetrics(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
+    values = cell_metrics.compare(cells.X[left_out], codes[left_out], cfg.seed)
+    # Copying is not measured: these cells are neither generated nor part of the space.
+    return [("unseen real cells", *row) for row in values if not row[0].startswith("nearest")]
+
+
+def measure_sums(training, cfg, rng, n=10):
+    """Cells generated for n pseudobulks of held-out cells, added up again, against these bulks."""
+    decoder, n_types = training.decoder, len(training.decoder.mu)
+    X, codes = training.decoder_counts(training.test), training.test_codes
+    bulk, _ = draw_test_bulks(X, codes, n_types, n, cfg.cells_per_bulk, rng)  # (n, G)
+    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, training.encoder, training.genes)
+    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    k = draw_types(pi, CELLS_PER_SUM, generator)  # (n * CELLS_PER_SUM)
+    sample = torch.arange(n, device=k.device).repeat_interleave(CELLS_PER_SUM)
+    rows = []
+    for method, factor in (("bulk2sc", None), ("calibrated", log_factor)):
+        sums = np.zeros(bulk.shape)
+        add_to_sums(sums, new_cells(decoder, k, generator, factor, sample), sample.cpu().numpy())
+        agreement = sum_agreement(bulk, sums, np.ones(bulk.shape[1], bool))
+        rows.append((method, "sum of cells against bulk, Pearson", None, agreement.mean()))
     return rows
-
-
-# --------------------------------------------------------------------------------- proportions
 
 
 def shift_platform(bulk, rng):
     """Expected counts of bulks (S x G) as other platforms or donors would measure them.
 
-    Each 20 bulks in turn share a platform: factors exp(0.6 t) of genes, t of Student's t with 4
-    degrees of freedom, the logarithm cut at ±4; and a tenth of the genes, drawn anew for each
-    platform, is lost: it reads 0 and no one is told. Rows sum to 200,000; Poisson noise is left to
-    the caller. The Bulk Encoder trains on another model of noise, log-normal, with a sd of each
-    bulk's own and no gene lost, and without a platform that bulks share.
+    Every 20 bulks share a platform: factors exp(0.6 t) of genes, with t from Student's t with 4
+    degrees of freedom and the logarithm cut at ±4. Each platform also loses a tenth of the genes,
+    which read 0 without being marked as absent. Rows sum to 200,000; Poisson noise is left to the
+    caller. The Bulk Encoder trains on another model of noise: log-normal, with each bulk's own sd,
+    no lost genes and no shared platform.
     """
     n_platforms, n_genes = -(-len(bulk) // BULKS_PER_PLATFORM), bulk.shape[1]
     t = rng.standard_t(4, (n_platforms, n_genes))
@@ -257,61 +332,69 @@ def shift_platform(bulk, rng):
     return shifted / shifted.sum(axis=1, keepdims=True) * SHIFT_DEPTH
 
 
-def measure_proportions(cells, codes, held_out, encoder, card, lineage_of, cfg, rng):
-    """Rows (method, metric, None, value) on pseudobulks of held-out cells, plain and shifted.
+def measure_proportions(training, lineage_of, cfg, rng):
+    """Proportions of pseudobulks of held-out cells, plain and after a change of platform.
 
-    card: the encoder's. lineage_of: of each type (K), or None.
+    lineage_of: lineage of each type (K), or None.
     """
-    genes, n_types = card["genes"], len(card["cell_types"])
-    X, present = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
-    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
-    profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], n_types)
+    X, present = training.encoder_counts(training.test)
+    profiles = training.profiles()
     rows = []
-    for where in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
+    for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
         bulk, true = draw_test_bulks(
-            X_test, codes_test, n_types, cfg.n_pseudobulks, cfg.cells_per_bulk, rng
+            X, training.test_codes, len(profiles), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
         )
-        if where:
+        if suffix:
             bulk = rng.poisson(shift_platform(bulk, rng))
-        for method, predicted in predict_proportions(encoder, bulk, present, profiles).items():
-            values = proportion_metrics(true, predicted, where)
+        methods = predict_proportions(training.encoder, bulk, present, profiles)
+        for method, predicted in methods.items():
+            values = proportion_metrics(true, predicted, suffix)
             if lineage_of is not None:
-                lineages = lineages_in(lineage_of)
-                told = true[:, [own is not None for own in lineage_of]].any(axis=1)
-                pair = (to_lineages(p[told], lineage_of, lineages) for p in (true, predicted))
-                values |= proportion_metrics(*pair, f"{where}, lineages")
+                values |= lineage_metrics(true, predicted, lineage_of, suffix)
             rows += [(method, metric, None, value) for metric, value in values.items()]
     return rows
 
 
-def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractions, cfg):
-    """Rows (method, metric, None, value) on the real bulks of --bulk; nothing is drawn.
+def lineage_metrics(true, predicted, lineage_of, suffix):
+    """dict: metric -> value, of proportions (S, K) summed to lineages.
 
-    card: the encoder's. lineage_of: of each type (K). fractions: of :func:`read_fractions`.
+    Bulks without a cell of any lineage are left out.
+    """
+    lineages = lineages_in(lineage_of)
+    has_lineage = [lineage is not None for lineage in lineage_of]
+    filled = true[:, has_lineage].any(axis=1)
+    pair = (to_lineages(pi[filled], lineage_of, lineages) for pi in (true, predicted))
+    return proportion_metrics(*pair, f"{suffix}, lineages")
+
+
+def measure_real_bulk(training, lineage_of, fractions, cfg):
+    """Proportions of the real bulks of --bulk; nothing is drawn.
+
+    lineage_of: lineage of each type (K). fractions: as :func:`read_fractions` gives them.
 
     Raises:
-        InputError: as :func:`data.read_bulk`; or no sample is in both files.
+        InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
     """
-    genes, lineages = card["genes"], list(fractions.columns)
-    bulk, present, samples = read_bulk(cfg.bulk, genes, card.get("gene_ids"))
-    at = fractions.index.get_indexer([str(name).strip() for name in samples])
-    if (at < 0).all():
+    card, lineages = training.encoder_card, list(fractions.columns)
+    bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"))
+    index = fractions.index.get_indexer([str(name).strip() for name in samples])
+    measured = index >= 0
+    n = measured.sum()
+    if n == 0:
         raise InputError(
             f"{cfg.fractions}: none of its samples ({some(fractions.index)}) is in {cfg.bulk} "
             f"({some(samples)})"
         )
-    n = np.sum(at >= 0)
     print(
         f"{cfg.bulk}: {n} samples with measured fractions, {len(samples) - n} without; "
         f"{len(fractions) - n} of {cfg.fractions} are not in it"
     )
-    bulk = bulk[np.flatnonzero(at >= 0)]
-    check_filled(bulk, [name for name, i in zip(samples, at, strict=True) if i >= 0], cfg.bulk)
-    X, _ = align_genes(cells.X, cells.var_names, genes, "the encoder", report=False)
-    profiles = mean_counts(X[np.flatnonzero(~held_out)], codes[~held_out], len(lineage_of))
-    true = to_lineages(fractions.to_numpy()[at[at >= 0]], lineages, lineages)
+    bulk = bulk[np.flatnonzero(measured)]
+    check_filled(bulk, np.array(samples)[measured], cfg.bulk)
+    true = to_lineages(fractions.to_numpy()[index[measured]], lineages, lineages)
     rows = []
-    for method, pi in predict_proportions(encoder, bulk.toarray(), present, profiles).items():
+    methods = predict_proportions(training.encoder, bulk.toarray(), present, training.profiles())
+    for method, pi in methods.items():
         predicted = to_lineages(pi, lineage_of, lineages)
         values = proportion_metrics(true, predicted, ", real bulk")
         correlation = np.corrcoef(true.ravel(), predicted.ravel())[0, 1]
@@ -320,44 +403,73 @@ def measure_real_bulk(cells, codes, held_out, encoder, card, lineage_of, fractio
     return rows
 
 
-# ------------------------------------------------------------------------------------ tables
+def measure(training, lineage_of, fractions, cfg):
+    """Everything that is measured of one training."""
+    rows = []
+    if cfg.bulk is not None:  # first, so that a file that cannot be used fails within seconds
+        rows += measure_real_bulk(training, lineage_of, fractions, cfg)
+    rng = seed_everything(cfg.seed)
+    rows += measure_cells(training, cfg, rng)
+    if cfg.generated is None:
+        for _ in range(cfg.n_draws):
+            rows += measure_sums(training, cfg, rng)
+    return rows + measure_proportions(training, lineage_of, cfg, rng)
+
+
+# ----------------------------------------------------------------------------------------- tables
 
 
 def summarise(table, n_weights):
     """Mean and std of each metric: over trainings if there are several, else over draws.
 
-    table: columns weights, method, metric, cell_type, value. Returns columns metric, best,
-    cell_type, method, mean, std, n.
+    Args:
+        table: data frame with the columns weights, method, metric, cell_type, value.
+
+    Returns:
+        data frame with the columns metric, best, cell_type, method, mean, std, n.
     """
     keys = ["metric", "cell_type", "method"]
     if n_weights > 1:
         table = table.groupby([*keys, "weights"], sort=False, as_index=False)["value"].mean()
     table = table.groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
     order = {metric: i for i, metric in enumerate(METRICS)}
-    # Metrics of all cells first, then each type; within them the order of the methods stays.
+    # Metrics of all cells first, then each type; a stable sort leaves the methods in their order.
     table = table.sort_values(
         ["cell_type", "metric"],
-        key=lambda c: c.map(order) if c.name == "metric" else c,
+        key=lambda column: column.map(order) if column.name == "metric" else column,
         kind="stable",
     )
     table.insert(1, "best", table["metric"].map(METRICS))
     return table.rename(columns={"count": "n"}).reset_index(drop=True)
 
 
-def shown(table):
-    """A table of mean ± std as it is printed: metrics with their best values x methods.
+def format_table(table):
+    """Mean ± std as printed: a row for each metric with its best value, a column for each method.
 
-    table: of :func:`summarise`, metrics of all cell types together.
+    table: of :func:`summarise`, the rows of all cell types together.
     """
     text = [
-        f"{m:.4f}" + ("" if np.isnan(s) else f" ± {s:.4f}")
-        for m, s in zip(table["mean"], table["std"], strict=True)
+        f"{mean:.4f}" + ("" if np.isnan(std) else f" ± {std:.4f}")
+        for mean, std in zip(table["mean"], table["std"], strict=True)
     ]
     wide = table.assign(text=text).pivot(index="metric", columns="method", values="text")
-    metrics = [name for name in METRICS if name in wide.index]
+    metrics = [metric for metric in METRICS if metric in wide.index]
     wide = wide.loc[metrics, list(dict.fromkeys(table["method"]))].fillna("")
-    wide.index = [f"{name} ({METRICS[name]:g})" for name in metrics]
+    wide.index = [f"{metric} ({METRICS[metric]:g})" for metric in metrics]
     return wide.to_string()
+
+
+def print_tables(table, cfg):
+    """Print the tables of cells and of proportions, all cell types together."""
+    n_trainings = 1 + len(cfg.more_weights)
+    over = f"{n_trainings} trainings" if n_trainings > 1 else f"{cfg.n_draws} draws"
+    print(f"metric (best value), mean ± std over {over}")
+    of_proportions = table["metric"].str.startswith("proportions")
+    print(format_table(table[~of_proportions]))
+    print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, beside least squares")
+    print(format_table(table[of_proportions]))
+    if cfg.baselines and not importlib.util.find_spec("scvi"):
+        print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
 
 
 def main(cfg):
@@ -369,46 +481,24 @@ def main(cfg):
         lineage_of = read_lineages(cfg.lineages, cell_types)
     if cfg.fractions is not None:
         fractions = read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
-    folders = [cfg.weights, *cfg.more_weights]
-    loaded = [load_weights(folder, cells, cell_types, device) for folder in folders]
+    trainings = [
+        Training(folder, cells, codes, *load_weights(folder, cells, cell_types, device))
+        for folder in (cfg.weights, *cfg.more_weights)
+    ]
     rows = []
-    for folder, models in zip(folders, loaded, strict=True):
-        decoder, card, encoder, encoder_card, held_out = models
-        measured = []
-        if cfg.bulk is not None:  # first, so that a file that cannot be used is found in seconds
-            measured += measure_real_bulk(
-                cells, codes, held_out, encoder, encoder_card, lineage_of, fractions, cfg
-            )
-        rng = seed_everything(cfg.seed)
-        measured += measure_cells(
-            cells, codes, held_out, decoder, card, encoder, encoder_card, folder, cfg, rng
-        )
-        if cfg.generated is None:
-            genes = card["genes"], encoder_card["genes"]
-            for _ in range(cfg.n_draws):
-                measured += measure_sums(cells, codes, held_out, decoder, encoder, genes, cfg, rng)
-        measured += measure_proportions(
-            cells, codes, held_out, encoder, encoder_card, lineage_of, cfg, rng
-        )
-        rows += [(str(folder), *row) for row in measured]
+    for training in trainings:
+        measured = measure(training, lineage_of, fractions, cfg)
+        rows += [(str(training.folder), *row) for row in measured]
+
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
-    # "" is "all types": an empty field in the csv, and a key that groupby keeps.
+    # "" stands for all types: an empty field in the csv, and a key that groupby keeps.
     table["cell_type"] = table["cell_type"].map(dict(enumerate(cell_types))).fillna("")
-    table = summarise(table, len(folders))
+    table = summarise(table, len(trainings))
     overall = table[table["cell_type"] == ""]
     write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
     write_evaluation(cfg.weights / "evaluation.png", overall)
-    print(
-        "metric (best value), mean ± std over "
-        + (f"{len(folders)} trainings" if len(folders) > 1 else f"{cfg.n_draws} draws")
-    )
-    of_proportions = overall["metric"].str.startswith("proportions")
-    print(shown(overall[~of_proportions]))
-    print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, beside least squares")
-    print(shown(overall[of_proportions]))
-    if cfg.baselines and not importlib.util.find_spec("scvi"):
-        print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
-    n_cells = ", ".join(str(entry[-1].sum()) for entry in loaded)
+    print_tables(overall, cfg)
+    n_cells = ", ".join(str(len(training.test)) for training in trainings)
     print(f"wrote evaluation.csv and evaluation.png to {cfg.weights}: {n_cells} held-out cells")
 
 

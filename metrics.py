@@ -1,9 +1,21 @@
-"""Generated against real cells, predicted against true proportions: every metric."""
+"""How good generated cells and predicted proportions are: the metrics of evaluate.py.
+
+Notation: N real and M generated cells, G genes, P features (PCs or genes), S bulks, K cell types,
+L lineages.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import scipy.optimize
+import scanpy
 import scipy.stats
+from sklearn.decomposition import PCA
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, pairwise_distances, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import NearestNeighbors
 
 from data import choose_genes, library_size, log_normalise
 
@@ -23,60 +35,49 @@ METRICS = {  # every metric in the order of the tables, and its best possible va
     "nearest neighbour trained on, excess": 0,
     "sum of cells against bulk, Pearson": 1,
 } | {
-    f"proportions {measure}{where}": best
-    for where in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
-    for measure, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
-    if measure != "Pearson" or where == ", real bulk"
+    f"proportions {metric}{suffix}": best
+    for suffix in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
+    for metric, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
+    if metric != "Pearson" or suffix == ", real bulk"
 }
 
+N_VARIABLE = 1000  # highly variable genes, by scanpy's default flavour
+N_CORRELATED = 200  # highly variable genes whose correlations are compared, by seurat_v3
+N_PCS = 20
 N_MARKERS = 20  # per cell type
+MIN_CELLS = 3  # of a type on either side, for a metric of that type
 
 
-def within_type_variance_ratio(real, real_codes, generated, generated_codes):
-    """Variance within cell types, generated over real; 1 is best. real, generated: (N, P) PCs.
-
-    For each type with at least three cells on either side, the variance summed over PCs.
-
-    Returns:
-        dict: type code -> ratio.
-    """
-    ratios = {}
-    for k in np.unique(real_codes):
-        r, m = real[real_codes == k], generated[generated_codes == k]
-        if min(len(r), len(m)) > 2:
-            ratios[int(k)] = m.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum()
-    return ratios
+# --------------------------------------------------------------------- two sets of cells
 
 
 def random_forest_auroc(real, generated, seed, n_trees=300):
-    """Cross-validated AUROC of a random forest for generated against real cells; 0.5 is best."""
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    """Cross-validated AUROC of a random forest that separates generated from real cells.
 
+    0.5 is best: the cells cannot be told apart. real (N, P), generated (M, P).
+    """
     X = np.vstack([real, generated])
     y = np.repeat([0, 1], [len(real), len(generated)])
     forest = RandomForestClassifier(n_trees, random_state=seed, n_jobs=-1)
-    # Shuffled: cells may come sorted by type, and a fold of one type alone reads far below 0.5.
+    # Shuffled, as cells may be sorted by type, and a fold of a single type scores far below 0.5.
     folds = StratifiedKFold(min(5, len(real), len(generated)), shuffle=True, random_state=seed)
     score = cross_val_predict(forest, X, y, cv=folds, method="predict_proba")
     return roc_auc_score(y, score[:, 1])
 
 
 def pairwise_discrepancy(real, generated, kernel):
-    """E k(X, X') + E k(Y, Y') - 2 E k(X, Y), unbiased: no point is paired with itself.
+    """Compare two samples by E k(X, X') + E k(Y, Y') - 2 E k(X, Y).
 
-    real (N, P), generated (M, P). kernel: function of all pairwise distances (N + M, N + M).
+    Unbiased, as no point is paired with itself. real (N, P), generated (M, P). kernel: maps all
+    pairwise distances (N + M, N + M) to k.
     """
-    from sklearn.metrics import pairwise_distances
-
     k = kernel(pairwise_distances(np.vstack([real, generated])))
     n, m = len(real), len(generated)
-    rr, mm, rm = k[:n, :n], k[n:, n:], k[:n, n:]
+    rr, gg, rg = k[:n, :n], k[n:, n:], k[:n, n:]
     return (
         (rr.sum() - np.trace(rr)) / (n * (n - 1))
-        + (mm.sum() - np.trace(mm)) / (m * (m - 1))
-        - 2 * rm.mean()
+        + (gg.sum() - np.trace(gg)) / (m * (m - 1))
+        - 2 * rg.mean()
     )
 
 
@@ -101,162 +102,204 @@ def energy_distance(real, generated):
 def correlation_rmse(real, generated):
     """Root mean squared difference of gene-gene Pearson correlations; 0 is best.
 
-    real (N, P), generated (M, P): log-expression of the same genes. Constant genes correlate as 0.
+    real (N, P), generated (M, P): log-expression of the same genes. A constant gene counts as
+    uncorrelated with any other.
     """
     upper = np.triu_indices(real.shape[1], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r, m = (np.nan_to_num(np.corrcoef(a, rowvar=False))[upper] for a in (real, generated))
-    return np.sqrt(np.mean((r - m) ** 2))
+        r, g = (np.nan_to_num(np.corrcoef(log, rowvar=False))[upper] for log in (real, generated))
+    return np.sqrt(np.mean((r - g) ** 2))
+
+
+def zero_fraction_error(real, generated):
+    """Mean absolute difference, over genes, of the fraction of cells without a count; 0 is best."""
+    return np.abs((generated == 0).mean(axis=0) - (real == 0).mean(axis=0)).mean()
 
 
 def macro_f1(train, train_codes, test, test_codes):
     """F1, mean over cell types, of a logistic regression on PCs trained on one set of cells."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
-
     predicted = LogisticRegression(max_iter=2000).fit(train, train_codes).predict(test)
     return f1_score(test_codes, predicted, average="macro", labels=np.unique(test_codes))
 
 
 def trained_on_share(cells, real, trained_on, skip_self=False):
-    """Share of cells whose nearest real neighbour is one the model was trained on.
+    """Share of cells whose nearest real neighbour is one that the model was trained on.
 
-    Copies of training cells read 1. cells (M, P), real (N, P) PCs, trained_on bool (N).
-    skip_self: the cells are among the real ones, so the nearest is the cell itself.
+    Copies of training cells score 1.
+
+    Args:
+        cells: PCs (M, P). real: PCs (N, P). trained_on: mask (N).
+        skip_self: the cells are among the real ones, so that the nearest is the cell itself.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     n = 1 + skip_self
     nearest = NearestNeighbors(n_neighbors=n).fit(real).kneighbors(cells, return_distance=False)
     return trained_on[nearest[:, -1]].mean()
 
 
-def concordance(true, predicted):
-    """Lin's concordance correlation coefficient over all entries; 1 is best."""
-    t, p = np.ravel(true), np.ravel(predicted)
-    return 2 * np.cov(t, p, bias=True)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
+# ------------------------------------------------------------------------ one cell type
+
+
+def within_type_variance_ratio(real, real_codes, generated, generated_codes):
+    """Variance within each cell type, summed over PCs, generated over real; 1 is best.
+
+    real, generated: PCs (N, P), (M, P). Types of fewer than ``MIN_CELLS`` on either side have none.
+
+    Returns:
+        dict: type code -> ratio.
+    """
+    ratios = {}
+    for k in np.unique(real_codes):
+        r, g = real[real_codes == k], generated[generated_codes == k]
+        if min(len(r), len(g)) >= MIN_CELLS:
+            ratios[int(k)] = g.var(axis=0, ddof=1).sum() / r.var(axis=0, ddof=1).sum()
+    return ratios
+
+
+def marker_errors(real, generated):
+    """Mean absolute differences, over marker genes, of mean and of fraction of expressing cells.
+
+    real (N, P), generated (M, P): log-expression of a type's markers in its cells. 0 is best.
+    """
+    mean = np.abs(real.mean(axis=0) - generated.mean(axis=0)).mean()
+    fraction = np.abs((real > 0).mean(axis=0) - (generated > 0).mean(axis=0)).mean()
+    return mean, fraction
+
+
+def log_fold_change(log, in_type):
+    """Mean log-expression (N, P) of one type against all other cells, each gene (P)."""
+    return log[in_type].mean(axis=0) - log[~in_type].mean(axis=0)
+
+
+# ---------------------------------------------------------------- generated against real cells
+
+
+@dataclass
+class Features:
+    """What the metrics compare of some cells (N)."""
+
+    log: np.ndarray
+    """Log-expression of the variable genes (N, P)."""
+    pcs: np.ndarray
+    """Their PCs (N, 20)."""
+    correlated: np.ndarray
+    """Log-expression of the genes whose correlations are compared (N, 200)."""
+    markers: dict[int, np.ndarray]
+    """Log-expression of each type's markers: type code -> (N, 20)."""
+    library_size: np.ndarray
+    """Total counts (N)."""
 
 
 class CellMetrics:
-    """Metrics of generated against held-out real cells, in a space fitted on all real cells.
+    """Metrics of generated cells against held-out real ones, in a space fitted on all real cells.
 
-    Log-normalised to 1e4; 1,000 highly variable genes for zeros and the forest on genes, and 20 PCs
-    of them; 200 genes by seurat_v3 for correlations; 20 markers of each cell type by t-test on the
-    training cells.
+    Log-expression is log1p of counts per 10,000. Markers come from the training cells alone.
 
     Args:
-        cells: AnnData (N) of real cells. held_out: bool (N). codes: cell types (N).
-        n_trees: of each random forest.
+        cells: AnnData of real cells (N x G). held_out: mask (N). codes: cell types (N).
+        n_trees: trees of each random forest.
     """
 
     def __init__(self, cells, held_out, codes, n_trees=300):
-        import scanpy
-        from sklearn.decomposition import PCA
-
-        real = cells.copy()
-        real.X = log_normalise(cells.X)
-        scanpy.pp.highly_variable_genes(real, n_top_genes=min(1000, real.n_vars))
-        self.genes = np.flatnonzero(real.var["highly_variable"])
-        correlated = choose_genes(cells, min(200, cells.n_vars))
+        log = cells.copy()
+        log.X = log_normalise(cells.X)
+        scanpy.pp.highly_variable_genes(log, n_top_genes=min(N_VARIABLE, log.n_vars))
+        self.variable = np.flatnonzero(log.var["highly_variable"])
+        correlated = choose_genes(cells, min(N_CORRELATED, cells.n_vars))
         self.correlated = cells.var_names.get_indexer(correlated)
-        self.markers = find_markers(real[~held_out], codes[~held_out])
+        self.markers = find_markers(log[~held_out], codes[~held_out])
 
-        log = real.X[:, self.genes].toarray()  # (N, P)
-        self.pca = PCA(min(20, *log.shape), random_state=0).fit(log)
-        self.all_pcs, self.held_out = self.pca.transform(log), held_out
+        variable = log.X[:, self.variable].toarray()  # (N, P)
+        self.pca = PCA(min(N_PCS, *variable.shape), random_state=0).fit(variable)
+        self.all_pcs, self.trained_on = self.pca.transform(variable), ~held_out
+        self.real = self.features(cells.X[np.flatnonzero(held_out)])
         self.codes, self.n_trees = codes[held_out], n_trees
-        self.real = self.describe(cells.X[np.flatnonzero(held_out)])
-        # What copying must be compared with: real cells that nothing was trained on.
+        # The share among real cells that no model was trained on; copying shows in the excess.
         self.expected_share = trained_on_share(
-            self.real["pcs"], self.all_pcs, ~held_out, skip_self=True
+            self.real.pcs, self.all_pcs, self.trained_on, skip_self=True
         )
 
-    def describe(self, X):
-        log = log_normalise(X)  # (M, G)
-        variable = log[:, self.genes].toarray()  # (M, P)
-        return dict(
+    def features(self, X):
+        """Features of cells with counts X (M x G)."""
+        log = log_normalise(X)  # (M x G)
+        variable = log[:, self.variable].toarray()  # (M, P)
+        return Features(
             log=variable,
             pcs=self.pca.transform(variable),
             correlated=log[:, self.correlated].toarray(),
             markers={k: log[:, genes].toarray() for k, genes in self.markers.items()},
-            library=library_size(X),
+            library_size=library_size(X),
         )
 
     def compare(self, X, codes, seed, trained_on=False):
-        """All metrics of generated cells: counts X (M x G) and type codes (M).
+        """All metrics of generated cells.
 
-        trained_on: they are training cells themselves.
+        Args:
+            X: counts (M x G). codes: cell types (M). seed: of the random forests.
+            trained_on: the cells are training cells themselves.
 
         Returns:
             list of (metric, type code, value); the code is None for a metric of all cells.
         """
-        generated, real = self.describe(X), self.real
-        zeros = np.abs((generated["log"] == 0).mean(axis=0) - (real["log"] == 0).mean(axis=0))
-        share = trained_on_share(
-            generated["pcs"], self.all_pcs, ~self.held_out, skip_self=trained_on
-        )
-        auroc_pcs, auroc_genes = (
-            random_forest_auroc(real[space], generated[space], seed, self.n_trees)
-            for space in ("pcs", "log")
-        )
-        whole = {
-            "random-forest AUROC, PCs": auroc_pcs,
-            "random-forest AUROC, genes": auroc_genes,
-            "MMD2, PCs": mmd2(real["pcs"], generated["pcs"]),
-            "gene-gene correlation RMSE": correlation_rmse(
-                real["correlated"], generated["correlated"]
-            ),
-            "zero-fraction error": zeros.mean(),
-            "library-size KS": scipy.stats.ks_2samp(
-                real["library"], generated["library"]
-            ).statistic,
-            "macro-F1, generated to real": macro_f1(
-                generated["pcs"], codes, real["pcs"], self.codes
-            ),
-            "nearest neighbour trained on, excess": share - self.expected_share,
-        }
-        rows = [(metric, None, value) for metric, value in whole.items()]
-        by_type = {
-            "within-type variance ratio": within_type_variance_ratio(
-                real["pcs"], self.codes, generated["pcs"], codes
-            )
-        }
-        for k in np.unique(self.codes):
-            r, m = self.codes == k, codes == k
-            if min(r.sum(), m.sum()) < 3:
-                continue
-            own = {"energy distance": energy_distance(real["pcs"][r], generated["pcs"][m])}
-            if k in self.markers:
-                a, b = real["markers"][k][r], generated["markers"][k][m]
-                own["marker mean error"] = np.abs(a.mean(axis=0) - b.mean(axis=0)).mean()
-                expressing = np.abs((a > 0).mean(axis=0) - (b > 0).mean(axis=0))
-                own["marker fraction error"] = expressing.mean()
-            if min((~r).sum(), (~m).sum()) > 2:
-                # Difference of means of log-expression, type against the rest, each gene.
-                change = (
-                    log[own_type].mean(axis=0) - log[~own_type].mean(axis=0)
-                    for log, own_type in ((real["log"], r), (generated["log"], m))
-                )
-                own["fold-change correlation"] = np.corrcoef(*change)[0, 1]
-            for metric, value in own.items():
-                by_type.setdefault(metric, {})[int(k)] = value
-        for metric, values in by_type.items():
-            # The mean of the types, so that one type with a few odd cells does not decide it.
+        generated = self.features(X)
+        overall = self.of_all_cells(generated, codes, seed, trained_on)
+        rows = [(metric, None, value) for metric, value in overall.items()]
+        for metric, values in self.by_type(generated, codes).items():
+            # Each type counts the same, so that a large one does not decide the metric.
             rows += [(metric, None, np.mean(list(values.values())))]
             rows += [(metric, k, value) for k, value in values.items()]
         return rows
 
+    def of_all_cells(self, generated, codes, seed, trained_on):
+        """dict: metric -> value, of all cells together."""
+        real = self.real
+        share = trained_on_share(generated.pcs, self.all_pcs, self.trained_on, skip_self=trained_on)
+        library = scipy.stats.ks_2samp(real.library_size, generated.library_size)
+        return {
+            "random-forest AUROC, PCs": random_forest_auroc(
+                real.pcs, generated.pcs, seed, self.n_trees
+            ),
+            "random-forest AUROC, genes": random_forest_auroc(
+                real.log, generated.log, seed, self.n_trees
+            ),
+            "MMD2, PCs": mmd2(real.pcs, generated.pcs),
+            "gene-gene correlation RMSE": correlation_rmse(real.correlated, generated.correlated),
+            "zero-fraction error": zero_fraction_error(real.log, generated.log),
+            "library-size KS": library.statistic,
+            "macro-F1, generated to real": macro_f1(generated.pcs, codes, real.pcs, self.codes),
+            "nearest neighbour trained on, excess": share - self.expected_share,
+        }
+
+    def by_type(self, generated, codes):
+        """dict: metric -> {type code: value}."""
+        ratios = within_type_variance_ratio(self.real.pcs, self.codes, generated.pcs, codes)
+        values = {"within-type variance ratio": ratios}
+        for k in ratios:  # the types with enough cells
+            for metric, value in self.of_type(k, generated, codes).items():
+                values.setdefault(metric, {})[k] = value
+        return values
+
+    def of_type(self, k, generated, codes):
+        """dict: metric -> value, of the cells of type k."""
+        real, r, g = self.real, self.codes == k, codes == k
+        values = {"energy distance": energy_distance(real.pcs[r], generated.pcs[g])}
+        if k in self.markers:
+            mean, fraction = marker_errors(real.markers[k][r], generated.markers[k][g])
+            values |= {"marker mean error": mean, "marker fraction error": fraction}
+        if min((~r).sum(), (~g).sum()) >= MIN_CELLS:
+            change = log_fold_change(real.log, r), log_fold_change(generated.log, g)
+            values["fold-change correlation"] = np.corrcoef(*change)[0, 1]
+        return values
+
 
 def find_markers(real, codes):
-    """Indices of the 20 genes that mark each type, by t-test against the rest.
+    """The 20 genes that mark each cell type, by t-test of its cells against all others.
 
-    real: AnnData of log-normalised cells. codes (N). Types of fewer than two cells have none.
+    real: AnnData of log-normalised cells (N x G). codes: cell types (N). Types of fewer than two
+    cells have none.
 
     Returns:
         dict: type code -> gene indices.
     """
-    import scanpy
-
     real = real.copy()
     real.obs["code"] = pd.Categorical(codes.astype(str))
     size = pd.Series(codes).value_counts()
@@ -268,22 +311,22 @@ def find_markers(real, codes):
     return {int(k): real.var_names.get_indexer(names[k]) for k in names.dtype.names}
 
 
-def to_lineages(proportions, names, lineages):
-    """Proportions (S x K) summed to lineages and renormalised over these (S x L).
+# ------------------------------------------------------------- predicted against true proportions
 
-    names: lineage of each column (K), None or another name where it is left out. A row that has
-    nothing of any lineage becomes even.
+
+def concordance(true, predicted):
+    """Lin's concordance correlation coefficient over all entries; 1 is best.
+
+    Lin, Biometrics 1989.
     """
-    member = np.array([[name == lineage for lineage in lineages] for name in names], float)
-    summed = proportions @ member
-    total = summed.sum(axis=1, keepdims=True)
-    return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))
+    t, p = np.ravel(true), np.ravel(predicted)
+    return 2 * np.cov(t, p, bias=True)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
 
 
-def proportion_metrics(true, predicted, where):
-    """dict: name of metric -> value, over all entries; true, predicted (S, K or L).
+def proportion_metrics(true, predicted, suffix):
+    """dict: metric -> value, over all entries of true and predicted, (S, K) or (S, L).
 
-    where: the end of the names, as in ``METRICS``.
+    suffix: end of the metrics' names, as in ``METRICS``.
     """
     error = predicted - true
     values = {
@@ -291,4 +334,16 @@ def proportion_metrics(true, predicted, where):
         "CCC": concordance(true, predicted),
         "MAE": np.abs(error).mean(),
     }
-    return {f"proportions {measure}{where}": value for measure, value in values.items()}
+    return {f"proportions {metric}{suffix}": value for metric, value in values.items()}
+
+
+def to_lineages(proportions, names, lineages):
+    """Proportions (S, K) summed to lineages and renormalised over these (S, L).
+
+    names: lineage of each column (K); a column of None or of another name is left out. A row
+    without anything of these lineages becomes uniform.
+    """
+    member = np.array([[name == lineage for lineage in lineages] for name in names], float)
+    summed = proportions @ member
+    total = summed.sum(axis=1, keepdims=True)
+    return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))

@@ -1,4 +1,4 @@
-"""The metrics themselves: identical, shifted, permuted and copied cells."""
+"""The metrics on identical, shifted, permuted and copied cells; and evaluate.py as a script."""
 
 import shutil
 
@@ -22,7 +22,7 @@ from runtime.errors import InputError
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Metrics fitted on 300 synthetic cells, half held out; and these cells."""
+    """CellMetrics of 300 synthetic cells, half of them held out; and these cells."""
     cells = make_cells((120, 100, 80))
     cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
     codes, _ = codes_of(cells)
@@ -30,12 +30,12 @@ def fitted():
     return metrics.CellMetrics(cells, held_out, codes), cells, codes, held_out
 
 
-def whole(rows):
+def overall(rows):
     return {metric: value for metric, k, value in rows if k is None}
 
 
 def compare(fitted, X, codes, **options):
-    return whole(fitted[0].compare(sp.csr_matrix(X), codes, 0, **options))
+    return overall(fitted[0].compare(sp.csr_matrix(X), codes, 0, **options))
 
 
 def other_half(fitted):
@@ -44,37 +44,37 @@ def other_half(fitted):
 
 
 @pytest.fixture(scope="module")
-def read_of_other_half(fitted):
+def values_of_other_half(fitted):
     return compare(fitted, *other_half(fitted), trained_on=True)
 
 
-def test_other_real_half_reads_as_good_as_it_gets(read_of_other_half):
-    read = read_of_other_half
-    assert 0.35 < read["random-forest AUROC, PCs"] < 0.62
-    assert 0.35 < read["random-forest AUROC, genes"] < 0.62
-    assert abs(read["MMD2, PCs"]) < 0.01
-    assert 0.7 < read["within-type variance ratio"] < 1.4
-    assert read["macro-F1, generated to real"] > 0.95
-    assert read["fold-change correlation"] > 0.95
-    assert abs(read["energy distance"]) < 0.2
-    of_bulks = ("proportions", "sum of cells")  # measured elsewhere
-    assert set(read) == {f for f in metrics.METRICS if not f.startswith(of_bulks)}
+def test_the_other_half_of_the_real_cells_is_as_good_as_it_gets(values_of_other_half):
+    values = values_of_other_half
+    assert 0.35 < values["random-forest AUROC, PCs"] < 0.62
+    assert 0.35 < values["random-forest AUROC, genes"] < 0.62
+    assert abs(values["MMD2, PCs"]) < 0.01
+    assert 0.7 < values["within-type variance ratio"] < 1.4
+    assert values["macro-F1, generated to real"] > 0.95
+    assert values["fold-change correlation"] > 0.95
+    assert abs(values["energy distance"]) < 0.2
+    of_bulks = ("proportions", "sum of cells")  # not computed by CellMetrics
+    assert set(values) == {m for m in metrics.METRICS if not m.startswith(of_bulks)}
 
 
-def test_the_held_out_cells_themselves_read_perfect(fitted):
+def test_the_held_out_cells_themselves_are_perfect(fitted):
     _, cells, codes, held_out = fitted
-    read = compare(fitted, cells.X[np.flatnonzero(held_out)], codes[held_out])
+    values = compare(fitted, cells.X[np.flatnonzero(held_out)], codes[held_out])
     for metric in ("gene-gene correlation RMSE", "zero-fraction error", "library-size KS",
                    "marker mean error", "marker fraction error"):  # fmt: skip
-        assert read[metric] == pytest.approx(0, abs=1e-9), metric
-    assert read["within-type variance ratio"] == pytest.approx(1)
-    assert read["fold-change correlation"] == pytest.approx(1)
-    assert read["nearest neighbour trained on, excess"] < -0.3  # they are copies of unseen cells
+        assert values[metric] == pytest.approx(0, abs=1e-9), metric
+    assert values["within-type variance ratio"] == pytest.approx(1)
+    assert values["fold-change correlation"] == pytest.approx(1)
+    assert values["nearest neighbour trained on, excess"] < -0.3  # copies of held-out cells
 
 
-def test_permuted_labels_are_noticed_where_labels_count_and_only_there(fitted, read_of_other_half):
+def test_permuted_labels_change_the_metrics_that_use_labels_alone(fitted, values_of_other_half):
     X, codes = other_half(fitted)
-    right = read_of_other_half
+    right = values_of_other_half
     wrong = compare(fitted, X, np.random.default_rng(0).permutation(codes), trained_on=True)
     assert wrong["macro-F1, generated to real"] < 0.6 < right["macro-F1, generated to real"]
     assert wrong["fold-change correlation"] < 0.5
@@ -85,39 +85,39 @@ def test_permuted_labels_are_noticed_where_labels_count_and_only_there(fitted, r
         assert wrong[metric] == right[metric], metric
 
 
-def test_shifted_cells_are_noticed(fitted):
+def test_shifted_cells_are_detected(fitted):
     X, codes = other_half(fitted)
     loud = X.toarray() * 3
     loud[:, :5] += 50
-    read = compare(fitted, loud, codes)
-    assert read["random-forest AUROC, PCs"] > 0.95 and read["random-forest AUROC, genes"] > 0.95
-    assert read["library-size KS"] > 0.6
-    assert read["MMD2, PCs"] > 0.05  # the other real half reads below 0.01
-    assert read["zero-fraction error"] > 0
+    values = compare(fitted, loud, codes)
+    assert values["random-forest AUROC, PCs"] > 0.95 and values["random-forest AUROC, genes"] > 0.95
+    assert values["library-size KS"] > 0.6
+    assert values["MMD2, PCs"] > 0.05  # the other half of the real cells is below 0.01
+    assert values["zero-fraction error"] > 0
 
 
 def test_mean_cells_have_no_variance_and_independent_genes_no_correlation(fitted):
     X, codes = other_half(fitted)
     means = np.stack([X[codes == k].toarray().mean(axis=0) for k in range(3)])
-    read = compare(fitted, np.rint(means[codes] * 10).astype(int), codes)
-    assert read["within-type variance ratio"] < 1e-6
-    assert read["random-forest AUROC, genes"] > 0.99
+    values = compare(fitted, np.rint(means[codes] * 10).astype(int), codes)
+    assert values["within-type variance ratio"] < 1e-6
+    assert values["random-forest AUROC, genes"] > 0.99
     dense = X.toarray()
     rng = np.random.default_rng(0)
     shuffled = np.stack([rng.permutation(column) for column in dense.T], axis=1)
     log = [log_normalise(sp.csr_matrix(X)).toarray() for X in (dense, shuffled)]
     real = log_normalise(fitted[1].X).toarray()
-    together, apart = (metrics.correlation_rmse(real, made) for made in log)
-    assert apart > 2 * together
+    intact, independent = (metrics.correlation_rmse(real, generated) for generated in log)
+    assert independent > 2 * intact
 
 
-def test_copies_of_training_cells_are_found(fitted, read_of_other_half):
-    """All nearest neighbours of copies are training cells; of unseen cells about half are."""
+def test_copies_of_training_cells_are_detected(fitted, values_of_other_half):
+    """All nearest neighbours of copies are training cells; of held-out cells about half are."""
     X, codes = other_half(fitted)
     copied = compare(fitted, X, codes)["nearest neighbour trained on, excess"]
     assert copied == pytest.approx(1 - fitted[0].expected_share)
     assert copied > 0.3
-    assert abs(read_of_other_half["nearest neighbour trained on, excess"]) < 0.15
+    assert abs(values_of_other_half["nearest neighbour trained on, excess"]) < 0.15
 
 
 def test_energy_distance_and_mmd_against_closed_forms():
@@ -158,17 +158,17 @@ def test_concordance_and_nnls():
 
 def test_lineages_are_summed_and_renormalised():
     proportions = np.array([[0.1, 0.2, 0.3, 0.4], [0.0, 0.5, 0.5, 0.0], [0, 0, 0, 1]])
-    read = metrics.to_lineages(proportions, ["T", "B", "T", None], ["B", "T"])
-    assert read == pytest.approx(np.array([[1 / 3, 2 / 3], [0.5, 0.5], [0.5, 0.5]]))  # even: none
-    # Measured fractions go the same way: a column that is no lineage is left out.
-    read = metrics.to_lineages(np.array([[30.0, 10, 99]]), ["T", "B", "Unknown"], ["B", "T"])
-    assert read == pytest.approx(np.array([[0.25, 0.75]]))
+    summed = metrics.to_lineages(proportions, ["T", "B", "T", None], ["B", "T"])
+    assert summed == pytest.approx(np.array([[1 / 3, 2 / 3], [0.5, 0.5], [0.5, 0.5]]))  # last: none
+    # Measured fractions are treated likewise: a column that is no lineage is left out.
+    summed = metrics.to_lineages(np.array([[30.0, 10, 99]]), ["T", "B", "Unknown"], ["B", "T"])
+    assert summed == pytest.approx(np.array([[0.25, 0.75]]))
 
 
 def test_proportion_metrics_of_perfect_wrong_and_permuted_predictions():
     true = np.random.default_rng(0).dirichlet(np.ones(4), 50)
-    read = metrics.proportion_metrics(true, true, ", shift")
-    assert read == pytest.approx({
+    perfect = metrics.proportion_metrics(true, true, ", shift")
+    assert perfect == pytest.approx({
         "proportions RMSE, shift": 0, "proportions CCC, shift": 1, "proportions MAE, shift": 0,
     })  # fmt: skip
     wrong = list(metrics.proportion_metrics(true, true[:, [1, 2, 3, 0]], "").values())
@@ -187,14 +187,14 @@ def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes
     ratio = shifted / bulk
     platform = np.arange(45) // 20
     for p in range(3):
-        own = ratio[platform == p]
-        lost = own[0] == 0
+        factors = ratio[platform == p]
+        lost = factors[0] == 0
         assert lost.sum() == 100
-        # Up to the depth of each bulk, a number of its own.
-        own = own[:, ~lost] / own[:, ~lost].mean(axis=1, keepdims=True)
-        assert own == pytest.approx(np.tile(own[0], (len(own), 1)))
+        # The same up to the depth of each bulk.
+        factors = factors[:, ~lost] / factors[:, ~lost].mean(axis=1, keepdims=True)
+        assert factors == pytest.approx(np.tile(factors[0], (len(factors), 1)))
         assert ((ratio[platform == p] == 0) == lost).all()
-        spread = np.log(own[0])
+        spread = np.log(factors[0])
         assert 0.6 < spread.std() < 1.1  # 0.6 sqrt(2), Student's t with 4 degrees of freedom
         assert np.ptp(spread) <= 8 + 1e-9
     first, second = ratio[0], ratio[20]
@@ -207,16 +207,16 @@ MAP = "cell_type,lineage\n"
 
 
 def test_lineage_file(tmp_path, capsys):
-    """Names are cleaned as labels are; what is left out, and what is unknown, is said."""
+    """Names are cleaned as labels are; what is left out, and what is unknown, is reported."""
     path = tmp_path / "map.csv"
     path.write_text(
         f"\ufeff{MAP} Natural killer  cells , NK\nMartian,T\n\nB cells,B\nB cells,B\nCD4,\n,\n",
         encoding="utf-8",
     )
     assert lineages.read_lineages(path, [*CELL_TYPES, "CD4"]) == ["B", None, "NK", None]
-    said = capsys.readouterr().out
-    assert "2 cell types without a lineage left out (CD4+/CD25 T, CD4)" in said
-    assert "1 cell types that the model does not know (Martian)" in said
+    printed = capsys.readouterr().out
+    assert "2 cell types without a lineage left out (CD4+/CD25 T, CD4)" in printed
+    assert "1 cell types that the model does not know (Martian)" in printed
 
 
 @pytest.mark.parametrize(
@@ -257,12 +257,12 @@ def test_fractions_that_cannot_be_used(tmp_path, text, words):
 def test_cell_type_nb_has_the_moments_of_the_type():
     cells = make_cells((400, 300, 20))
     X, codes = cells.X, cells.obs["cell_type"].astype("category").cat.codes.to_numpy()
-    wanted = np.repeat([0, 1], 4000)
-    made = baselines.draw_cell_type_nb(X, codes, wanted, np.random.default_rng(0))
+    target = np.repeat([0, 1], 4000)
+    drawn = baselines.draw_cell_type_nb(X, codes, target, np.random.default_rng(0))
     for k in (0, 1):
-        own, got = X[codes == k].toarray(), made[wanted == k].toarray()
-        np.testing.assert_allclose(got.mean(axis=0), own.mean(axis=0), rtol=0.2, atol=0.1)
-        ratio = got.var(axis=0) / own.var(axis=0)
+        real, generated = X[codes == k].toarray(), drawn[target == k].toarray()
+        np.testing.assert_allclose(generated.mean(axis=0), real.mean(axis=0), rtol=0.2, atol=0.1)
+        ratio = generated.var(axis=0) / real.var(axis=0)
         assert 0.9 < np.median(ratio) < 1.1
 
 
@@ -293,8 +293,8 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
         "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
         "published recipe", "NNLS",
     }  # fmt: skip
-    # Lineages and real bulks need files of their own.
-    expected = {f for f in metrics.METRICS if not f.endswith((", lineages", ", real bulk"))}
+    # Lineages and real bulks need further files.
+    expected = {m for m in metrics.METRICS if not m.endswith((", lineages", ", real bulk"))}
     assert set(table["metric"]) == expected
     assert table["cell_type"].nunique() == 4  # three types, and all together
     for metric in expected:
@@ -334,9 +334,9 @@ def test_evaluate_refuses_what_is_not_generated_cells(trained, h5ad, tmp_path):
     cells.write_h5ad(tmp_path / "untyped.h5ad")
     untyped = run_inside("evaluate.py", *where, "--generated", tmp_path / "untyped.h5ad")
     assert_one_line_error(untyped, "untyped.h5ad", "cell_type")
-    strange = make_cells()
-    strange.obs["cell_type"] = "Martian"
-    strange.write_h5ad(tmp_path / "strange.h5ad")
+    unknown = make_cells()
+    unknown.obs["cell_type"] = "Martian"
+    unknown.write_h5ad(tmp_path / "strange.h5ad")
     done = run_inside("evaluate.py", *where, "--generated", tmp_path / "strange.h5ad")
     assert_one_line_error(done, "strange.h5ad", "Martian")
 
@@ -354,21 +354,22 @@ def test_bulk_fractions_and_lineages_go_together(given):
 
 @pytest.fixture
 def measured(tmp_path):
-    """Files of 12 bulks of known composition, the fractions of 11 of them and of another, a map.
+    """Files of 12 bulks of known composition, of their fractions, and of the lineages.
 
-    Bulks are of another platform; fractions are in percent, beside a column that is no lineage.
+    Bulks are of another platform. Fractions are in percent, beside a column that is no lineage;
+    they lack one bulk and have another instead.
     """
     cells, rng = make_cells(seed=0), np.random.default_rng(5)
     is_b = (cells.obs["cell_type"] == CELL_TYPES[0]).to_numpy()
     share = np.linspace(0, 1, 12)
-    profile = np.stack([cells.X[own].toarray().mean(axis=0) for own in (is_b, ~is_b)])
+    profile = np.stack([cells.X[mask].toarray().mean(axis=0) for mask in (is_b, ~is_b)])
     profile *= rng.lognormal(0, 0.2, profile.shape[1])
     bulk = pd.DataFrame(
         np.stack([share, 1 - share], axis=1) @ profile,
         index=[f"donor {i}" for i in range(12)],
         columns=cells.var_names,
     )
-    bulk.iloc[:, 5:].T.to_csv(tmp_path / "bulk.csv")  # five of the model's genes are not there
+    bulk.iloc[:, 5:].T.to_csv(tmp_path / "bulk.csv")  # without five of the model's genes
     fractions = pd.DataFrame({"T and NK": 70 * (1 - share), "Unknown": 30, "B": 70 * share})
     fractions = fractions.set_axis(bulk.index).rename({"donor 3": "nobody"})
     fractions.iloc[::-1].to_csv(tmp_path / "fractions.csv", index_label="sample")
@@ -396,40 +397,40 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
     assert set(table["metric"]) == set(metrics.METRICS)
     table = table.astype({"mean": float})
     for method in ("bulk2sc", "NNLS"):
-        own = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("metric")
-        read = own["mean"]
-        assert own.loc["proportions RMSE, real bulk", "n"] == 1  # nothing is drawn
-        assert own.loc["proportions RMSE, shift", "n"] == 2
-        assert read["proportions RMSE, real bulk"] < 0.15
-        assert read["proportions CCC, real bulk"] > 0.85
-        assert read["proportions Pearson, real bulk"] > 0.9
-        assert read["proportions CCC, lineages"] > 0.8
+        rows = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("metric")
+        mean = rows["mean"]
+        assert rows.loc["proportions RMSE, real bulk", "n"] == 1  # nothing is drawn
+        assert rows.loc["proportions RMSE, shift", "n"] == 2
+        assert mean["proportions RMSE, real bulk"] < 0.15
+        assert mean["proportions CCC, real bulk"] > 0.85
+        assert mean["proportions Pearson, real bulk"] > 0.9
+        assert mean["proportions CCC, lineages"] > 0.8
     two = done.stdout.split("\nproportions of ")
     assert len(two) == 2 and "NNLS" not in two[0] and "NNLS" in two[1]
-    assert all(f in two[1] for f in metrics.METRICS if f.startswith("proportions"))
+    assert all(m in two[1] for m in metrics.METRICS if m.startswith("proportions"))
 
 
-def test_measured_fractions_the_wrong_way_round_read_bad(trained, h5ad, measured):
-    """Columns swapped in the file; and what --lineages alone measures, without a whole run."""
+def test_swapped_fractions_score_badly(trained, h5ad, measured):
+    """Columns are swapped in the file. Also what --lineages alone measures."""
     swapped = pd.read_csv(measured[3]).rename(columns={"B": "T and NK", "T and NK": "B"})
     swapped.to_csv(measured[3], index=False)
     paths = {"bulk": measured[1], "fractions": measured[3], "lineages": measured[5]}
     cfg = evaluate.Settings(data=h5ad, weights=trained, n_draws=1, n_pseudobulks=5, **paths)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    _, _, encoder, card, held_out = generation.load_weights(trained, cells, cell_types, "cpu")
+    loaded = generation.load_weights(trained, cells, cell_types, "cpu")
+    training = evaluate.Training(trained, cells, codes, *loaded)
     lineage_of = lineages.read_lineages(cfg.lineages, cell_types)
     fractions = lineages.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
-    models = cells, codes, held_out, encoder, card
-    rows = evaluate.measure_real_bulk(*models, lineage_of, fractions, cfg)
-    read = {(method, metric.split()[1]): value for method, metric, _, value in rows}
+    rows = evaluate.measure_real_bulk(training, lineage_of, fractions, cfg)
+    values = {(method, metric.split()[1]): value for method, metric, _, value in rows}
     for method in ("bulk2sc", "NNLS"):
-        assert read[method, "Pearson,"] < -0.8 and read[method, "RMSE,"] > 0.5
+        assert values[method, "Pearson,"] < -0.8 and values[method, "RMSE,"] > 0.5
     for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
         rng = np.random.default_rng(0)
-        rows = evaluate.measure_proportions(*models, given, cfg, rng)
-        expected = {f for f in metrics.METRICS if f.startswith("proportions")}
-        assert {row[1] for row in rows} == {f for f in expected if not f.endswith(left_out)}
+        rows = evaluate.measure_proportions(training, given, cfg, rng)
+        expected = {m for m in metrics.METRICS if m.startswith("proportions")}
+        assert {row[1] for row in rows} == {m for m in expected if not m.endswith(left_out)}
 
 
 def test_samples_of_other_names_and_bulks_of_other_genes(trained, h5ad, measured, tmp_path):
