@@ -9,42 +9,22 @@ bulk, and each batch yields one cell. Writes one .h5ad and, with --bulk, proport
 proportions.png beside it (see README, "The output").
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
-from tqdm import tqdm
-
-from data import DatasetSettings, align_genes
-from generation import (
-    MISFIT,
-    add_to_sums,
-    bulk_fit,
-    calibration,
-    check_filled,
-    chunks_of_batches,
-    chunks_of_samples,
-    decode_blocks,
-    encode_bulks,
-    expected_bulk,
-    misfit,
-    sum_agreement,
-)
-from models import BulkEncoder, scDecoder
-from plotting import write_proportions
-from readers.bulk import read_bulk
-from runtime.device import pick_device, seed_everything
-from runtime.errors import InputError, some
-from runtime.script import plain_settings, run_script
-from runtime.weights import check_mixture, load_model
-from runtime.writing import write_cells, write_whole
+from data import DatasetSettings
+from runtime.errors import InputError
+from runtime.script import lead_with, parse_args, plain_settings, run_script
 
 
+@lead_with("bulk", "n_cells", "out", "weights", "calibrate", "data", "batch_size")
 @dataclass
 class Settings(DatasetSettings):
+    """Generate single cells from bulk RNA-seq samples.
+
+    Example: python bulk2sc.py --weights weights/pbmc1k --bulk samples.csv --n-cells 1000
+    """
+
     bulk: Path | None = None
     """Bulk samples: csv, tsv or GCT (genes in rows or columns, symbols or Ensembl ids) or .h5ad.
     Default: batches of --data."""
@@ -54,7 +34,7 @@ class Settings(DatasetSettings):
     """Reference cells that make one bulk, when there is no --bulk."""
     calibrate: bool = False
     """Scale each gene's mean so that the cells of a sample add up to its bulk (needs --bulk). The
-    factors are the platform's, too: leave it off for cells like the reference's."""
+    factors include the platform's: leave it off for cells like the reference's."""
     out: Path = Path("generated.h5ad")
     """The file of generated cells; proportions of --bulk are written to the same folder."""
 
@@ -70,128 +50,247 @@ class Settings(DatasetSettings):
             raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
 
 
-def main(cfg):
-    import anndata
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
-    rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    encoder_file = cfg.weights / "bulkEncoder_model.pt"
-    decoder_file = cfg.weights / "scDecoder_model.pt"
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from tqdm import tqdm
+
+from data import align_genes, batch_bulks, load_cells
+from generation import (
+    CHUNK,
+    MISFIT,
+    add_to_sums,
+    bulk_fit,
+    calibration,
+    check_filled,
+    encode_bulks,
+    expected_bulk,
+    generate_cells,
+    misfit,
+    sum_agreement,
+)
+from models import BulkEncoder, scDecoder
+from plotting import write_proportions
+from readers.bulk import read_bulk
+from runtime.device import pick_device, seed_everything
+from runtime.errors import some
+from runtime.weights import check_mixture, load_model
+from runtime.writing import open_cells, write_whole
+
+
+def load_models(folder, device):
+    """The Bulk Encoder and scDecoder of a folder of weights, and what their files say besides.
+
+    Returns:
+        encoder, its card, decoder, its card.
+    """
+    encoder_file, decoder_file = folder / "bulkEncoder_model.pt", folder / "scDecoder_model.pt"
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
-    cell_types = decoder_card["cell_types"]
+    return encoder, encoder_card, decoder, decoder_card
 
-    genes, n_types = encoder_card["genes"], len(cell_types)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    log_factor, sums, said = None, None, []
-    if cfg.bulk is None:
-        n_cells, samples = cfg.n_cells, [f"batch_{i}" for i in range(cfg.n_cells)]
-        chunks = chunks_of_batches(cfg, encoder, genes, device, rng, generator, said)
-    else:
-        # All genes of the decoder, of which the encoder reads some: the others show how it fits.
-        all_genes = decoder_card["genes"]
-        whole, measured, samples = read_bulk(cfg.bulk, all_genes, decoder_card.get("gene_ids"))
-        n_cells = cfg.n_cells * len(samples)
-        X, _ = align_genes(whole, all_genes, genes, cfg.bulk, report=False)
-        present = measured[pd.Index(all_genes).get_indexer(genes)]
-        print(f"{cfg.bulk}: {present.sum():,} of the {len(genes):,} genes the Bulk Encoder reads")
-        check_filled(X, samples, cfg.bulk)
-        mu, var, pi, sd = encode_bulks(encoder, X, present, device, 20)  # (S, K, D), ..., (S, K)
-        whole = whole.toarray()  # (S, G)
-        expected = expected_bulk(decoder, pi)  # (S, G)
-        fit = pd.DataFrame(index=samples)
-        fit["correlation"], fit["unexplained"] = bulk_fit(whole, expected, measured)
-        usual = encoder_card.get("fit")
-        fit["misfit"] = misfit(fit["correlation"], fit["unexplained"], usual) if usual else np.nan
-        if cfg.calibrate:
-            log_factor = torch.from_numpy(calibration(whole, expected, measured)).to(device)
-        chunks = chunks_of_samples(mu, var, pi, cfg.n_cells, generator)
-        sums, sd = np.zeros(whole.shape), sd.cpu().numpy()
-        said.append(pi.cpu().numpy())
 
-    # Of all cells, but for their counts, which go to the file as they come.
-    codes, of_bulk, latents = [np.zeros(0, int)], [np.zeros(0, int)], []
+# ------------------------------------------------------------------------- where bulks come from
 
-    def noted(chunks):
-        for chunk in chunks:
-            for column, values in ((codes, chunk[2]), (of_bulk, chunk[3])):
-                column.append(values.cpu().numpy())
-            yield chunk
 
-    def counts():
-        for X, z in decode_blocks(decoder, noted(chunks), generator, log_factor):
-            if sums is not None:
-                add_to_sums(sums, X, of_bulk[-1])
-            latents.append(z)
-            yield X
-            bar.update(len(z))
+def encode_batches(cfg, encoder, genes, device, rng):
+    """Sum batches of reference cells into --n-cells bulks and encode them, CHUNK at a time.
 
-    def describe():
-        sample = np.concatenate(of_bulk)
-        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(n_cells)])
-        obs["sample"] = pd.Categorical.from_codes(sample, categories=samples)
-        obs["cell_type"] = pd.Categorical.from_codes(np.concatenate(codes), categories=cell_types)
+    Args:
+        genes: the encoder's (G). rng: NumPy generator.
+
+    Returns:
+        iterator of mu, var (B, K, D) and pi (B, K). The reference is read at once, so that errors
+        come before anything is written.
+    """
+    cells = load_cells(cfg, need_labels=False)
+    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    if cfg.batch_size > cells.n_obs:
+        raise InputError(
+            f"--batch-size: found {cfg.batch_size}, expected at most the {cells.n_obs} cells of "
+            f"{cfg.data}"
+        )
+    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
+
+    def encode():
+        first = 0
+        for bulk, _ in batch_bulks(X, cfg.batch_size, cfg.n_cells, rng, CHUNK):
+            check_filled(bulk, range(first, first + len(bulk)), cfg.data)
+            yield encode_bulks(encoder, sp.csr_matrix(bulk), present, device)[:3]
+            first += len(bulk)
+
+    return encode()
+
+
+class BulkSamples:
+    """The samples of --bulk, encoded, and how the reference's cell types add up to them.
+
+    Attributes:
+        names: of the samples (S). bulk: (S, G) in the decoder's genes. measured: mask (G).
+        encoded: mu, var (S, K, D) and pi (S, K). sd: of pi (S, K). expected: (S, G), the sum that
+            pi makes. sums: (S, G), of the cells generated so far. fit: a row for each sample.
+    """
+
+    def __init__(self, path, encoder, encoder_card, decoder, decoder_card):
+        # In all genes of the decoder: those that the encoder does not read still show the fit.
+        genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
+        bulk, self.measured, self.names = read_bulk(path, genes, decoder_card.get("gene_ids"))
+        X, _ = align_genes(bulk, genes, encoder_genes, path, report=False)
+        present = self.measured[pd.Index(genes).get_indexer(encoder_genes)]
+        n_genes = len(encoder_genes)
+        print(f"{path}: {present.sum():,} of the {n_genes:,} genes the Bulk Encoder reads")
+        check_filled(X, self.names, path)
+        *self.encoded, sd = encode_bulks(encoder, X, present, encoder.mu.device, n_halves=20)
+        self.bulk, self.sd = bulk.toarray(), sd.cpu().numpy()
+        self.expected = expected_bulk(decoder, self.encoded[2])
+        self.sums = np.zeros(self.bulk.shape)
+        self.fit = pd.DataFrame(index=self.names)
+        correlation, unexplained = bulk_fit(self.bulk, self.expected, self.measured)
+        self.fit["correlation"], self.fit["unexplained"] = correlation, unexplained
+        reference = encoder_card.get("fit")
+        self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
+
+    @property
+    def proportions(self):
+        """pi (S, K) as a numpy array, float64."""
+        return self.encoded[2].cpu().numpy().astype(np.float64)
+
+    def compare_sums(self):
+        """Add to ``fit`` how well the generated cells of each sample add up to it."""
+        self.fit["agreement"] = sum_agreement(self.bulk, self.sums, self.measured)
+
+    def log_factor(self):
+        """What --calibrate adds to the logarithm of each gene's mean, (S, G) float32."""
+        return torch.from_numpy(calibration(self.bulk, self.expected, self.measured))
+
+
+# ------------------------------------------------------------------------------------ the output
+
+
+class CellTable:
+    """What is kept in memory of all generated cells: everything but their counts."""
+
+    def __init__(self, n_types, n_latent):
+        self.proportions = [np.zeros((0, n_types), np.float32)]
+        self.cell_type, self.bulk = [np.zeros(0, int)], [np.zeros(0, int)]
+        self.latent = [np.zeros((0, n_latent), np.float32)]
+
+    def append(self, cells):
+        """Add generated Cells."""
+        self.cell_type.append(cells.cell_type)
+        self.bulk.append(cells.bulk)
+        self.latent.append(cells.latent)
+
+    def to_anndata(self, names, cell_types, cfg, samples=None):
+        """The tables of the output: ``.obs``, ``.obsm`` and ``.uns`` of all cells.
+
+        Args:
+            names: of the bulks (S). cell_types: names (K). samples: BulkSamples with --bulk.
+        """
+        bulk = np.concatenate(self.bulk)
+        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(bulk))])
+        obs["sample"] = pd.Categorical.from_codes(bulk, categories=names)
+        cell_type = np.concatenate(self.cell_type)
+        obs["cell_type"] = pd.Categorical.from_codes(cell_type, categories=cell_types)
         cells = anndata.AnnData(obs=obs)
-        none = np.zeros((0, decoder.mu.shape[1]), np.float32)
-        cells.obsm["X_latent"] = np.concatenate([none, *latents])
+        cells.obsm["X_latent"] = np.concatenate(self.latent)
         # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
-        cells.uns["proportions"] = np.concatenate([np.zeros((0, n_types), np.float32), *said])
-        cells.uns["samples"] = np.array(samples, dtype=object)
+        cells.uns["proportions"] = np.concatenate(self.proportions)
+        cells.uns["samples"] = np.array(names, dtype=object)
         cells.uns["cell_types"] = np.array(cell_types, dtype=object)
         cells.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
-        if cfg.bulk is not None:
-            fit["agreement"] = sum_agreement(whole, sums, measured)
-            cells.uns["proportions_sd"] = sd
-            cells.uns["fit"] = fit
-            cells.obs["misfit"] = fit["misfit"].to_numpy()[sample]
+        if samples is not None:
+            cells.uns["proportions_sd"] = samples.sd
+            cells.uns["fit"] = samples.fit
+            cells.obs["misfit"] = samples.fit["misfit"].to_numpy()[bulk]
         return cells
 
-    with tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True) as bar:
-        write_cells(cfg.out, counts(), decoder_card["genes"], describe)
 
-    pi, codes = np.concatenate([np.zeros((0, n_types)), *said]), np.concatenate(codes)
-    table = pd.DataFrame(
-        {
-            "mean predicted proportion": pi.mean(axis=0) if len(pi) else np.nan,
-            "cells": np.bincount(codes, minlength=n_types),
-        },
-        index=cell_types,
-    )
+def print_cell_types(cells):
+    """Print mean predicted proportion and number of cells of each type; cells: the AnnData."""
+    pi = cells.uns["proportions"].astype(np.float64)
+    table = {
+        "mean predicted proportion": pi.mean(axis=0) if len(pi) else np.nan,
+        "cells": np.bincount(cells.obs["cell_type"].cat.codes, minlength=pi.shape[1]),
+    }
+    table = pd.DataFrame(table, index=cells.uns["cell_types"])
     print(table.to_string(float_format="{:.3f}".format))
-    if cfg.bulk is not None:  # without it every cell has a bulk of its own: no table to read
-        folder = cfg.out.parent
-        proportions = proportion_table(samples, cell_types, pi, sd, fit)
-        write_whole(folder / "proportions.csv", lambda path: proportions.to_csv(path, index=False))
-        write_proportions(folder / "proportions.png", pi, samples, cell_types)
-        shown = min(len(fit), 20)
-        print(f"fit of {'the samples' if shown == len(fit) else f'the first {shown} samples'}:")
-        print(fit.head(shown).to_string(float_format="{:.3f}".format))
-        strange = fit.index[fit["misfit"] > MISFIT]
-        if len(strange):
-            print(
-                f"warning: {cfg.bulk}: {len(strange)} of {len(fit)} samples ({some(strange)}) are "
-                f"not what the reference's cell types add up to (misfit above {MISFIT}): another "
-                "tissue, or a cell type that the reference lacks",
-                file=sys.stderr,
-            )
-        print(f"wrote proportions.csv and proportions.png to {folder}")
-    print(
-        f"wrote {cfg.out}: {n_cells:,} cells x {len(decoder_card['genes']):,} genes from "
-        f"{len(samples):,} bulks"
-    )
 
 
-def proportion_table(samples, cell_types, pi, sd, fit):
-    """One row per bulk: ``sample``, pi of each type, ``sd <type>``, then the columns of ``fit``.
-
-    pi, sd (S, K); fit: data frame (S rows).
-    """
+def proportion_table(samples, cell_types):
+    """One row per bulk: ``sample``, pi of each type, ``sd <type>``, then how well it fits."""
     names = [*cell_types, *(f"sd {name}" for name in cell_types)]
-    values = pd.DataFrame(np.hstack([pi, sd]), columns=names)
-    samples = pd.Series(samples, name="sample")
-    return pd.concat([samples, values, fit.reset_index(drop=True)], axis=1)
+    values = pd.DataFrame(np.hstack([samples.proportions, samples.sd]), columns=names)
+    sample = pd.Series(samples.names, name="sample")
+    return pd.concat([sample, values, samples.fit.reset_index(drop=True)], axis=1)
+
+
+def write_samples(cfg, samples, cell_types):
+    """Write proportions.csv and proportions.png; print how well each sample fits, and warn."""
+    folder, fit = cfg.out.parent, samples.fit
+    table = proportion_table(samples, cell_types)
+    write_whole(folder / "proportions.csv", lambda path: table.to_csv(path, index=False))
+    write_proportions(folder / "proportions.png", samples.proportions, samples.names, cell_types)
+    n_shown = min(len(fit), 20)
+    print(f"fit of {'the samples' if n_shown == len(fit) else f'the first {n_shown} samples'}:")
+    print(fit.head(n_shown).to_string(float_format="{:.3f}".format))
+    unlike = fit.index[fit["misfit"] > MISFIT]
+    if len(unlike):
+        print(
+            f"warning: {cfg.bulk}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are "
+            f"not what the reference's cell types add up to (misfit above {MISFIT}): another "
+            "tissue, or a cell type that the reference lacks",
+            file=sys.stderr,
+        )
+    print(f"wrote proportions.csv and proportions.png to {folder}")
+
+
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
+    encoder, encoder_card, decoder, card = load_models(cfg.weights, device)
+    cell_types, genes = card["cell_types"], card["genes"]
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    samples, log_factor = None, None
+    if cfg.bulk is None:
+        names, per_bulk = [f"batch_{i}" for i in range(cfg.n_cells)], 1
+        encoded = encode_batches(cfg, encoder, encoder_card["genes"], device, rng)
+    else:
+        samples = BulkSamples(cfg.bulk, encoder, encoder_card, decoder, card)
+        names, per_bulk, encoded = samples.names, cfg.n_cells, [samples.encoded]
+        if cfg.calibrate:
+            log_factor = samples.log_factor().to(device)
+
+    table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
+    bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
+    with bar, open_cells(cfg.out, genes) as file:
+        for bulks in encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
+            for cells in generate_cells(decoder, bulks, per_bulk, generator, log_factor, first):
+                file.append(cells.counts)
+                table.append(cells)
+                if samples is not None:
+                    add_to_sums(samples.sums, cells.counts, cells.bulk)
+                bar.update(len(cells.bulk))
+            table.proportions.append(bulks[2].cpu().numpy())
+            first += len(bulks[2])
+        if samples is not None:
+            samples.compare_sums()
+        cells = table.to_anndata(names, cell_types, cfg, samples)
+        file.write_tables(cells)
+
+    print_cell_types(cells)
+    if samples is not None:  # without --bulk every cell has a bulk of its own: no table to read
+        write_samples(cfg, samples, cell_types)
+    print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} bulks")
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

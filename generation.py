@@ -1,23 +1,37 @@
-"""From bulk profiles to cells: proportions, latents and counts."""
+"""From bulk profiles to cells: encode the bulk, draw types and latents, decode counts.
+
+    bulk -> Bulk Encoder -> k ~ π̂ -> z ~ N(μ̂_k, σ̂_k²) -> scDecoder -> counts of one cell
+
+Also what compares bulks with the cells generated from them: fit, calibration and sums.
+
+Notation in shape comments: S bulk samples, N cells, B cells of a chunk, G genes, K cell types,
+D latent dimensions.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
-from data import align_genes, apply_split, batch_bulks, library_size, load_cells
+from data import align_genes, apply_split, library_size
 from models import BulkEncoder, scDecoder
 from runtime.errors import InputError
 from runtime.weights import check_cell_types, check_mixture, load_model
 
-CHUNK = 4096  # cells at a time: bounds memory, and gives every core some blocks of them
-
-MISFIT = 4  # standard deviations beyond usual bulks from which a sample is warned of
+CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
+MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which users are warned
 
 
 def load_weights(weights, cells, cell_types, device, fewest=2):
-    """Both models of a folder and their cards, checked against the data, and the split (N).
+    """Both models of a folder, checked against the data they are to be measured on.
 
-    fewest: held-out cells that there must be.
+    Args:
+        weights: folder. cells: AnnData (N). cell_types: names (K). fewest: held-out cells that
+            there must be.
+
+    Returns:
+        decoder, its card, encoder, its card, and the mask of held-out cells (N).
     """
     decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
@@ -31,51 +45,17 @@ def load_weights(weights, cells, cell_types, device, fewest=2):
     return decoder, decoder_card, encoder, encoder_card, held_out
 
 
-@torch.inference_mode()
-def encode_bulks(encoder, X, present, device, n_halves=0):
-    """Run the encoder once over all bulks.
-
-    Args:
-        X: bulk profiles (S x G) in the encoder's gene order, CSR. present: bool (G).
-        n_halves: times to run it again on a random half of the genes. How far these answers lie
-            from the whole one is how much it hangs on which genes were read, and how platform and
-            cells of the bulk changed them (delete-half jackknife; Shao and Wu, Annals of
-            Statistics 1989).
-
-    Returns:
-        mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
-        without halves.
-    """
-    rng = np.random.default_rng(0)
-    at = np.flatnonzero(present)
-    halves = [np.isin(np.arange(len(present)), rng.permutation(at)[::2]) for _ in range(n_halves)]
-    whole, *halves = (torch.from_numpy(p).to(device) for p in (present, *halves))
-    parts = []
-    # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
-    step = 256 if torch.device(device).type == "cpu" else CHUNK
-    for i in range(0, max(X.shape[0], 1), step):  # no bulk at all still has its shapes
-        bulk = torch.from_numpy(X[i : i + step].toarray().astype(np.float32)).to(device)
-        # The sum's floor: of a thin bulk, half of the genes may hold no count at all.
-        mu, var, pi = encoder(bulk, whole)
-        again = [encoder(bulk + 1e-9, half)[2] for half in halves]
-        square = [(other - pi) ** 2 for other in again]
-        sd = torch.stack(square).mean(dim=0).sqrt() if square else torch.full_like(pi, torch.nan)
-        parts.append((mu, var, pi, sd))
-    mu, var, pi, sd = (torch.cat(p) for p in zip(*parts, strict=True))
-    return mu, var, pi, sd if n_halves else None
-
-
-def draw_types(pi, per_sample, generator):
-    """Draw k ~ Categorical(pi) for each cell: pi (S, K) -> codes (S * per_sample,)."""
-    if len(pi) == 0 or per_sample == 0:
-        return torch.zeros(0, dtype=torch.long, device=pi.device)
-    return torch.multinomial(pi, per_sample, replacement=True, generator=generator).flatten()
+# ------------------------------------------------------------------------- bulk to proportions
 
 
 def check_filled(X, samples, where):
-    """Every bulk must have counts in some gene of the model.
+    """Check that every bulk has counts in some gene of the model.
 
-    X: CSR or dense (S x G). samples: their names (S). where: what the message names.
+    Args:
+        X: CSR or dense (S x G). samples: their names (S). where: what the message names.
+
+    Raises:
+        InputError: one has none.
     """
     empty = np.flatnonzero(library_size(X) == 0)
     if len(empty):
@@ -85,95 +65,129 @@ def check_filled(X, samples, where):
         )
 
 
-def decode_cells(decoder, mu, var, codes, generator, log_factor=None, sample=None):
-    """Draw one cell for each row, all at once; see :func:`decode_blocks`.
+@torch.inference_mode()
+def encode_bulks(encoder, X, present, device, n_halves=0):
+    """Run the Bulk Encoder once over all bulks.
 
     Args:
-        mu, var: (N, D). codes: cell type of each cell (N). generator: on their device.
-        log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (N).
+        X: bulk profiles (S x G) in the encoder's gene order, CSR. present: mask (G) of the genes
+            that were measured.
+        n_halves: times to run it again on a random half of the genes. How far these answers lie
+            from the full one shows how much it depends on which genes were read, and on how
+            platform and sampled cells changed them (delete-half jackknife; Shao and Wu, Annals of
+            Statistics 1989).
 
     Returns:
-        ``(X, z)``: counts (N x G) CSR int32 and latents (N, D) float32.
+        mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
+        without halves.
     """
-    sample = torch.zeros_like(codes) if sample is None else sample
-    chunks = zip(*(part.split(CHUNK) for part in (mu, var, codes, sample)), strict=True)
-    blocks, latents = zip(*decode_blocks(decoder, chunks, generator, log_factor), strict=True)
-    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
+    rng = np.random.default_rng(0)
+    measured = np.flatnonzero(present)
+    genes = np.arange(len(present))
+    halves = [np.isin(genes, rng.permutation(measured)[::2]) for _ in range(n_halves)]
+    present, *halves = (torch.from_numpy(mask).to(device) for mask in (present, *halves))
+    parts = []
+    # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
+    step = 256 if torch.device(device).type == "cpu" else CHUNK
+    for i in range(0, max(X.shape[0], 1), step):  # without any bulk the results still have shapes
+        bulk = torch.from_numpy(X[i : i + step].toarray().astype(np.float32)).to(device)  # (B, G)
+        mu, var, pi = encoder(bulk, present)
+        # A thin bulk may have no count at all in half of the genes, hence 1e-9.
+        jackknife = [encoder(bulk + 1e-9, half)[2] for half in halves]
+        square = [(other - pi) ** 2 for other in jackknife]
+        sd = torch.stack(square).mean(dim=0).sqrt() if square else torch.full_like(pi, torch.nan)
+        parts.append((mu, var, pi, sd))
+    mu, var, pi, sd = (torch.cat(part) for part in zip(*parts, strict=True))
+    return mu, var, pi, sd if n_halves else None
+
+
+# --------------------------------------------------------------------------------- to cells
+
+
+@dataclass
+class Cells:
+    """Generated cells, some of many."""
+
+    counts: sp.csr_matrix
+    """(B x G), int32."""
+    latent: np.ndarray
+    """z (B, D), float32."""
+    cell_type: np.ndarray
+    """Codes (B)."""
+    bulk: np.ndarray
+    """Index of the bulk each comes from (B)."""
 
 
 @torch.inference_mode()
-def decode_blocks(decoder, chunks, generator, log_factor=None):
-    """Draw cells: z of mean mu and variance var, library size, then counts.
+def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first=0):
+    """Generate cells of bulks.
+
+        k ~ Categorical(π̂),   z = μ̂_k + σ̂_k e   (e: shape of type k),   x ~ NB(scDecoder(z))
 
     Args:
-        chunks: iterable of mu, var (B, D), cell types (B) and bulks (B) of the next cells.
-        generator: on their device. log_factor: (S, G), see :func:`calibration`.
+        encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them.
+        per_bulk: cells of each bulk. generator: torch Generator on their device.
+        log_factor: (S, G), see :func:`calibration`. first: index of the first bulk.
 
     Yields:
-        ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32, chunk by chunk.
+        Cells, CHUNK at a time.
     """
-    for mu, var, k, sample in chunks:
-        z = decoder.sample_latent(mu, var, k, generator)  # (B, D)
-        library = decoder.sample_library(k, generator)  # (B,)
-        X = decoder.sample_rows(z, library, k, generator, log_factor, sample)
-        yield X, z.cpu().numpy()
+    mu, var, pi = encoded
+    cell_type = draw_types(pi, per_bulk, generator)  # (S * per_bulk)
+    for i in range(0, len(cell_type), CHUNK):
+        k = cell_type[i : i + CHUNK]  # (B)
+        bulk = torch.arange(i, i + len(k), device=k.device) // per_bulk  # (B)
+        X, z = decode(decoder, mu[bulk, k], var[bulk, k], k, generator, log_factor, bulk)
+        yield Cells(X, z, k.cpu().numpy(), first + bulk.cpu().numpy())
 
 
-def chunks_of_samples(mu, var, pi, per_sample, generator):
-    """Chunks for :func:`decode_blocks`: ``per_sample`` cells of each bulk, types drawn by pi.
-
-    mu, var: (S, K, D). pi: (S, K).
-    """
-    codes = draw_types(pi, per_sample, generator)  # (N,)
-    for i in range(0, len(codes), CHUNK):
-        k = codes[i : i + CHUNK]
-        sample = torch.arange(i, i + len(k), device=k.device) // per_sample
-        yield mu[sample, k], var[sample, k], k, sample
+def draw_types(pi, per_bulk, generator):
+    """Draw k ~ Categorical(pi) for each cell: pi (S, K) -> codes (S * per_bulk)."""
+    if len(pi) == 0 or per_bulk == 0:
+        return torch.zeros(0, dtype=torch.long, device=pi.device)
+    return torch.multinomial(pi, per_bulk, replacement=True, generator=generator).flatten()
 
 
-def chunks_of_batches(cfg, encoder, genes, device, rng, generator, said):
-    """Chunks for :func:`decode_blocks`: one cell of each batch of --batch-size reference cells.
+def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None):
+    """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
-        genes: the encoder's (G). said: list to which the proportions of each chunk (B, K) go.
+        mu, var: (B, D). codes: cell types (B). generator: torch Generator on their device.
+        log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (B).
 
     Returns:
-        an iterator; the reference is read at once, so that errors come before anything is written.
+        ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32.
     """
-    cells = load_cells(cfg, need_labels=False)
-    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    if cfg.batch_size > cells.n_obs:
-        raise InputError(
-            f"--batch-size: found {cfg.batch_size}, expected at most the {cells.n_obs} cells of "
-            f"{cfg.data}"
-        )
-    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
-
-    def chunks():
-        first = 0
-        for bulk, _ in batch_bulks(X, cfg.batch_size, cfg.n_cells, rng, CHUNK):
-            check_filled(bulk, range(first, first + len(bulk)), cfg.data)
-            mu, var, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, device)
-            k = draw_types(pi, 1, generator)
-            at = torch.arange(len(k), device=device)
-            said.append(pi.cpu().numpy())
-            yield mu[at, k], var[at, k], k, first + at
-            first += len(k)
-
-    return chunks()
+    z = decoder.sample_latent(mu, var, codes, generator)  # (B, D)
+    library = decoder.sample_library(codes, generator)  # (B,)
+    X = decoder.sample_rows(z, library, codes, generator, log_factor, sample)  # (B x G)
+    return X, z.cpu().numpy()
 
 
-def new_cells(decoder, k, generator, log_factor=None, sample=None):
-    """Counts (N x G), CSR, of new cells of types k (N) by the mixture itself; no bulk moves it."""
-    mu, var = decoder.mu[k], decoder.var[k]
-    return decode_cells(decoder, mu, var, k, generator, log_factor=log_factor, sample=sample)[0]
+@torch.inference_mode()
+def decode_cells(decoder, mu, var, codes, generator, log_factor=None, sample=None):
+    """As :func:`decode`, of any number of cells (N), CHUNK at a time."""
+    sample = torch.zeros_like(codes) if sample is None else sample
+    chunks = zip(*(part.split(CHUNK) for part in (mu, var, codes, sample)), strict=True)
+    parts = [decode(decoder, m, v, k, generator, log_factor, s) for m, v, k, s in chunks]
+    blocks, latents = zip(*parts, strict=True)
+    return sp.vstack(blocks, format="csr"), np.concatenate(latents)
 
 
-def log_cpm(bulk, present, more):
-    """log2(CPM + more) of bulks (S, G) over the genes that are present (G); nan without counts."""
+def new_cells(decoder, codes, generator, log_factor=None, sample=None):
+    """Counts (N x G), CSR, of cells of types ``codes`` (N) from the mixture itself, not a bulk."""
+    mu, var = decoder.mu[codes], decoder.var[codes]  # (N, D)
+    return decode_cells(decoder, mu, var, codes, generator, log_factor, sample)[0]
+
+
+# ------------------------------------------------------- how bulk and generated cells compare
+
+
+def log_cpm(bulk, present, pseudocount):
+    """log2(CPM + pseudocount) of bulks (S, G) over the genes present (G); nan without counts."""
     part = bulk[:, present]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + more)
+        return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + pseudocount)
 
 
 def expected_bulk(decoder, pi):
@@ -182,38 +196,38 @@ def expected_bulk(decoder, pi):
 
 
 def bulk_fit(bulk, expected, present):
-    """How far a bulk is what the reference's cell types add up to; two readings of it.
+    """How well the reference's cell types add up to a bulk, by two measures.
 
     Args:
         bulk: (S, G), counts, TPM or CPM. expected: (S, G), the sum that the predicted proportions
-            make. present: bool (G), genes that the bulk has.
+            make. present: mask (G) of the genes that the bulk has.
 
     Returns:
         ``(correlation, unexplained)``, each (S): Pearson correlation of log2(CPM + 10) over genes
-        above 30 CPM in either; and the share of these genes that lie far above what is expected
-        (three robust standard deviations of the log-ratio) less the share far below. A platform
-        moves genes both ways, a cell type that the reference lacks only up.
+        above 30 CPM in either; and the share of these genes far above what is expected (three
+        robust standard deviations of the log-ratio) less the share far below. A platform moves
+        genes both ways, a cell type that the reference lacks only up.
     """
-    logs = (log_cpm(part, present, 10) for part in (bulk, expected))
+    logs = (log_cpm(part, present, pseudocount=10) for part in (bulk, expected))
     correlation, unexplained = np.full(len(bulk), np.nan), np.full(len(bulk), np.nan)
     for i, (b, e) in enumerate(zip(*logs, strict=True)):
-        on = (b > np.log2(40)) | (e > np.log2(40))
-        if on.sum() < 10:  # too few to say anything of
+        expressed = (b > np.log2(40)) | (e > np.log2(40))
+        if expressed.sum() < 10:  # too few for either measure
             continue
-        ratio = b[on] - e[on]
+        ratio = b[expressed] - e[expressed]
         ratio = ratio - np.median(ratio)
         width = 3 * 1.4826 * np.median(np.abs(ratio))
         unexplained[i] = np.mean(ratio > width) - np.mean(ratio < -width)
-        correlation[i] = np.corrcoef(b[on], e[on])[0, 1]
+        correlation[i] = np.corrcoef(b[expressed], e[expressed])[0, 1]
     return correlation, unexplained
 
 
-def misfit(correlation, unexplained, usual):
-    """Standard deviations (S) by which the worse of the two readings is worse than usual.
+def misfit(correlation, unexplained, reference):
+    """The worse of the two measures of fit (S), in standard deviations of the reference's own.
 
-    usual: mean and standard deviation of each on pseudobulks, as train_encoder.py saved them.
+    reference: mean and sd of each on pseudobulks, as train_encoder.py saves them.
     """
-    (c_mean, c_sd), (u_mean, u_sd) = usual["correlation"], usual["unexplained"]
+    (c_mean, c_sd), (u_mean, u_sd) = reference["correlation"], reference["unexplained"]
     return np.maximum((c_mean - correlation) / c_sd, (unexplained - u_mean) / u_sd)
 
 
@@ -223,7 +237,7 @@ def calibration(bulk, expected, present):
         ln f_g = ln( (p_g + 5e-8) / (q_g + 5e-8) ), kept within ± ln 30; 0 for genes not in the bulk
 
     p, q: fractions of bulk and expected sum (S, G). A twentieth of a count per million, added to
-    both, shrinks the factors of genes that are hardly there.
+    both, shrinks the factors of genes with hardly any counts.
     """
     p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
     p, q = (part / part.sum(axis=1, keepdims=True) + 5e-8 for part in (p, q))
@@ -244,17 +258,17 @@ def calibrate_to(bulk, decoder, encoder, genes):
 
 def add_to_sums(sums, counts, sample):
     """Add counts (B x G), CSR, of the cells of bulks ``sample`` (B) to the sums of bulks (S, G)."""
-    kinds, member = np.unique(sample, return_inverse=True)
-    shape = (len(kinds), len(sample))
-    S = sp.csr_matrix((np.ones(len(sample)), (member, np.arange(len(sample)))), shape)
-    sums[kinds] += (S @ counts).toarray()
+    bulks, member = np.unique(sample, return_inverse=True)
+    shape = (len(bulks), len(sample))
+    one_hot = sp.csr_matrix((np.ones(len(sample)), (member, np.arange(len(sample)))), shape)
+    sums[bulks] += (one_hot @ counts).toarray()
 
 
 def sum_agreement(bulk, sums, present):
     """Pearson correlation (S) of log2(CPM + 1), each bulk against the sum of its cells.
 
-    bulk, sums (S, G); present bool (G).
+    bulk, sums: (S, G). present: mask (G).
     """
-    logs = (log_cpm(part, present, 1) for part in (bulk, sums))
+    logs = (log_cpm(part, present, pseudocount=1) for part in (bulk, sums))
     with np.errstate(invalid="ignore"):  # a sample without cells reads nan
         return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])

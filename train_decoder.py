@@ -9,37 +9,22 @@ alone (from autoCell, say) it pairs by prior. Writes scDecoder_model.pt and the 
     python train_decoder.py --components "T cells" "B cells" "NK cells"   # of foreign mixture files
 """
 
-import sys
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
-import torch
-
-from data import (
-    TrainingSettings,
-    align_genes,
-    choose_held_out,
-    choose_marker_genes,
-    codes_of,
-    library_size,
-    load_cells,
-    mean_counts,
-)
-from models import LIKELIHOODS, encode_cells, mean_profile, scDecoder, scGMVAE
-from plotting import write_losses
-from readers.backed import sample_in_memory
-from readers.fingerprint import digest
-from runtime.checkpoint import already_finished
-from runtime.device import in_batches, pick_device, seed_everything, to_dense
-from runtime.errors import InputError, some
-from runtime.processes import several
-from runtime.script import run_script
-from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
-from training import Run, two_rate_optimizer
+from data import TrainingSettings
+from runtime.errors import InputError
+from runtime.script import lead_with, parse_args, run_script
 
 
+@lead_with("data", "labels", "weights", "pairing", "loss", "epochs", "batch_size", "lr")
 @dataclass
 class Settings(TrainingSettings):
+    """Stage 2: train scDecoder, from the latent to the counts of every gene.
+
+    Example: python train_decoder.py --data filtered_feature_bc_matrix --labels celltypes.csv
+    """
+
     epochs: int = 160
     """Passes over the training cells."""
     batch_size: int = 32
@@ -48,18 +33,18 @@ class Settings(TrainingSettings):
     """Peak learning rate of a one-cycle schedule (published: 5e-3, constant)."""
     n_hidden: int = 128
     """h of the shape D -> h/2 -> h -> G. With the published 700, each gene has more weights than a
-    small reference has cells, and takes the noise of the training cells for structure."""
-    pairing: str = "auto"
+    small reference has cells, and fits their noise."""
+    pairing: Literal["auto", "posterior", "prior"] = "auto"
     """Where a training cell's z comes from. posterior: q(z|x) of that very cell; prior: its cell
     type's N(mu_k, sigma_k^2), as published, which leaves no variation within a type; auto:
     posterior if scGMVAE_model.pt is there, else prior."""
-    loss: str = "nb"
-    """nb or zinb (negative log-likelihood of the counts), or mse_l1 (published)."""
+    loss: Literal["nb", "zinb", "mse_l1"] = "nb"
+    """Negative log-likelihood of the counts (nb, zinb), or the published regression (mse_l1)."""
     components: tuple[str, ...] = ()
     """Cell type of each component of mixture files that come without scGMVAE_model.pt, in their
     order. Default: the cell types in natural order."""
     n_components: int = 12
-    """Gaussians that z of one cell type is drawn from, together of mean mu_k and variance
+    """Gaussians that z of one cell type is drawn from; together they have mean mu_k and variance
     sigma_k^2. With 1, as published, rarer kinds of cells inside a type are lost."""
     dropout: float = 0.2
     """In the hidden layers; not used by mse_l1."""
@@ -68,14 +53,41 @@ class Settings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.pairing not in ("auto", "posterior", "prior"):
-            raise InputError(f"--pairing: found {self.pairing}, expected auto, posterior or prior")
-        if self.loss not in LIKELIHOODS:
-            raise InputError(f"--loss: found {self.loss}, expected {', '.join(LIKELIHOODS)}")
         if self.n_hidden < 2:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 2 or more")
         if self.n_components < 1:
             raise InputError(f"--n-components: found {self.n_components}, expected 1 or more")
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+import sys
+
+import numpy as np
+import torch
+
+from data import (
+    align_genes,
+    choose_held_out,
+    choose_marker_genes,
+    codes_of,
+    library_size,
+    load_cells,
+    mean_counts,
+)
+from models import encode_cells, mean_profile, scDecoder, scGMVAE
+from plotting import write_losses
+from readers.backed import sample_in_memory
+from readers.fingerprint import digest
+from runtime.checkpoint import already_finished
+from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from runtime.errors import some
+from runtime.processes import distributed
+from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
+from training import TrainingRun, two_rate_optimizer
+
+# ------------------------------------------------------------------ mixture files from elsewhere
 
 
 def order_components(components, cell_types):
@@ -109,12 +121,12 @@ def type_profiles(cells, codes):
 
 
 def check_components(mu, var, order, profile, cell_types):
-    """Say how well the mixture's geometry is that of the cell types; warn if another order fits.
+    """Report how well the mixture's geometry follows the cell types'; warn if another order fits.
 
-    Types with like expression lie near each other in any latent worth its name, so distances
-    between the μ_k should follow distances between the types' profiles: their Pearson correlation
-    over all pairs, as ordered, and in the best order that a quadratic assignment finds. Three types
-    or fewer have too few distances to tell.
+    Types with similar expression should lie close together in the latent. So distances between the
+    μ_k are compared with distances between the types' profiles, by Pearson correlation over all
+    pairs: in the given order, and in the best order that a quadratic assignment finds. Three types
+    or fewer have too few distances for that.
 
     Args:
         mu, var: (K, D), as in the files. order: the component that each type is taken to be (K).
@@ -137,11 +149,10 @@ def check_components(mu, var, order, profile, cell_types):
         options = {"maximize": True, "rng": np.random.default_rng(seed)}
         return quadratic_assignment(expressed, latent, method="2opt", options=options).col_ind
 
-    own = agreement(order)
-    orders = [search(seed) for seed in range(20)]
-    best = max(orders, key=agreement)
-    print(f"distances between components follow those between cell types: correlation {own:.2f}")
-    if agreement(best) > own + 0.2:
+    given = agreement(order)
+    best = max((search(seed) for seed in range(20)), key=agreement)
+    print(f"distances between components follow those between cell types: correlation {given:.2f}")
+    if agreement(best) > given + 0.2:
         names = [cell_types[i] for i in np.argsort(best)]
         print(
             f"warning: in another order of the components it is {agreement(best):.2f}: "
@@ -150,127 +161,184 @@ def check_components(mu, var, order, profile, cell_types):
         )
 
 
-@several
+def take_components(cfg, mu, var, cells, codes, cell_types, rng):
+    """The component of each cell type (K) in mixture files without scGMVAE; says so, and checks it.
+
+    Args:
+        mu, var: (K, D), as in the files. cells: the training cells, AnnData or backed. codes: their
+            types (n). cell_types: names (K). rng: NumPy generator.
+    """
+    order = order_components(cfg.components, cell_types)
+    names = "; ".join(f"{k} = {cell_types[i]}" for k, i in enumerate(np.argsort(order)))
+    print(f"mixture files without scGMVAE_model.pt, components taken as cell types: {names}")
+    sample, rows = sample_in_memory(cells, codes, rng, "marker genes")
+    check_components(mu, var, order, type_profiles(sample, codes[rows]), cell_types)
+    return order
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def load_gmvae(cfg, mu, var, cell_types, device):
+    """scGMVAE of stage 1 and its card, checked against labels and mixture; or None twice.
+
+    Raises:
+        InputError: it is of other cell types or another mixture, or missing though asked for.
+    """
+    path = cfg.weights / "scGMVAE_model.pt"
+    if cfg.pairing != "posterior" and not path.exists():
+        return None, None
+    gmvae, card = load_model(path, scGMVAE, device)
+    check_cell_types(path, card, cell_types)
+    check_mixture(path, gmvae, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
+    if cfg.components:
+        raise InputError(
+            f"--components: {path} says which component is which cell type; expected none"
+        )
+    return gmvae, card
+
+
+def start_model(X, train, codes, mixture, posterior, cfg):
+    """scDecoder that gives the mean profile for any z, with what cells of each type are drawn by.
+
+    Args:
+        X: counts (N x G). train: indices of the training cells. codes: types (N), a tensor.
+        mixture: mu, var (K, D). posterior: mean, var (N, D) of q(z|x), or None for the prior.
+
+    Returns:
+        the model on the CPU, not trained yet.
+    """
+    mu, var = mixture
+    shape = (mu.shape[1], cfg.n_hidden, X.shape[1], len(mu), cfg.loss, cfg.dropout)
+    model = scDecoder(*shape, n_components=cfg.n_components if posterior else 1)
+    # Close to Poisson, as most genes are: rare genes have small gradients, so that from 1 their
+    # dispersions never get there, and cells come out with too few genes detected.
+    model.start_at(mean_profile(X, train), theta=10.0)
+    model.mu.copy_(mu)
+    model.var.copy_(var)
+    model.fit_library(torch.as_tensor(library_size(X))[train], codes[train])
+    if posterior:
+        model.fit_shape(*(part[train] for part in posterior), codes[train], cfg.seed)
+    return model
+
+
+def cell_losses(model, X, rows, part, z_mean, z_var):
+    """Reconstruction loss of a part of a batch of cells, each (B').
+
+        L = -log p(x | scDecoder(z)),   z = m + √v ε   drawn afresh
+
+    with m, v of the cell's posterior, or of its cell type's prior. Noise is drawn for the whole
+    batch, so that it does not depend on the number of processes.
+
+    Args:
+        X: counts (N x G). rows: of the batch (B). part: slice of it that is computed (B').
+        z_mean, z_var: m and v of all cells (N, D).
+    """
+    device = model.mu.device
+    noise = torch.randn(len(rows), z_mean.shape[1])[part]  # (B', D)
+    rows = rows[part]
+    x = to_dense(X, rows, device)  # (B', G)
+    z = z_mean[rows] + z_var[rows].sqrt() * noise  # (B', D)
+    return model.loss(x, z.to(device), x.sum(dim=1))
+
+
+@torch.no_grad()
+def held_out_loss(model, X, rows, batch_size, z_mean, z_var):
+    """Mean reconstruction loss of held-out cells, in eval mode."""
+    model.eval()
+    every = slice(None)
+    [losses] = in_batches(
+        lambda batch: [cell_losses(model, X, batch, every, z_mean, z_var)], rows, batch_size
+    )
+    return losses.mean().item()
+
+
+@distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    genes = list(cells.var_names)
+    genes, order = list(cells.var_names), list(range(len(cell_types)))
     mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
-    gmvae_file = cfg.weights / "scGMVAE_model.pt"
-    gmvae, card, order = None, None, list(range(len(cell_types)))
-    if cfg.pairing == "posterior" or gmvae_file.exists():
-        gmvae, card = load_model(gmvae_file, scGMVAE, device)
-        check_cell_types(gmvae_file, card, cell_types)
-        check_mixture(gmvae_file, gmvae, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
-    held_out, fraction = choose_held_out(cells, codes, cfg, card, gmvae_file)
+    gmvae, card = load_gmvae(cfg, mu, var, cell_types, device)
+    held_out, fraction = choose_held_out(cells, codes, cfg, card, cfg.weights / "scGMVAE_model.pt")
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    posterior = gmvae is not None and cfg.pairing != "prior"
+    by_posterior = gmvae is not None and cfg.pairing != "prior"
+    source = "the posterior of each cell" if by_posterior else "the prior of its cell type"
     print(
         f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes; "
-        f"z from {'the posterior of each cell' if posterior else 'the prior of its cell type'}"
+        f"z from {source}"
     )
     if gmvae is None:
-        order = order_components(cfg.components, cell_types)
-        names = "; ".join(f"{k} = {cell_types[i]}" for k, i in enumerate(np.argsort(order)))
-        print(f"mixture files without scGMVAE_model.pt, components taken as cell types: {names}")
-        own, at = sample_in_memory(cells[train], codes[train], rng, "marker genes")
-        check_components(mu, var, order, type_profiles(own, codes[train][at]), cell_types)
+        order = take_components(cfg, mu, var, cells[train], codes[train], cell_types, rng)
         mu, var = mu[order], var[order]
-    elif cfg.components:
-        raise InputError(
-            f"--components: {gmvae_file} says which component is which cell type; expected none"
-        )
 
     made_from = digest(
         *(cells.X, list(cells.obs_names), genes, codes, cell_types, held_out, mu, var),
-        gmvae.state_dict() if posterior else "prior",
+        gmvae.state_dict() if by_posterior else "prior",
     )
     model_file = cfg.weights / "scDecoder_model.pt"
     if already_finished(cfg, model_file, scDecoder, made_from):
         return
 
-    # Mean and variance that each cell's z is drawn from, (N, D).
-    codes = torch.as_tensor(codes)
-    z_mean, z_var = mu[codes], var[codes]
-    if posterior:
+    posterior, codes = None, torch.as_tensor(codes)
+    if by_posterior:
         X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
-        z_mean, z_var = (part.cpu() for part in encode_cells(gmvae, X, cfg.batch_size))
-
-    model = scDecoder(
-        mu.shape[1],
-        cfg.n_hidden,
-        len(genes),
-        len(cell_types),
-        cfg.loss,
-        cfg.dropout,
-        n_components=cfg.n_components if posterior else 1,
-    ).to(device)
-    # Close to Poisson, as most genes are: from 1 the dispersions of rare genes, whose gradient is
-    # small, never get there, and cells come out with too few genes detected.
-    model.start_at(mean_profile(cells.X, train).to(device), theta=10.0)
-    model.mu.copy_(mu)
-    model.var.copy_(var)
-    library = torch.as_tensor(library_size(cells.X))  # (N,)
-    model.fit_library(library[train], codes[train])
-    if posterior:
-        model.fit_shape(z_mean[train], z_var[train], codes[train], cfg.seed)
-
+        posterior = [part.cpu() for part in encode_cells(gmvae, X, cfg.batch_size)]  # (N, D) each
+    z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
+    model = start_model(cells.X, train, codes, (mu, var), posterior, cfg).to(device)
     fast = [] if cfg.loss == "mse_l1" else [model.log_theta]  # the regression has none
-    steps = -(-len(train) // cfg.batch_size)
-    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps)
+    n_batches = -(-len(train) // cfg.batch_size)
+    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * n_batches)
 
-    def losses(rows, part=slice(None)):
-        """Reconstruction loss of a part of a batch of cells (B',), z drawn afresh for all (B)."""
-        noise = torch.randn(len(rows), z_mean.shape[1])[part]  # (B', D)
-        rows = rows[part]
-        x = to_dense(cells.X, rows, device)  # (B', G)
-        z = z_mean[rows] + z_var[rows].sqrt() * noise  # (B', D)
-        return model.loss(x, z.to(device), x.sum(dim=1))
-
-    run = Run("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
+    run = TrainingRun("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
     for epoch in run.epochs():
         model.train()
-        for rows, part in run.batches(train, steps, cells.X):
-            loss = losses(rows, part)
-            run.descend(loss.sum() / len(rows), loss.sum())
-        [reconstruction] = (run.total / len(train)).tolist()
-        row = dict(epoch=epoch, reconstruction=reconstruction, held_out_reconstruction=None)
+        for rows, part in run.batches(train, n_batches, cells.X):
+            losses = cell_losses(model, cells.X, rows, part, z_mean, z_var)  # (B')
+            loss = losses.sum() / len(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            run.all_reduce(loss, losses.sum())
+            optimizer.step()
+            schedule.step()
+        [reconstruction] = (run.progress.total / len(train)).tolist()
+        row = {"epoch": epoch, "reconstruction": reconstruction, "held_out_reconstruction": None}
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
-            model.eval()
-            with torch.no_grad():
-                [test_losses] = in_batches(lambda rows: [losses(rows)], test, cfg.batch_size)
-            row["held_out_reconstruction"] = test_losses.mean().item()
-        run.after_epoch(row, reconstruction=f"{reconstruction:.1f}")
+            loss = held_out_loss(model, cells.X, test, cfg.batch_size, z_mean, z_var)
+            row["held_out_reconstruction"] = loss
+        run.end_epoch(row, reconstruction=f"{reconstruction:.1f}")
 
-    if run.rank:  # the first process writes what all have found
+    if run.group.rank:  # the first process writes what all have trained
         return
     model.eval()
-    if posterior:
+    if by_posterior:
         model.fit_types(cells[train].X, codes[train], seed=cfg.seed)
-    save_model(
-        model_file,
-        model,
-        cfg,
+    write_results(
+        run,
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
         held_out=list(cells.obs_names[held_out]),
         held_out_fraction=fraction,
-        pairing="posterior" if posterior else "prior",
+        pairing="posterior" if by_posterior else "prior",
         components=order,  # which component of the mixture files each type is
-        epoch=cfg.epochs,
-        made_from=made_from,
     )
-    write_losses(cfg.weights / "scDecoder", run.curve)
-    run.finished()
-    row = run.curve[-1]
+
+
+def write_results(run, **card):
+    """Write the model with its card, and the loss curves; then remove the checkpoint."""
+    cfg = run.cfg
+    card |= {"epoch": cfg.epochs, "made_from": run.made_from}
+    save_model(cfg.weights / "scDecoder_model.pt", run.model, cfg, **card)
+    write_losses(cfg.weights / "scDecoder", run.progress.curve)
+    run.remove_checkpoint()
     print(
         f"wrote scDecoder_model.pt and scDecoder_loss.csv/.png to {cfg.weights}: "
-        f"reconstruction {row['reconstruction']:.1f} per cell"
+        f"reconstruction {run.progress.curve[-1]['reconstruction']:.1f} per cell"
     )
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,58 +1,39 @@
 """Stage 1: scGMVAE, a count VAE whose prior is a Gaussian mixture with one component per cell type.
 
-Takes the place of autoCell (Xu et al., Cell Reports Methods 2023). Three phases, as there:
-a plain VAE, a fit of the mixture to its latent, then both together.
+It takes the place of autoCell (Xu et al., Cell Reports Methods 2023) and trains in the same three
+phases: a plain VAE, a fit of the mixture to its latent, then both together.
 
     python train_gmvae.py
     python train_gmvae.py --data filtered_feature_bc_matrix --labels barcode_to_celltype.csv
     python train_gmvae.py --data filtered_feature_bc_matrix --n-types 0       # without labels
 
-Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curves to --weights;
-without labels also found_celltypes.csv, the type it found for each cell, which the later
-steps then read.
+Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curves to --weights.
+Without labels it also writes found_celltypes.csv, the type of each cell, which later stages read.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal
 
-import numpy as np
-import pandas as pd
-import torch
-
-from data import (
-    TrainingSettings,
-    align_genes,
-    choose_genes,
-    choose_held_out,
-    codes_of,
-    load_cells,
-)
-from models import encode_cells, mean_profile, scGMVAE
-from plotting import write_losses
-from readers.backed import sample_in_memory
-from readers.fingerprint import digest
-from readers.labels import FOUND_FILE, natural_order, read_labels
-from runtime.checkpoint import already_finished
-from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from data import TrainingSettings
 from runtime.errors import InputError
-from runtime.processes import several
-from runtime.script import run_script
-from runtime.weights import save_mixture, save_model
-from runtime.writing import write_whole
-from training import Run, two_rate_optimizer
-
-MOST_TYPES = 20  # that the BIC chooses from
+from runtime.script import lead_with, parse_args, run_script
 
 
+@lead_with("data", "labels", "weights", "n_types", "held_out", "epochs", "batch_size", "lr")
 @dataclass
 class Settings(TrainingSettings):
+    """Stage 1: train scGMVAE, the latent space of cells and its Gaussian mixture of cell types.
+
+    Example: python train_gmvae.py --data filtered_feature_bc_matrix --labels celltypes.csv
+    """
+
     n_types: int | None = None
     """Find this many cell types without labels, 0 for as many as the BIC asks for (up to 20).
-    Labels are then only compared with. Default: the types are those of the labels."""
+    Labels only serve for comparison then. Default: the types are those of the labels."""
     epochs: int = 150
     """Passes over the training cells, all three phases together (autoCell: 400 of batch 128)."""
     vae_epochs: int = 40
-    """Of these, passes as a plain VAE (standard normal prior) before the mixture is fitted."""
+    """The first of these train a plain VAE (standard normal prior), then the mixture is fitted."""
     batch_size: int = 32
     """Cells per step; small, because a small reference gives few steps."""
     lr: float = 1e-3
@@ -61,13 +42,13 @@ class Settings(TrainingSettings):
     """D, latent dimensions; independent of the number of cell types."""
     n_hidden: int = 256
     """Width of the two hidden layers of encoder and decoder (autoCell: 128)."""
-    loss: str = "nb"
-    """nb or zinb: negative log-likelihood of the counts under the decoder."""
+    loss: Literal["nb", "zinb"] = "nb"
+    """Negative log-likelihood of the counts under the decoder."""
     kl_start: float = 0.1
     """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
     kl_end: float = 0.3
-    """KL weight from then on. At 1 variation within a type is left out of z; at 0.1 each cell has a
-    place of its own in z, and the decoder then learns the training cells' noise by heart."""
+    """KL weight from then on. At 1 the latent loses the variation within a type. At 0.1 each cell
+    has a place of its own in it, and the decoder overfits the training cells' noise."""
     thin: float = 0.3
     """The encoder sees each cell with a random share of its counts, from this to 1: the same cell
     sequenced less deeply. 1 turns it off."""
@@ -78,8 +59,6 @@ class Settings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss not in ("nb", "zinb"):
-            raise InputError(f"--loss: found {self.loss}, expected nb or zinb")
         if self.n_types is not None and self.n_types < 0:
             raise InputError(f"--n-types: found {self.n_types}, expected 0 or more")
         if self.n_latent < 1 or self.n_hidden < 1:
@@ -93,15 +72,148 @@ class Settings(TrainingSettings):
             raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")
 
 
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data import align_genes, choose_genes, choose_held_out, codes_of, load_cells
+from models import encode_cells, mean_profile, scGMVAE
+from plotting import write_losses
+from readers.backed import sample_in_memory
+from readers.fingerprint import digest
+from readers.labels import FOUND_FILE, natural_order, read_labels
+from runtime.checkpoint import already_finished
+from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from runtime.processes import distributed
+from runtime.weights import save_mixture, save_model
+from runtime.writing import write_whole
+from training import TrainingRun, two_rate_optimizer
+
+MOST_TYPES = 20  # that the BIC chooses from
+
+
+# --------------------------------------------------------------------------------- cell types
+
+
+class LabelledTypes:
+    """Cell types given by the labels: component k of the mixture is cell type k.
+
+    Attributes:
+        codes: type of each cell (N). names: of the types (K).
+    """
+
+    def __init__(self, cells, cfg):
+        self.codes, self.names = codes_of(cells)
+
+    def resume(self, kept):
+        """Nothing to take from a checkpoint: the labels have been read again."""
+
+    def kl(self, model, mean, var, rows):
+        """KL of each cell (B) to the Gaussian of its type; rows: which cells these are (B)."""
+        return model.kl(mean, var, torch.as_tensor(self.codes[rows], device=mean.device))
+
+    def fit(self, run, train, mean, var):
+        """Set the mixture to the posteriors of the training cells, the same in all processes."""
+        self.fit_mixture(run.model, train, mean, var)
+        run.group.broadcast(run.model.mu.data, run.model.log_var.data)
+
+    def fit_mixture(self, model, train, mean, var):
+        """Set the mixture to the posteriors (n, D) of the training cells, indices ``train`` (n)."""
+        model.fit_mixture(mean, var, torch.as_tensor(self.codes[train], device=mean.device))
+
+    def settle(self, model, train, mean, var):
+        """Nothing to settle: all types of the labels stay."""
+
+    def save(self, folder, barcodes):
+        """Remove what an earlier run without labels found: these weights have other types."""
+        (folder / FOUND_FILE).unlink(missing_ok=True)
+
+
+class FoundTypes(LabelledTypes):
+    """Cell types found in the latent of the plain VAE, without labels.
+
+    Attributes:
+        labels: Series (N) to compare with, or None. log_weight: ln π (K) once types are found.
+    """
+
+    def __init__(self, cells, cfg):
+        self.labels = read_labels(cells, cfg.data, cfg.labels)
+        self.codes, self.names = np.zeros(cells.n_obs, int), [""] * (cfg.n_types or MOST_TYPES)
+        self.n_types, self.seed, self.log_weight = cfg.n_types, cfg.seed, None
+
+    def resume(self, kept):
+        """Take the types from a checkpoint, if they had been found by then."""
+        if "codes" in kept:
+            self.log_weight, self.codes = kept["log_weight"], kept["codes"].numpy()
+
+    def kl(self, model, mean, var, rows):
+        """KL of each cell (B) to the whole mixture, as its type is not known."""
+        return model.mixture_kl(mean, var, self.log_weight.to(mean.device))[0]
+
+    def fit(self, run, train, mean, var):
+        """Find the types in the latent of the training cells, then set the mixture to them."""
+        self.find(train, mean)
+        codes = torch.from_numpy(self.codes)
+        run.group.broadcast(self.log_weight, codes)
+        run.progress.kept |= {"log_weight": self.log_weight, "codes": codes}
+        super().fit(run, train, mean, var)
+
+    def find(self, train, mean):
+        """Set the codes of the training cells and ln π by their posterior means (n, D)."""
+        self.codes[train], weight = choose_mixture(mean, self.n_types, self.seed)
+        unused = [-np.inf] * (len(self.names) - len(weight))  # components the BIC has no use for
+        log_weight = torch.tensor([*np.log(weight), *unused], device=mean.device)
+        self.log_weight = log_weight.float()
+
+    def settle(self, model, train, mean, var):
+        """Give each cell its likeliest type, name the types, and drop those without training cells.
+
+        Args:
+            model: scGMVAE, which keeps the components of these types, in their order.
+            train: indices of the training cells. mean, var: posteriors of all cells (N, D).
+        """
+        if self.log_weight is None:  # every epoch was the plain VAE's
+            self.find(train, mean[torch.from_numpy(train)])
+        responsibility = model.mixture_kl(mean, var, self.log_weight.to(mean.device))[1]  # (N, K)
+        likeliest = responsibility[torch.from_numpy(train)].argmax(dim=1)
+        size = torch.bincount(likeliest, minlength=len(self.log_weight))
+        kept = size.argsort(descending=True, stable=True)[: (size > 0).sum()]  # (K',)
+        if n_empty := int(self.log_weight.isfinite().sum()) - len(kept):
+            print(
+                f"{n_empty} of {n_empty + len(kept)} types ended without a training cell and are "
+                "left out"
+            )
+        codes = responsibility[:, kept].argmax(dim=1).cpu().numpy()  # (N)
+        names, table = name_types(codes, self.labels)
+        self.names = natural_order(names)
+        order = [names.index(name) for name in self.names]
+        model.keep_types(kept[order])
+        self.codes = np.argsort(order)[codes]
+        print(table.iloc[order].set_axis(self.names).to_string(float_format="{:.2f}".format))
+
+    def save(self, folder, barcodes):
+        """Write found_celltypes.csv, which the later stages read as labels."""
+        path = folder / FOUND_FILE
+        names = np.array(self.names)[self.codes]
+        table = pd.DataFrame({"barcode": barcodes, "cell_type": names})
+        write_whole(path, lambda part: table.to_csv(part, index=False))
+        print(f"wrote {path}: {len(self.names)} cell types")
+
+
 def choose_mixture(mean, n_types, seed):
     """Component of each cell (N) and weights π (K) by a mixture of Gaussians on the latents.
 
-    Their covariances are full: a type's latents are correlated, and the BIC of diagonal Gaussians
-    would fill each type with ever more of them.
+    Covariances are full: the latents of a type are correlated, and with diagonal covariances the
+    BIC would split each type into ever more components.
 
     Args:
         mean: posterior means of the training cells (N, D), a tensor.
-        n_types: K, at most N; 0 for the one of up to MOST_TYPES with the lowest BIC.
+        n_types: K, at most N; 0 for the number up to MOST_TYPES with the lowest BIC.
     """
     from sklearn.mixture import GaussianMixture
 
@@ -113,207 +225,188 @@ def choose_mixture(mean, n_types, seed):
     if n_types:
         mixture = fit(n_types)
     else:
-        tried = [fit(k) for k in range(1, min(MOST_TYPES, len(mean)) + 1)]
-        mixture = min(tried, key=lambda mixture: mixture.bic(mean))
-        print(f"\nBIC is lowest with {mixture.n_components} of 1 to {len(tried)} cell types")
+        mixtures = [fit(k) for k in range(1, min(MOST_TYPES, len(mean)) + 1)]
+        mixture = min(mixtures, key=lambda mixture: mixture.bic(mean))
+        print(f"\nBIC is lowest with {mixture.n_components} of 1 to {len(mixtures)} cell types")
     return mixture.predict(mean), mixture.weights_
 
 
-def name_types(found, labels):
+def name_types(codes, labels):
     """Names of the types found without labels (K), and a table of how they match labels.
 
-    Types and labels are assigned one to one, most cells in common (Hungarian method). A type has
-    the label's name if that is also the most common label among its cells, else "type k".
+    Types and labels are assigned one to one, by the most cells in common (Hungarian method). A type
+    takes the label's name if that is also the most common label among its cells, else "type k".
 
     Args:
-        found: type of each cell (N), 0 to K - 1. labels: Series (N) of labels, None where there is
+        codes: type of each cell (N), 0 to K - 1. labels: Series (N) of labels, None where there is
             none; or None.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score
 
-    names = [f"type {k + 1}" for k in range(found.max() + 1)]
-    table = pd.DataFrame({"cells": np.bincount(found)})
+    names = [f"type {k + 1}" for k in range(codes.max() + 1)]
+    table = pd.DataFrame({"cells": np.bincount(codes)})
     if labels is None or labels.isna().all():
         return names, table
-    # A name that is one of the labels is for the type that is matched to it alone.
+    # The name of a label is reserved for the type that is matched to it.
     names = [f"{name} (found)" if name in set(labels) else name for name in names]
     known = labels.notna().to_numpy()
-    shared = pd.crosstab(found[known], labels[known].to_numpy())
+    shared = pd.crosstab(codes[known], labels[known].to_numpy())
     shared = shared.reindex(range(len(names)), fill_value=0)  # (K, number of labels)
     for k, label in zip(*linear_sum_assignment(-shared.to_numpy()), strict=True):
         if 0 < shared.iloc[k, label] == shared.iloc[k].max():
             names[k] = shared.columns[label]
     table["most common label"] = shared.idxmax(axis=1)
     table["its share"] = shared.max(axis=1) / shared.sum(axis=1).clip(lower=1)
-    agreement = adjusted_rand_score(labels[known], found[known])
+    agreement = adjusted_rand_score(labels[known], codes[known])
     print(f"adjusted Rand index with the labels: {agreement:.2f} ({known.sum():,} labelled cells)")
     return names, table
 
 
-def settle_types(model, mean, var, log_weight, train, labels):
-    """Give each cell the type it most likely comes from, and keep the types of training cells.
+# ---------------------------------------------------------------------------------- training
+
+
+def standard_normal_kl(model, mean, var, rows):
+    """KL of each cell (B) to N(0, 1), the prior of the plain VAE."""
+    return model.kl(mean, var)
+
+
+def kl_weight(epoch, cfg):
+    """β of an epoch, from 1. At full weight from the start the KL empties the latent."""
+    if epoch > cfg.vae_epochs:
+        return cfg.kl_end
+    return cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
+
+
+def cell_losses(model, X, rows, part, prior_kl, thin):
+    """Reconstruction loss and KL of a part of a batch of cells, each (B').
+
+        L = -log p(x | decoder(z)) + β KL(q(z|x') || prior),   z ~ q(z|x')
+
+    with x' the cell thinned to a random share of its counts while training. Noise is drawn for the
+    whole batch, so that it does not depend on the number of processes.
 
     Args:
-        model: scGMVAE, whose other components are dropped. mean, var: posteriors of all cells
-            (N, D). log_weight: ln π (K). train: indices of the training cells. labels: as
-            :func:`name_types` takes them.
-
-    Returns:
-        codes (N) and names of the types, in natural order, which is that of the model from now on.
+        X: counts (N x G). rows: of the batch (B). part: slice of it that is computed (B').
+        prior_kl: function of model, mean, var (B', D) and rows (B'). thin: least share of counts.
     """
-    likely = model.mixture_kl(mean, var, log_weight)[1]  # (N, K)
-    size = torch.bincount(likely[torch.from_numpy(train)].argmax(dim=1), minlength=len(log_weight))
-    kept = size.argsort(descending=True, stable=True)[: (size > 0).sum()]  # (K',)
-    if lost := int(log_weight.isfinite().sum()) - len(kept):
-        print(f"{lost} of {lost + len(kept)} types ended without a training cell and are left out")
-    found = likely[:, kept].argmax(dim=1).cpu().numpy()
-    names, table = name_types(found, labels)
-    cell_types = natural_order(names)
-    order = [names.index(name) for name in cell_types]
-    model.keep_types(kept[order])
-    print(table.iloc[order].set_axis(cell_types).to_string(float_format="{:.2f}".format))
-    return np.argsort(order)[found], cell_types
+    x = to_dense(X, rows, model.mu.device)  # (B, G)
+    thinned = x
+    if model.training and thin < 1:
+        share = thin + (1 - thin) * torch.rand(len(rows), 1, device=x.device)
+        thinned = torch.binomial(x, share.expand_as(x))
+    mean, var = model.encode(thinned[part])  # (B', D)
+    noise = torch.randn(len(rows), mean.shape[1], device=x.device)[part]  # (B', D)
+    z = mean + var.sqrt() * noise
+    x = x[part]  # (B', G)
+    return model.decoder.loss(x, z, x.sum(dim=1)), prior_kl(model, mean, var, rows[part])
 
 
-@several
+@torch.no_grad()
+def held_out_losses(model, X, rows, batch_size, prior_kl):
+    """Mean reconstruction loss and KL of held-out cells, in eval mode."""
+    model.eval()
+    every = slice(None)
+    losses = partial(cell_losses, model, X, part=every, prior_kl=prior_kl, thin=1)
+    return [loss.mean().item() for loss in in_batches(losses, rows, batch_size)]
+
+
+def choose_input(cells, codes, held_out, cfg, rng):
+    """Variable genes of the training cells, and the counts of all cells in them (N x G)."""
+    training = cells[~held_out]
+    if training.n_vars > cfg.n_genes:
+        training, _ = sample_in_memory(training, codes[~held_out], rng, "variable genes")
+    genes = choose_genes(training, cfg.n_genes)
+    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    return genes, X
+
+
+def start_model(X, train, n_types, cfg, device):
+    """scGMVAE that gives the training cells' mean profile for any z; optimiser and schedule."""
+    model = scGMVAE(X.shape[1], n_types, cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout)
+    model = model.to(device)
+    model.decoder.start_at(mean_profile(X, train).to(device))
+    # At the networks' rate mixture and dispersions lag behind, and cells drawn from the prior come
+    # out worse than cells drawn from posteriors.
+    fast = [model.mu, model.log_var, model.decoder.log_theta]
+    n_steps = cfg.epochs * n_batches(train, cfg)
+    return model, *two_rate_optimizer(model, fast, cfg, n_steps, fused=False)
+
+
+def n_batches(train, cfg):
+    """Batches of an epoch, the last one smaller."""
+    return -(-len(train) // cfg.batch_size)
+
+
+@distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    label_free = cfg.n_types is not None
-    cells = load_cells(cfg, need_labels=not label_free, found=False)
-    if label_free:
-        labels = read_labels(cells, cfg.data, cfg.labels)
-        codes, cell_types = np.zeros(cells.n_obs, int), [""] * (cfg.n_types or MOST_TYPES)
-    else:
-        codes, cell_types = codes_of(cells)
-    held_out, fraction = choose_held_out(cells, codes, cfg)
-    own = cells[~held_out]
-    if own.n_vars > cfg.n_genes:
-        own, _ = sample_in_memory(own, codes[~held_out], rng, "variable genes")
-    genes = choose_genes(own, cfg.n_genes)
-    del own  # as large as a buffer
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    with_labels = cfg.n_types is None
+    cells = load_cells(cfg, need_labels=with_labels, found=False)
+    types = (LabelledTypes if with_labels else FoundTypes)(cells, cfg)
+    held_out, fraction = choose_held_out(cells, types.codes, cfg)
+    genes, X = choose_input(cells, types.codes, held_out, cfg, rng)
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    if label_free and cfg.n_types > len(train):
-        found = f"found {cfg.n_types}, expected at most the {len(train)} cells"
-        raise InputError(f"--n-types: {found} of training")
+    if (cfg.n_types or 0) > len(train):
+        raise InputError(
+            f"--n-types: found {cfg.n_types}, expected at most the {len(train)} cells of training"
+        )
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
-    made_from = digest(cells.X, *map(list, (cells.obs_names, cells.var_names)), codes, cell_types)
+    names = list(cells.obs_names), list(cells.var_names)
+    made_from = digest(cells.X, *names, types.codes, types.names)
     model_file = cfg.weights / "scGMVAE_model.pt"
     if already_finished(cfg, model_file, scGMVAE, made_from):
         return
 
-    model = scGMVAE(
-        len(genes), len(cell_types), cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout
-    ).to(device)
-    model.decoder.start_at(mean_profile(X, train).to(device))
-    # Mixture and dispersions lag behind the network at its own rate, and then cells drawn from the
-    # prior come out worse than cells drawn from posteriors.
-    fast = [model.mu, model.log_var, model.decoder.log_theta]
-    steps = -(-len(train) // cfg.batch_size)
-    optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * steps, fused=False)
-
-    log_weight = None  # ln π (K), once types were found without labels
-
-    def losses(rows, joint, part=slice(None)):
-        """Reconstruction and KL of a part of a batch of cells, each (B',).
-
-        Once joint, the prior is the cell's type. Noise is drawn for the whole batch.
-        """
-        x = to_dense(X, rows, device)  # (B, G)
-        k = torch.as_tensor(codes[rows[part]], device=device) if joint else None  # (B',)
-        seen = x
-        if model.training and cfg.thin < 1:
-            share = cfg.thin + (1 - cfg.thin) * torch.rand(len(rows), 1, device=device)
-            seen = torch.binomial(x, share.expand_as(x))
-        x, seen = x[part], seen[part]  # (B', G)
-        mean, var = model.encode(seen)  # (B', D)
-        z = mean + var.sqrt() * torch.randn(len(rows), mean.shape[1], device=device)[part]
-        if joint and log_weight is not None:
-            kl, _ = model.mixture_kl(mean, var, log_weight)
-        else:
-            kl = model.kl(mean, var, k)
-        return model.decoder.loss(x, z, x.sum(dim=1)), kl
-
-    def posteriors(rows):
-        return encode_cells(model, X, cfg.batch_size, rows)  # (N, D) each
-
-    def fit_mixture():
-        model.fit_mixture(*posteriors(train), torch.as_tensor(codes[train], device=device))
-
-    def find_types():
-        codes[train], weight = choose_mixture(posteriors(train)[0], cfg.n_types, cfg.seed)
-        more = len(cell_types) - len(weight)  # that the BIC has no use for
-        return torch.tensor([*np.log(weight), *[-np.inf] * more], device=device).float()
-
-    run = Run("scGMVAE", cfg, model, optimizer, schedule, rng, made_from)
-    if "codes" in run.kept:  # resumed after types were found
-        log_weight, codes = run.kept["log_weight"].to(device), run.kept["codes"].numpy()
+    model, optimizer, schedule = start_model(X, train, len(types.names), cfg, device)
+    run = TrainingRun("scGMVAE", cfg, model, optimizer, schedule, rng, made_from)
+    types.resume(run.progress.kept)
     for epoch in run.epochs():
-        joint = epoch > cfg.vae_epochs
-        if epoch == cfg.vae_epochs + 1 and run.step == 0:
-            if label_free:
-                log_weight = find_types()
-                run.take_from_first(log_weight, torch.from_numpy(codes))
-                run.kept |= {"log_weight": log_weight, "codes": torch.from_numpy(codes)}
-            fit_mixture()
-            run.take_from_first(model.mu.data, model.log_var.data)
-        # Warm-up: at full weight from the start the KL empties the latent before it is of use.
-        beta = cfg.kl_end
-        if not joint:
-            beta = cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
+        if epoch == cfg.vae_epochs + 1 and run.progress.step == 0:  # the plain VAE is trained
+            types.fit(run, train, *encode_cells(model, X, cfg.batch_size, train))
+        prior_kl = types.kl if epoch > cfg.vae_epochs else standard_normal_kl
         model.train()
-        for rows, part in run.batches(train, steps, X):
-            reconstruction, kl = losses(rows, joint, part)
-            loss = (reconstruction + beta * kl).sum() / len(rows)
-            run.descend(loss, reconstruction.sum(), kl.sum())
-        reconstruction, kl = (run.total / len(train)).tolist()
-        row = dict(epoch=epoch, reconstruction=reconstruction, kl=kl)
-        row |= dict(held_out_reconstruction=None, held_out_kl=None)
+        for rows, part in run.batches(train, n_batches(train, cfg), X):
+            reconstruction, kl = cell_losses(model, X, rows, part, prior_kl, cfg.thin)  # (B')
+            loss = (reconstruction + kl_weight(epoch, cfg) * kl).sum() / len(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            run.all_reduce(loss, reconstruction.sum(), kl.sum())
+            optimizer.step()
+            schedule.step()
+        reconstruction, kl = (run.progress.total / len(train)).tolist()
+        row = {"epoch": epoch, "reconstruction": reconstruction, "kl": kl}
+        row |= {"held_out_reconstruction": None, "held_out_kl": None}
         if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
-            model.eval()
-            with torch.no_grad():
-                measured = in_batches(partial(losses, joint=joint), test, cfg.batch_size)
-            row["held_out_reconstruction"], row["held_out_kl"] = (m.mean().item() for m in measured)
-        run.after_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
+            losses = held_out_losses(model, X, test, cfg.batch_size, prior_kl)
+            row["held_out_reconstruction"], row["held_out_kl"] = losses
+        run.end_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
 
-    if run.rank:  # the first process writes what all have found
+    if run.group.rank:  # the first process writes what all have trained
         return
-    if label_free:
-        log_weight = find_types() if log_weight is None else log_weight
-        codes, cell_types = settle_types(
-            model, *posteriors(np.arange(cells.n_obs)), log_weight, train, labels
-        )
+    types.settle(model, train, *encode_cells(model, X, cfg.batch_size))
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
-    fit_mixture()
-    save_model(
-        model_file,
-        model,
-        cfg,
-        genes=genes,
-        cell_types=cell_types,
-        held_out=list(cells.obs_names[held_out]),
-        held_out_fraction=fraction,
-        epoch=cfg.epochs,
-        made_from=made_from,
-    )
+    types.fit_mixture(model, train, *encode_cells(model, X, cfg.batch_size, train))
+    write_results(run, types, cells, genes=genes, held_out=list(cells.obs_names[held_out]),
+                  held_out_fraction=fraction)  # fmt: skip
+
+
+def write_results(run, types, cells, **card):
+    """Write the model, the mixture, found types and loss curves; then remove the checkpoint."""
+    cfg, model = run.cfg, run.model
+    card |= {"cell_types": types.names, "epoch": cfg.epochs, "made_from": run.made_from}
+    save_model(cfg.weights / "scGMVAE_model.pt", model, cfg, **card)
     save_mixture(cfg.weights, model.mu, model.var)
-    found_types = cfg.weights / FOUND_FILE
-    if label_free:
-        table = pd.DataFrame({"barcode": cells.obs_names, "cell_type": np.array(cell_types)[codes]})
-        write_whole(found_types, lambda path: table.to_csv(path, index=False))
-        print(f"wrote {found_types}: {len(cell_types)} cell types")
-    else:  # of an earlier run without labels: no longer what these weights know
-        found_types.unlink(missing_ok=True)
-    write_losses(cfg.weights / "scGMVAE", run.curve)
-    run.finished()
-    row = run.curve[-1]
+    types.save(cfg.weights, cells.obs_names)
+    write_losses(cfg.weights / "scGMVAE", run.progress.curve)
+    run.remove_checkpoint()
+    last = run.progress.curve[-1]
     print(
         f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "
-        f"{cfg.weights}: reconstruction {row['reconstruction']:.1f}, KL {row['kl']:.2f} per cell"
+        f"{cfg.weights}: reconstruction {last['reconstruction']:.1f}, KL {last['kl']:.2f} per cell"
     )
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -27,10 +27,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import generation  # noqa: E402
+from generation import generate_cells  # noqa: E402
 from models import scDecoder  # noqa: E402
 from runtime.script import silence  # noqa: E402
-from runtime.writing import write_cells, write_whole  # noqa: E402
+from runtime.writing import open_cells, write_whole  # noqa: E402
 
 K, D, N_REFERENCE = 8, 10, 906  # cell types, latents and cells, as in PBMC 1K
 PUBLISHED_EPOCHS = {"scDecoder": 5000, "Bulk Encoder": 3000}
@@ -71,21 +71,21 @@ def random_decoder(n_genes, seed=0):
     return decoder
 
 
-def chunks(decoder, n_cells, generator):
-    """One bulk's cells, as ``bulk2sc.py --bulk`` draws them."""
+def generate_chunks(decoder, n_cells, generator):
+    """One bulk's cells, chunk by chunk, as ``bulk2sc.py --bulk`` generates them."""
     pi = torch.full((1, K), 1 / K)
-    moments = decoder.mu[None], decoder.var[None]  # (1, K, D)
-    return generation.chunks_of_samples(*moments, pi, n_cells, generator)
+    encoded = decoder.mu[None], decoder.var[None], pi  # (1, K, D), (1, K, D), (1, K)
+    return generate_cells(decoder, encoded, n_cells, generator)
 
 
 def generate(n_genes, n_cells):
     """Counts in memory, dropped chunk by chunk. Returns seconds."""
     decoder = random_decoder(n_genes)
     generator = torch.Generator().manual_seed(0)
-    for _ in generation.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
-        pass  # compiled, threads started
+    for _ in generate_chunks(decoder, 100, generator):
+        pass  # compiles the sampler and starts its threads
     start = time.perf_counter()
-    for _ in generation.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator):
+    for _ in generate_chunks(decoder, n_cells, generator):
         pass
     return time.perf_counter() - start
 
@@ -96,15 +96,16 @@ def generate_file(n_genes, n_cells):
 
     decoder = random_decoder(n_genes)
     generator = torch.Generator().manual_seed(0)
-    for _ in generation.decode_blocks(decoder, chunks(decoder, 100, generator), generator):
+    for _ in generate_chunks(decoder, 100, generator):
         pass
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        blocks = generation.decode_blocks(decoder, chunks(decoder, n_cells, generator), generator)
         obs = pd.DataFrame(index=[f"cell_{i}" for i in range(n_cells)])
         genes = [f"gene_{i}" for i in range(n_genes)]
-        file = Path(folder) / "cells.h5ad"
-        write_cells(file, (X for X, _ in blocks), genes, lambda: anndata.AnnData(obs=obs))
+        with open_cells(Path(folder) / "cells.h5ad", genes) as file:
+            for cells in generate_chunks(decoder, n_cells, generator):
+                file.append(cells.counts)
+            file.write_tables(anndata.AnnData(obs=obs))
         return time.perf_counter() - start
 
 

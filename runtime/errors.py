@@ -1,8 +1,16 @@
-"""The one error that users see, and the words of its one line."""
+"""The error whose message is the one line that users see, and how that line is worded."""
 
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message is the one line the user sees."""
+
+    status = 1  # exit status of the program
+
+
+class UsageError(InputError):
+    """The command line itself cannot be parsed."""
+
+    status = 2
 
 
 def plain(text):
@@ -11,7 +19,7 @@ def plain(text):
 
 
 def some(names, limit=3):
-    """A few of many names, for a message."""
+    """The first few of many names, for a message."""
     names = [plain(n) for n in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 

@@ -1,4 +1,4 @@
-"""From the command line to ``main(settings)``, and from any failure to one line."""
+"""From the command line to ``main(settings)``, and from any failure to one line on stderr."""
 
 import contextlib
 import os
@@ -6,10 +6,12 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import tyro
+from tyro import _errors as tyro_errors
 
-from runtime.errors import InputError, one_line, plain
+from runtime.errors import InputError, UsageError, one_line, plain
 from runtime.signals import Stopped, catch_signals
 
 
@@ -18,49 +20,92 @@ def flag(field_name):
     return "--" + field_name.replace("_", "-")
 
 
+def lead_with(*names):
+    """Class decorator: ``--help`` lists these fields first, inherited ones behind them."""
+
+    def reorder(settings_class):
+        table = settings_class.__dataclass_fields__
+        order = [*names, *(name for name in table if name not in names)]
+        settings_class.__dataclass_fields__ = {name: table[name] for name in order}
+        return settings_class
+
+    return reorder
+
+
+def plain_settings(settings):
+    """Settings as a dict of plain values, in the order of their definition, to be saved."""
+    classes = reversed(type(settings).__mro__)
+    names = dict.fromkeys(n for c in classes for n in getattr(c, "__annotations__", ()))
+    values = {name: getattr(settings, name) for name in names}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def check_choices(settings):
+    """Check the fields of type ``Literal``, which Python itself does not.
+
+    Raises:
+        InputError: a value is none of the choices.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise wrong_choice(flag(field.name), value, get_args(field.type))
+
+
+def wrong_choice(name, value, choices):
+    """The error of a value that is none of the choices."""
+    *others, last = choices
+    return InputError(f"{name}: found {value}, expected {', '.join(others)} or {last}")
+
+
+def raise_in_one_line(event):
+    """Raise what tyro would print as a box of several lines; ``event``: one of its parse errors.
+
+    Raises:
+        InputError: a value is none of the choices. UsageError: anything else.
+    """
+    names = getattr(getattr(event, "argument", None), "lowered", None)
+    name = names.name_or_flags[-1] if names else "command line"
+    if isinstance(event, tyro_errors.InvalidChoice):
+        raise wrong_choice(name, event.value, event.choices)
+    if isinstance(event, tyro_errors.UnrecognizedArgs):
+        raise UsageError(f"{' '.join(event.tokens)}: unknown, expected the flags that --help lists")
+    if isinstance(event, tyro_errors.BadValue):
+        raise UsageError(f"{name}: found too few values, expected those that --help lists")
+    message = getattr(event, "message", None)
+    raise UsageError(f"{name}: {one_line(message)}" if message else "see --help")
+
+
 @contextlib.contextmanager
 def silence():
     """Print nothing."""
     with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
     ):
         yield
 
 
-def parse(settings_class):
-    """Settings from the command line; of the processes of torchrun, the first says what is wrong.
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Turn what goes wrong into one line on stderr and an exit status.
 
-    Raises:
-        InputError: a value is out of range. SystemExit: after --help or an unknown flag.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
-        return tyro.cli(settings_class)
-    try:
-        with silence():
-            return tyro.cli(settings_class)
-    except (InputError, SystemExit) as end:
-        time.sleep(1)  # torchrun ends all when the first of them has ended
-        sys.exit(getattr(end, "code", 1))
-
-
-def run_script(main, settings_class):
-    """Parse the command line, then run ``main(settings)``; what goes wrong ends in one line.
-
-    Exit status 1 for bad input, a full disk or too little memory; 128 + its number for a signal.
+    1 for bad input, a full disk or too little memory; 2 for an unusable command line; 128 + its
+    number for a signal.
     """
     try:
         with catch_signals():
-            main(parse(settings_class))
+            yield
     except InputError as error:
-        sys.exit(f"error: {plain(error)}")
-    except OSError as error:  # no such file, no permission, disk full: the system's own words do
+        print(f"error: {plain(error)}", file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:  # no such file, no permission, disk full, in the system's own words
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {plain(where)}{plain(error.strerror or error)}")
     except MemoryError as error:
         sys.exit(f"error: not enough memory ({plain(error) or 'none left'})")
-    except RuntimeError as error:  # how torch says it, on CPU and on a GPU
+    except RuntimeError as error:  # torch's way of saying so, on CPU and on a GPU
         if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
         sys.exit(f"error: not enough memory ({plain(one_line(error))}); a smaller --batch-size?")
@@ -69,7 +114,23 @@ def run_script(main, settings_class):
         sys.exit(128 + stopped.number)
 
 
-def plain_settings(settings):
-    """Settings as a dict of plain values, to be saved with a model or a result."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+def parse_args(settings_class):
+    """Settings from the command line; with ``torchrun`` the first process alone reports errors.
+
+    Exits after ``--help``, and in one line on stderr when a flag or its value cannot be used.
+    """
+    with errors_in_one_line(), tyro_errors.on_parse_error(raise_in_one_line):
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            return tyro.cli(settings_class)
+        try:
+            with silence():
+                return tyro.cli(settings_class)
+        except (InputError, SystemExit) as end:
+            time.sleep(1)  # torchrun ends all processes as soon as the first one has ended
+            sys.exit(getattr(end, "code", 1))
+
+
+def run_script(main, settings):
+    """Run ``main(settings)``; what goes wrong ends in one line, see :func:`errors_in_one_line`."""
+    with errors_in_one_line():
+        main(settings)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: nothing is left half-written."""
+"""Ctrl-C, SIGTERM and a closed terminal: a program ends in one line, with no file half-written."""
 
 import contextlib
 import signal
@@ -6,43 +6,67 @@ import threading
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the program to end; carries its number and the line that the user sees."""
+    """A signal asked the program to end.
+
+    Attributes:
+        number: of the signal. The message is the line that the user sees.
+    """
 
     def __init__(self, number, message="interrupted: no file was left half-written"):
         super().__init__(message)
         self.number = number
 
 
-class Interruption:
-    """What a signal does: it ends the program at once, or calls ``later`` while that is set."""
+class SignalHandler:
+    """Ends the program at once, or calls ``deferred`` while that is set.
 
-    later = None
+    Training and writing set it, because they must reach the end of a step or block first.
+    """
+
+    deferred = None
 
     @classmethod
     def handle(cls, number, frame):
-        """Raise :class:`Stopped`, which lets ``finally`` clauses remove temporary files."""
-        if cls.later is None:
+        """Raise :class:`Stopped`, so that ``finally`` clauses remove temporary files."""
+        if cls.deferred is None:
             raise Stopped(number)
-        cls.later(number)
+        cls.deferred(number)
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Let Ctrl-C, SIGTERM and a closed terminal go to :class:`Interruption`, then as before.
+    """Route SIGINT, SIGTERM and SIGHUP to :class:`SignalHandler`; restore the old handlers after.
 
-    Signals that the caller's shell has set to be ignored (nohup) stay ignored.
+    Signals that the caller's shell ignores (nohup) stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # only the main thread receives signals
         return
     numbers = [getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {n: signal.getsignal(n) for n in numbers if n is not None}
-    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    handlers = {n: signal.getsignal(n) for n in numbers if n is not None}
+    handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
     try:
-        for number in before:
-            signal.signal(number, Interruption.handle)
+        for number in handlers:
+            signal.signal(number, SignalHandler.handle)
         yield
     finally:
-        Interruption.later = None
-        for number, old in before.items():
-            signal.signal(number, old)
+        SignalHandler.deferred = None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def defer_signals():
+    """Collect signals in a list instead of acting on them; raise the first one at the end.
+
+    Yields:
+        list of signal numbers, so that a loop can stop between two of its steps.
+    """
+    received = []
+    SignalHandler.deferred = received.append
+    try:
+        yield received
+    finally:
+        SignalHandler.deferred = None
+    if received:
+        raise Stopped(received[0])

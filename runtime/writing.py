@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all: to a temporary file first, moved into place at the end."""
 
 import contextlib
 import io
@@ -13,17 +13,17 @@ import pandas as pd
 import scipy.sparse as sp
 
 from runtime.errors import InputError, one_line, plain
-from runtime.signals import Interruption, Stopped
+from runtime.signals import Stopped, defer_signals
 
-OLD = 3600  # seconds after which a temporary file is one that a killed run left behind
+OLD = 3600  # seconds after which a temporary file counts as left behind by a killed run
 
 
 def new_temporary(path):
-    """Create an empty file beside ``path``, of a name that was not there, and return its path."""
+    """Create an empty file of a new name beside ``path``, and return its path."""
     # The suffix stays last: some writers choose the format by it.
     token = secrets.token_hex(4)
     temporary = path.with_name(f".{path.stem}.{token}.tmp{path.suffix}")
-    # Exclusively, so that no link somebody has put there is followed.
+    # O_EXCL, so that a link that somebody has put there is not followed.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return temporary
 
@@ -33,14 +33,15 @@ def remove_left_over(path):
     stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     for old in path.parent.iterdir():
         if re.fullmatch(rf"\.{stem}\.[0-9a-f]{{8}}\.tmp{suffix}", old.name):
-            with contextlib.suppress(OSError):  # another run has been faster
+            with contextlib.suppress(OSError):  # another run may have removed it
                 if time.time() - old.lstat().st_mtime > OLD:
                     old.unlink()
                     print(f"{old}: left behind by a killed run, removed")
 
 
-def write_whole(path, write):
-    """Call ``write(temporary path)``, then move the file into place: whole or not at all.
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield the path of a temporary file; move it to ``path`` if the body succeeds.
 
     Raises:
         InputError: it could not be written; what was there before is as it was.
@@ -51,7 +52,7 @@ def write_whole(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_over(path)
         temporary = new_temporary(path)
-        write(temporary)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
         os.replace(temporary, path)
@@ -65,21 +66,45 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
-class PatientFile(io.FileIO):
-    """A file for HDF5 to write to, which keeps the first error for later and goes on as if written.
+def write_whole(path, write):
+    """Call ``write(temporary path)``, then move the file into place, as :func:`whole_file`."""
+    with whole_file(path) as temporary:
+        write(temporary)
 
-    The HDF5 library crashes when it cannot write what it still holds, on a full disk say.
+
+def check_writable(folder):
+    """Make a folder if needed, and check that files can be created in it.
+
+    Raises:
+        InputError: they cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new_temporary(folder / "test").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{folder}: cannot be written to ({reason}), expected a folder") from error
+
+
+# ------------------------------------------------------------------------- .h5ad, block by block
+
+
+class PatientFile(io.FileIO):
+    """A file for HDF5 to write to, which keeps the first error and then only pretends to write.
+
+    The HDF5 library crashes when it cannot flush its buffers, on a full disk for example.
     """
 
     error = None
 
     def write(self, data):
-        """Write all of data, or nothing any more after an error."""
-        left = memoryview(data).cast("B")
-        n = len(left)
+        """Write all of data, or nothing once there was an error."""
+        rest = memoryview(data).cast("B")
+        n = len(rest)
         try:
-            while len(left) and self.error is None:
-                left = left[super().write(left) :]
+            while len(rest) and self.error is None:
+                rest = rest[super().write(rest) :]
         except OSError as error:
             self.error = error
         return n
@@ -97,72 +122,56 @@ class PatientFile(io.FileIO):
             raise self.error
 
 
-def write_cells(path, blocks, genes, describe):
-    """Write an .h5ad whose counts come block by block, whole or not at all.
+class CellsWriter:
+    """An .h5ad that is being written: counts block by block, then the tables beside them."""
 
-    Memory is that of one block and of what stands beside the counts. Signals wait for the end of a
-    block.
+    def __init__(self, file, sink, signals, genes):
+        import anndata
+
+        self.file, self.sink, self.signals = file, sink, signals
+        empty = sp.csr_matrix((0, len(genes)), dtype=np.int32)
+        anndata.io.write_elem(file, "/", anndata.AnnData(empty, var=pd.DataFrame(index=genes)))
+        # 64-bit row pointers: a million cells have more than 2^31 non-zero counts. With bytes
+        # shuffled, the fastest gzip level packs tighter than the default does without, in a third
+        # of the time.
+        options = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        options |= {"chunks": (1 << 14,), "indptr_dtype": np.int64}
+        anndata.io.write_elem(file, "X", empty, dataset_kwargs=options)
+        self.X = anndata.io.sparse_dataset(file["X"])
+
+    def append(self, counts):
+        """Write the counts (B x G), CSR int32, of the next cells."""
+        self.X.append(counts)
+        self.sink.check()
+        if self.signals:
+            raise Stopped(self.signals[0])
+
+    def write_tables(self, cells):
+        """Write ``.obs``, ``.obsm`` and ``.uns`` of an AnnData of all cells without counts."""
+        import anndata
+
+        for name in ("obs", "obsm", "uns"):
+            table = getattr(cells, name)
+            anndata.io.write_elem(self.file, name, table if name == "obs" else dict(table))
+
+
+@contextlib.contextmanager
+def open_cells(path, genes):
+    """Yield a :class:`CellsWriter`; the .h5ad appears whole at ``path`` or not at all.
+
+    Memory is that of one block and of the tables. Signals wait for the end of a block, because one
+    that interrupts HDF5 while it writes would crash it.
 
     Args:
-        blocks: iterable of counts (B x G), CSR int32.
-        genes: names (G).
-        describe: called after the last block; returns an AnnData of all cells without counts:
-            their ``.obs``, ``.obsm`` and ``.uns``.
+        path: of the .h5ad. genes: names (G).
     """
-    import anndata
     import h5py
 
-    def fill(sink):
+    with (
+        whole_file(path) as temporary,
+        defer_signals() as signals,
+        PatientFile(temporary, "r+") as sink,
+    ):
         with h5py.File(sink, "w") as file:
-            none = sp.csr_matrix((0, len(genes)), dtype=np.int32)
-            empty = anndata.AnnData(none, var=pd.DataFrame(index=genes))
-            anndata.io.write_elem(file, "/", empty)
-            # 64-bit row pointers: a million cells have more than 2^31 counts that are not zero.
-            # Bytes shuffled, the fastest gzip packs tighter, in a third of the time, than its
-            # usual level does without.
-            options = dict(compression="gzip", compression_opts=1, shuffle=True, chunks=(1 << 14,))
-            options["indptr_dtype"] = np.int64
-            anndata.io.write_elem(file, "X", none, dataset_kwargs=options)
-            X = anndata.io.sparse_dataset(file["X"])
-            for block in blocks:
-                X.append(block)
-                sink.check()
-                if came:
-                    raise Stopped(came[0])
-            cells = describe()
-            for name, own in (
-                ("obs", cells.obs),
-                ("obsm", dict(cells.obsm)),
-                ("uns", dict(cells.uns)),
-            ):
-                anndata.io.write_elem(file, name, own)
-
-    came = []  # signals; one that ends HDF5 in the midst of writing would crash it
-
-    def write(part):
-        Interruption.later = came.append
-        try:
-            with PatientFile(part, "r+") as sink:
-                fill(sink)
-                sink.check()
-        finally:
-            Interruption.later = None
-        if came:
-            raise Stopped(came[0])
-
-    write_whole(path, write)
-
-
-def check_writable(folder):
-    """Make a folder if needed, and see that files can be made in it.
-
-    Raises:
-        InputError: they cannot.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new_temporary(folder / "test").unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{folder}: cannot be written to ({reason}), expected a folder") from error
+            yield CellsWriter(file, sink, signals, genes)
+        sink.check()

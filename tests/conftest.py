@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 
 from readers import backed, bulk, counts, hdf5_probe  # noqa: E402  not an installed package
-from runtime.script import run_script  # noqa: E402
+from runtime.script import parse_args, run_script  # noqa: E402
 
 CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]  # slash, two blanks: real names
 
@@ -133,7 +133,7 @@ def run_inside(script, *arguments, cwd=ROOT):
     ):
         os.chdir(cwd)
         try:
-            run_script(module.main, module.Settings)
+            run_script(module.main, parse_args(module.Settings))
         except SystemExit as exit_:
             code = exit_.code
         finally:

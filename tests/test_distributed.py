@@ -136,9 +136,9 @@ def test_one_process_says_what_went_wrong(monkeypatch):
     """The first, if it fails as well; else one of the others, after it has waited."""
     monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=0.2))
     store = dist.HashStore()
-    assert [processes.is_to_say(store, rank) for rank in (0, 1, 2)] == [True, False, False]
+    assert [processes.claims_report(store, rank) for rank in (0, 1, 2)] == [True, False, False]
     store = dist.HashStore()
-    assert [processes.is_to_say(store, rank) for rank in (2, 0, 1)] == [True, False, False]
+    assert [processes.claims_report(store, rank) for rank in (2, 0, 1)] == [True, False, False]
 
 
 @pytest.mark.parametrize("n, size", [(7, 2), (1, 3), (8, 4)])
@@ -148,7 +148,9 @@ def test_parts_and_masks_make_up_the_whole_batch(monkeypatch, n, size):
     torch.manual_seed(0)
     whole = Dropout(0.5)(x)
     for rank in range(size):
-        part = training.Run.part(SimpleNamespace(rank=rank, size=size), n)
+        group = processes.ProcessGroup("cpu")
+        group.rank, group.size = rank, size
+        part = training.TrainingRun.part(SimpleNamespace(group=group), n)
         torch.manual_seed(0)
         found.append(Dropout(0.5)(x[part]))
     assert torch.equal(torch.cat(found), whole)
@@ -159,9 +161,9 @@ def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeyp
     """A GPU is only asked for its losses every 20 steps."""
     soon, late = folders(script, "soon"), folders(script, "late")
     assert run_inside(script, *arguments(script, h5ad, soon)).returncode == 0
-    # Of the class, which ``self.late = ...`` would hide.
+    # Of the class, which ``self.read_every = ...`` would hide.
     monkeypatch.setattr(
-        training.Run, "late", property(lambda run: True, lambda run, _: None), False
+        training.TrainingRun, "read_every", property(lambda run: 20, lambda run, _: None), False
     )
     own = [*arguments(script, h5ad, late), "--checkpoint-every", 0]
     assert run_inside(script, *own).returncode == 0

@@ -87,7 +87,7 @@ def unbroken(tmp_path_factory, h5ad):
 def stop_at(monkeypatch, number, n):
     """Send this process a signal while step ``n`` of a training (over all its epochs) is done."""
     done = {"steps": 0}
-    check = training.Run.check
+    check = training.TrainingRun.check_loss
 
     def counted(self, loss):
         check(self, loss)
@@ -95,7 +95,7 @@ def stop_at(monkeypatch, number, n):
         if done["steps"] == n:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(training.Run, "check", counted)
+    monkeypatch.setattr(training.TrainingRun, "check_loss", counted)
 
 
 @pytest.mark.parametrize(
@@ -317,14 +317,14 @@ def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
     """From step 40 on the loss is nan; the checkpoint before it goes on to the usual end."""
     weights, calls = start_folder(tmp_path, unbroken, script), []
     own = [*arguments(script, h5ad, weights), "--checkpoint-every", 0]
-    check = training.Run.check
+    check = training.TrainingRun.check_loss
 
     def poisoned(self, loss):
         calls.append(1)
         check(self, loss * torch.nan if len(calls) >= 40 else loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "check", poisoned)
+        patch.setattr(training.TrainingRun, "check_loss", poisoned)
         done = run_inside(script, *own)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -350,15 +350,15 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     cfg = training_settings(tmp_path)
     optimizer, schedule = training.two_rate_optimizer(model, [], cfg, 10)
     rng = np.random.default_rng(0)
-    one = training.Run("linear", cfg, model, optimizer, schedule, rng, "data")
+    one = training.TrainingRun("linear", cfg, model, optimizer, schedule, rng, "data")
     one.bar = training.tqdm(disable=True)
     one.save()
-    before = one.path.read_bytes()
+    before = one.checkpoint.path.read_bytes()
     with torch.no_grad():
         model.weight[0, 0] = torch.inf
     with pytest.raises(InputError, match="weights are not finite"):
         one.save()
-    assert one.path.read_bytes() == before
+    assert one.checkpoint.path.read_bytes() == before
 
 
 def training_settings(folder):
