@@ -1,4 +1,4 @@
-"""References larger than memory: counts that stay in their .h5ad and are read block by block."""
+"""Tests of ``--backed``: counts that stay in their .h5ad and are read block by block."""
 
 import shutil
 import signal
@@ -38,53 +38,55 @@ def many():
     return cells
 
 
-def write(path, cells, kind="sparse"):
-    """An .h5ad with the counts in one of the places they are looked for."""
+def write(path, cells, form="sparse"):
+    """Write an .h5ad with the counts in one of the places where they are looked for."""
     cells = cells.copy()
     log = cells.X.astype(np.float32)
     log.data = np.log1p(log.data)
-    if kind == "dense":
+    if form == "dense":
         cells.X = cells.X.toarray()
-    elif kind == "layer":
+    elif form == "layer":
         cells.layers["counts"], cells.X = cells.X, log
-    elif kind == "raw":
+    elif form == "raw":
         cells.raw, cells.X = cells, log
-    elif kind == "csc":
+    elif form == "csc":
         cells.X = sp.csc_matrix(cells.X)
     cells.write_h5ad(path, compression="gzip")
     return path
 
 
-def load(path, **more):
-    return load_cells(TrainingSettings(data=str(path), **more))
+def load(path, **settings):
+    return load_cells(TrainingSettings(data=str(path), **settings))
 
 
 def small_buffer(monkeypatch, block=32, n_blocks=3):
-    """Blocks and buffer so small that a few hundred cells are many bufferfuls."""
+    """Make blocks and buffer so small that a few hundred cells fill the buffer many times."""
     monkeypatch.setattr(backed, "BLOCK", block)
     monkeypatch.setattr(backed, "BUFFER", n_blocks * block * 8 * 40)  # of 40 genes, all expressed
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense", "layer", "raw"])
-def test_cells_are_those_in_memory(tmp_path, monkeypatch, many, kind):
+@pytest.mark.parametrize("form", ["sparse", "dense", "layer", "raw"])
+def test_cells_are_those_in_memory(tmp_path, monkeypatch, many, form):
     small_buffer(monkeypatch)
-    path = write(tmp_path / "cells.h5ad", many, kind)
-    own, there = load(path, backed=True), load(path)
-    assert list(own.obs_names) == list(there.obs_names) and own.n_obs == many.n_obs - 1
-    assert (own.var == there.var).all(axis=None)
-    codes, cell_types = codes_of(own)
-    assert (codes == codes_of(there)[0]).all() and cell_types == codes_of(there)[1]
-    assert (library_size(own.X) == library_size(there.X)).all()
-    assert (mean_counts(own.X, codes, 3) == mean_counts(there.X, codes, 3)).all()
-    rows = np.random.default_rng(0).permutation(own.n_obs)[:200]
-    assert (own.X[rows] != there.X[rows]).nnz == 0
-    assert own.X[rows[:0]].shape == (0, own.n_vars)
-    assert (own.X.only(rows)[np.arange(9)] != there.X[rows[:9]]).nnz == 0
-    assert (mean_profile(own.X, rows) == mean_profile(there.X[rows])).all()
-    wanted = [*own.var_names[[5, 3, 30]], "absent"]
-    genes = [align_genes(cells.X, cells.var_names, wanted, path)[0] for cells in (own, there)]
+    path = write(tmp_path / "cells.h5ad", many, form)
+    on_disk, in_memory = load(path, backed=True), load(path)
+    assert list(on_disk.obs_names) == list(in_memory.obs_names) and on_disk.n_obs == many.n_obs - 1
+    assert (on_disk.var == in_memory.var).all(axis=None)
+    codes, cell_types = codes_of(on_disk)
+    assert (codes == codes_of(in_memory)[0]).all() and cell_types == codes_of(in_memory)[1]
+    assert (library_size(on_disk.X) == library_size(in_memory.X)).all()
+    assert (mean_counts(on_disk.X, codes, 3) == mean_counts(in_memory.X, codes, 3)).all()
+    rows = np.random.default_rng(0).permutation(on_disk.n_obs)[:200]
+    assert (on_disk.X[rows] != in_memory.X[rows]).nnz == 0
+    assert on_disk.X[rows[:0]].shape == (0, on_disk.n_vars)
+    assert (on_disk.X.only(rows)[np.arange(9)] != in_memory.X[rows[:9]]).nnz == 0
+    assert (mean_profile(on_disk.X, rows) == mean_profile(in_memory.X[rows])).all()
+    wanted = [*on_disk.var_names[[5, 3, 30]], "absent"]
+    genes = [
+        align_genes(cells.X, cells.var_names, wanted, path)[0] for cells in (on_disk, in_memory)
+    ]
     assert genes[0].shape == genes[1].shape and (genes[0][rows] != genes[1][rows]).nnz == 0
-    assert (own[:, [4, 2]].X[rows] != there.X[rows][:, [4, 2]]).nnz == 0
+    assert (on_disk[:, [4, 2]].X[rows] != in_memory.X[rows][:, [4, 2]]).nnz == 0
 
 
 def test_an_epoch_reads_each_block_once_and_mixes_the_file(tmp_path, monkeypatch, many):
@@ -118,16 +120,16 @@ def test_what_fits_is_shuffled_as_in_memory(tmp_path, many):
 def test_samples_keep_rare_types(tmp_path, monkeypatch):
     cells = make_cells((3000, 1500, 20), n_genes=12)
     path = write(tmp_path / "cells.h5ad", cells)
-    own = load(path, backed=True)
-    monkeypatch.setattr(backed, "BUFFER", 1000 * own.X.cell_bytes)
-    codes, _ = codes_of(own)
-    sample, rows = sample_in_memory(own, codes, np.random.default_rng(0), "genes")
+    on_disk = load(path, backed=True)
+    monkeypatch.setattr(backed, "BUFFER", 1000 * on_disk.X.cell_bytes)
+    codes, _ = codes_of(on_disk)
+    sample, rows = sample_in_memory(on_disk, codes, np.random.default_rng(0), "genes")
     assert list(np.bincount(codes[rows])) == [664, 500, 20]
-    there = load(path)
-    assert (there.X[rows] != sample.X).nnz == 0 and list(sample.obs_names) == list(
-        there.obs_names[rows]
+    in_memory = load(path)
+    assert (in_memory.X[rows] != sample.X).nnz == 0 and list(sample.obs_names) == list(
+        in_memory.obs_names[rows]
     )
-    assert sample_in_memory(there, codes, None, "genes")[0] is there
+    assert sample_in_memory(in_memory, codes, None, "genes")[0] is in_memory
 
 
 def test_sums_over_types_are_exact(many):
@@ -143,13 +145,13 @@ def tensors(folder):
 
 
 def test_trainings_are_those_in_memory(tmp_path, many):
-    """All cells fit into one bufferful here, so that nothing at all may differ."""
+    """All cells fit into one bufferful here, so the weights are equal to the bit."""
     path = write(tmp_path / "cells.h5ad", many)
-    for folder, more in (("memory", []), ("file", ["--backed"])):
-        train("--data", path, "--weights", tmp_path / folder, *more, settings=QUICK)
-    for own, other in zip(tensors(tmp_path / "memory"), tensors(tmp_path / "file"), strict=True):
-        assert own.keys() == other.keys()
-        assert all(torch.equal(own[key], other[key]) for key in own)
+    for folder, flags in (("memory", []), ("file", ["--backed"])):
+        train("--data", path, "--weights", tmp_path / folder, *flags, settings=QUICK)
+    for a, b in zip(tensors(tmp_path / "memory"), tensors(tmp_path / "file"), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_trainings_with_a_small_buffer(tmp_path, monkeypatch):
@@ -189,11 +191,11 @@ def test_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch, many):
     assert run_inside(gmvae, *where, tmp_path / "one", *QUICK[gmvae]).returncode == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert run_inside(decoder, *where, tmp_path / "one", *QUICK[decoder]).returncode == 0
-    own = [*where, tmp_path / "two", *QUICK[decoder], "--resume"]
+    resume = [*where, tmp_path / "two", *QUICK[decoder], "--resume"]
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, 100)
-        assert run_inside(decoder, *own).returncode == 128 + signal.SIGTERM
-    assert run_inside(decoder, *own).returncode == 0
+        assert run_inside(decoder, *resume).returncode == 128 + signal.SIGTERM
+    assert run_inside(decoder, *resume).returncode == 0
     assert same_weights(tmp_path / "two", tmp_path / "one", decoder)
 
 
@@ -230,14 +232,14 @@ def broken(path, many, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "value"),
+    ("name", "position", "value"),
     [("indptr", 5, 10**9), ("indptr", -1, 3), ("indptr", 0, 4), ("indices", 100, 10**6)],
 )
-def test_an_index_that_leads_astray(tmp_path, many, name, at, value):
+def test_an_index_beyond_the_matrix(tmp_path, many, name, position, value):
     def change(file):
-        own = file["X"][name][()]
-        own[at] = value
-        file["X"][name][...] = own
+        values = file["X"][name][()]
+        values[position] = value
+        file["X"][name][...] = values
 
     path = broken(tmp_path / "cells.h5ad", many, change)
     refused(path, path, "broken sparse matrix", tmp_path=tmp_path)

@@ -1,4 +1,4 @@
-"""Reading counts and labels, aligning genes, splitting cells, making bulks."""
+"""Tests of reading counts, labels and bulks, aligning genes, splitting cells, pseudobulks."""
 
 import time
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_h5ad_takes_counts_from_where_they_are(tmp_path, cells, capsys):
 
 @pytest.mark.parametrize("column", ["gene_ids", "ENSEMBL", "feature_id"])
 def test_h5ad_keeps_gene_ids(tmp_path, cells, column):
-    """One gene in ten without an id, and one with that of a transcript, are as real files have."""
+    """As in real files, one gene in ten has no id, and one has the id of a transcript."""
     ids = cells.var.pop("gene_ids").astype(object)
     ids.iloc[::10] = None
     ids.iloc[1] = "ENST00000000001"
@@ -119,12 +119,12 @@ def test_repeated_symbols_are_told_apart_and_reported(tmp_path, cells, capsys):
 def test_every_value_is_checked_and_the_bad_one_named(value, words):
     X = sp.random(200, 50, 0.2, format="csr", random_state=0)
     X.data[:] = 3
-    at = X.nnz - 2  # near the end: a check of the first values only would miss it
-    X.data[at] = value
-    cell = np.searchsorted(X.indptr, at, side="right") - 1
+    position = X.nnz - 2  # near the end: a check of the first values only would miss it
+    X.data[position] = value
+    cell = np.searchsorted(X.indptr, position, side="right") - 1
     with pytest.raises(InputError, match=words) as error:
         check_counts(X, "file.h5ad", [f"c{i}" for i in range(200)], [f"g{i}" for i in range(50)])
-    assert f"cell c{cell}, gene g{X.indices[at]})" in str(error.value)
+    assert f"cell c{cell}, gene g{X.indices[position]})" in str(error.value)
     assert "file.h5ad" in str(error.value)
 
 
@@ -209,6 +209,8 @@ def test_codes_follow_numbers_not_strings():
     """Regression: with more than ten clusters, codes came out as '0', '1', '10', '2'."""
     assert natural_order(str(i) for i in range(12)) == [str(i) for i in range(12)]
     assert natural_order(["T10", "T9", "B"]) == ["B", "T9", "T10"]
+    long = "9" * 5000  # int() refuses it
+    assert natural_order(["1" + long, long, "1"]) == ["1", long, "1" + long]
 
 
 # ---------------------------------------------------------------------- genes, split and bulks
@@ -313,7 +315,7 @@ def test_pseudobulks_from_small_pools_repeat_few_cells():
     for part in (bulk[:, :50], bulk[:, 50:]):
         distinct = (part > 0).sum(axis=1)
         assert distinct.max() == 2
-    assert len({tuple(row) for row in bulk > 0}) > 15  # each bulk has a pool of its own
+    assert len({tuple(row) for row in bulk > 0}) > 15  # each bulk has another pool
 
 
 def load_labels(cells):
@@ -363,13 +365,13 @@ def test_bulk_in_either_orientation(tmp_path, bulk_table, capsys, genes_in_rows,
     assert samples == list(bulk_table.index) and present.tolist() == [True] * 11 + [False]
     np.testing.assert_allclose(X.toarray()[:, :11], bulk_table[genes[:11]].to_numpy())
     assert X[:, 11].nnz == 0
-    said = "3 bulk samples x 20 genes; 11 of the model's 12 genes found (91.7 %: 11 by symbol)"
-    assert said in capsys.readouterr().out
+    expected = "3 bulk samples x 20 genes; 11 of the model's 12 genes found (91.7 %: 11 by symbol)"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("short", [True, False])
 def test_bulk_with_semicolons_and_byte_order_mark(tmp_path, bulk_table, short):
-    """The mark is no part of a name: not of the first sample, if the header is a field short."""
+    """The mark is no part of the first sample's name, even if the header is a field short."""
     text = bulk_table.T.to_csv(sep=";").removeprefix(";" * short)
     (tmp_path / "bulk.csv").write_text(text, encoding="utf-8-sig")
     check_read(tmp_path / "bulk.csv", bulk_table)
@@ -433,7 +435,7 @@ def test_bulk_by_ids_and_symbols_together(tmp_path, bulk_table, capsys):
 
 
 def test_names_of_genes_come_before_other_names(tmp_path, bulk_table):
-    """An id or symbol that is another gene's own name belongs to that gene; case is not ignored."""
+    """A second name that is another gene's first name belongs to that gene; case counts."""
     genes, others = ["GENE0", "GENE1", "Gene2"], ["GENE1", "GENE5", ""]
     bulk_table.to_csv(tmp_path / "bulk.csv")
     X, present, _ = read_bulk(tmp_path / "bulk.csv", genes, others)
@@ -468,8 +470,8 @@ def test_bulk_as_featurecounts_writes_it(tmp_path, bulk_table, capsys):
     head = '# Program:featureCounts v2.0.3; Command:"featureCounts" "-a" "x.gtf" "-T" "4"\n'
     (tmp_path / "counts.txt").write_text(head + table.to_csv(sep="\t"))
     check_read(tmp_path / "counts.txt", bulk_table, ids_of(bulk_table.columns))
-    said = "5 columns that are not samples left out (Chr, Start, End, Strand, Length)"
-    assert said in capsys.readouterr().out
+    expected = "5 columns that are not samples left out (Chr, Start, End, Strand, Length)"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -500,8 +502,8 @@ def test_bulk_with_columns_of_salmon_and_row_numbers(tmp_path, bulk_table, capsy
     table.insert(2, "Effective_Length", 812.5)
     table.to_csv(tmp_path / "bulk.csv")
     check_read(tmp_path / "bulk.csv", bulk_table)
-    said = "3 columns that are not samples left out (gene_id, gene_name, Effective_Length)"
-    assert said in capsys.readouterr().out
+    expected = "3 columns that are not samples left out (gene_id, gene_name, Effective_Length)"
+    assert expected in capsys.readouterr().out
 
 
 def test_text_beside_samples_in_rows(tmp_path, bulk_table, capsys):
@@ -511,8 +513,8 @@ def test_text_beside_samples_in_rows(tmp_path, bulk_table, capsys):
     table.insert(0, "condition", ["treated", "treated", "control"])
     table.to_csv(tmp_path / "bulk.csv")
     check_read(tmp_path / "bulk.csv", bulk_table)
-    said = "1 columns that are not genes left out (condition)"
-    assert said in capsys.readouterr().out
+    expected = "1 columns that are not genes left out (condition)"
+    assert expected in capsys.readouterr().out
     bulk_table.T.to_csv(tmp_path / "bulk.csv")
     check_read(tmp_path / "bulk.csv", bulk_table)
 
@@ -527,7 +529,7 @@ def test_bulk_as_r_writes_it(tmp_path, bulk_table):
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 def test_genes_without_values_are_absent(tmp_path, bulk_table, capsys, genes_in_rows):
-    """And a spreadsheet's empty last rows and columns are nothing at all."""
+    """Empty last rows and columns, as spreadsheets leave them, are ignored."""
     table = bulk_table.astype(object)
     table["GENE3"], table["GENE4"] = "", "NA"
     lines = (table.T if genes_in_rows else table).to_csv().splitlines()
@@ -622,9 +624,9 @@ def test_few_known_genes_are_a_warning(tmp_path, bulk_table, capsys):
     assert capsys.readouterr().err == ""  # half of them are enough
     _, present, _ = read_bulk(tmp_path / "bulk.csv", genes[1:], [f"ENSG{i}" for i in range(1, 8)])
     assert present.sum() == 3
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ") and said.count("\n") == 1 and "poor" in said
-    assert "expected names such as GENE1, GENE2, GENE3, ..., or ENSG1, ENSG2, ENSG3" in said
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1 and "poor" in warning
+    assert "expected names such as GENE1, GENE2, GENE3, ..., or ENSG1, ENSG2, ENSG3" in warning
 
 
 def test_bulk_without_known_genes_is_an_error(tmp_path, bulk_table):
@@ -641,7 +643,7 @@ def test_bulk_without_known_genes_is_an_error(tmp_path, bulk_table):
 def test_pbmc1k_reads_as_described():
     folder = Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
     if not folder.is_dir():
-        pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
+        pytest.skip("PBMC 1K is not available (../shared/data/pbmc1k_v3)")
     cells = load_cells(DatasetSettings(data=folder))
     assert cells.shape == (863, 14688) and len(codes_of(cells)[1]) == 8
     assert cells.var_names.is_unique
@@ -651,7 +653,7 @@ def test_ids_of_a_real_reference_name_its_genes(tmp_path, capsys):
     """GENCODE-like ids, with versions: those the reference has find their genes, and no other."""
     folder = Path(__file__).resolve().parents[2] / "shared/data/pbmc1k_v3"
     if not folder.is_dir():
-        pytest.skip("PBMC 1K is not at hand (../shared/data/pbmc1k_v3)")
+        pytest.skip("PBMC 1K is not available (../shared/data/pbmc1k_v3)")
     table = pd.read_csv(folder / "features.tsv.gz", sep="\t", header=None, keep_default_na=False)
     with_id = table[table[0].str.startswith("ENSG")]
     counts = np.arange(1, len(with_id) + 1)
