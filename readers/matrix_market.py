@@ -1,86 +1,135 @@
-"""Matrix Market files of counts."""
+"""Matrix Market files of counts: scipy reads them, after every line has been checked."""
 
 import re
+from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-import scipy.sparse as sp
+import scipy.io
 
 from readers.bounded import UNREADABLE, check_memory, open_bounded
 from runtime.errors import InputError, one_line, plain
+
+LONGEST_LINE = 100_000  # bytes
+
+# Symmetric: scipy's writer says so of any matrix that happens to be.
+BANNER = re.compile(
+    "%%matrixmarket matrix coordinate (integer|unsigned-integer|real) (general|symmetric)"
+)
+
+# A number; nan and inf are read, too, as check_counts names their cell and gene.
+NUMBER = r"-?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
+
+# Lines of two indices and a value, and blank lines. Possessive (*+), so that nothing is kept for
+# backtracking.
+ENTRIES = re.compile(rf"(?:[ \t]*(?:\d+[ \t]+\d+[ \t]+{NUMBER}[ \t]*)?\r?\n)*+".encode())
+
+
+@dataclass
+class Header:
+    """The header of a Matrix Market file: ``symmetry`` is general or symmetric."""
+
+    symmetry: str
+    n_rows: int
+    n_columns: int
+    n_entries: int
+    n_lines: int
+
+    def for_scipy(self):
+        """A header as long as the file's, so that the line numbers in scipy's errors are right.
+
+        The type is real: an integer of any size is read, and refused later with its cell and gene.
+        """
+        comments = "%\n" * (self.n_lines - 2)
+        size = f"{self.n_rows} {self.n_columns} {self.n_entries}"
+        return f"%%MatrixMarket matrix coordinate real {self.symmetry}\n{comments}{size}\n".encode()
+
+
+class CheckedLines:
+    """The stream that scipy reads: a header, and the lines that follow it in a file.
+
+    Each line is checked, as scipy crashes on some malformed lines, and reads the beginning of
+    others ("1 1 2,5" as 2).
+    """
+
+    def __init__(self, header, file):
+        self.header, self.file = header.for_scipy(), file
+
+    def read(self, size):
+        """Whole lines, about a megabyte of them; scipy takes more than it asks for."""
+        header, self.header = self.header, b""
+        if header:
+            return header
+        lines = self.file.read(1 << 20) + self.file.readline(LONGEST_LINE)
+        if lines and not lines.endswith(b"\n"):  # scipy crashes on a last line without
+            lines += b"\n"
+        end = ENTRIES.match(lines).end()
+        if end < len(lines):
+            line = lines[end : end + 100].splitlines()[0].decode("utf-8", "replace")
+            raise ValueError(f"found the line {line!r}")
+        return lines
+
+
+def read_header(file, path):
+    """Read a file (bytes) up to the end of its header.
+
+    Raises:
+        InputError: it is not a sparse matrix of integers or real numbers.
+    """
+    banner = " ".join(file.readline(1000).decode("ascii").lower().split())
+    match = BANNER.fullmatch(banner)
+    if not match:
+        raise InputError(
+            f"{path}: found {plain(banner)[:100]!r}, expected a sparse Matrix Market file: "
+            "%%MatrixMarket matrix coordinate integer general"
+        )
+    line, n_lines = file.readline(LONGEST_LINE), 2
+    while line.startswith(b"%") or line.isspace():
+        line, n_lines = file.readline(LONGEST_LINE), n_lines + 1
+    n_rows, n_columns, n_entries = map(int, line.split())
+    return Header(match[2], n_rows, n_columns, n_entries, n_lines)
+
+
+def check_header(header, path, shape, named_by):
+    """Check a header before memory is set aside for what it says; see :func:`read_mtx`."""
+    if (header.n_rows, header.n_columns) != shape:
+        raise InputError(
+            f"{path}: found {header.n_rows} x {header.n_columns}, expected {shape[0]} genes "
+            f"({named_by[0]}) x {shape[1]} barcodes ({named_by[1]})"
+        )
+    # gzip shrinks to a thousandth at best, and an entry has six bytes at least ("1 1 1" and a line
+    # break).
+    if not 0 <= header.n_entries <= 1032 * path.stat().st_size // 6:
+        raise InputError(
+            f"{path}: its header announces {header.n_entries:,} entries, which a file of its size "
+            "cannot hold"
+        )
+    check_memory(24 * header.n_entries, path, "its entries")
 
 
 def read_mtx(path, shape, named_by):
     """Read a Matrix Market file (plain or .gz) of sparse counts as COO, float64.
 
-    Not by scipy's reader, which some malformed lines crash. All of the header is checked before
-    memory is set aside for what it says.
-
     Args:
-        path: of the file. shape: genes and barcodes that there must be. named_by: the files of
-            their names, for the message.
+        path: of the file. shape: (genes, barcodes) that it must have. named_by: names of the files
+            that list them, for the message.
 
     Raises:
-        InputError: unreadable, of another kind or shape, or an entry lies outside of the matrix.
+        InputError: the file is unreadable, of another kind or shape, or an entry lies outside of
+            the matrix.
     """
-    broken = f"{path}: not a readable Matrix Market file"
-    # Symmetric: scipy's writer says so of a matrix that happens to be.
-    number, form = "(integer|unsigned-integer|real)", "(general|symmetric)"
+    expected = ""
     try:
         with open_bounded(path) as file:
-            kind = " ".join(file.readline(1000).decode("ascii").lower().split())
-            if not re.fullmatch(f"%%matrixmarket matrix coordinate {number} {form}", kind):
-                raise InputError(
-                    f"{path}: found {plain(kind)[:100]!r}, expected a sparse Matrix Market file: "
-                    "%%MatrixMarket matrix coordinate integer general"
-                )
-            line, skip = file.readline(100_000), 2
-            while line.startswith(b"%") or line.isspace():
-                line, skip = file.readline(100_000), skip + 1
-            n_rows, n_columns, n_entries = map(int, line.split())
-    except UNREADABLE as error:
-        raise InputError(f"{broken} ({one_line(error)})") from error
-    if (n_rows, n_columns) != shape:
-        raise InputError(
-            f"{path}: found {n_rows} x {n_columns}, expected {shape[0]} genes ({named_by[0]}) x "
-            f"{shape[1]} barcodes ({named_by[1]})"
+            header = read_header(file, path)
+        check_header(header, path, shape, named_by)
+        n = f"{header.n_entries:,}"
+        expected = (
+            f"; its header says {n} entries, expected {n} lines of three numbers, no entry outside "
+            f"of the {shape[0]} x {shape[1]} matrix"
         )
-    # gzip shrinks to a thousandth at best, and an entry takes six bytes at least ("1 1 1" and a
-    # line break).
-    if not 0 <= n_entries <= 1032 * path.stat().st_size // 6:
-        raise InputError(
-            f"{path}: its header announces {n_entries:,} entries, which a file of its size cannot "
-            "hold"
-        )
-    check_memory(24 * n_entries, path, "its entries")
-    row, column = np.empty((2, n_entries), np.int32)
-    value, at = np.empty(n_entries), 0
-    options = {"sep": r"\s+", "header": None, "names": range(4), "index_col": False}
-    # A fourth number in a line must show; a third that is missing does so by itself.
-    options |= {"dtype": {0: np.int32, 1: np.int32, 2: np.float64, 3: str}, "quoting": 3}
-    try:
-        with open_bounded(path, 100_000 + 100 * n_entries) as file:
-            for _ in range(skip):
-                file.readline(100_000)
-            if n_entries == 0:  # pandas would find no columns
-                at = bool(file.read(1000).strip())
-            for part in pd.read_csv(file, chunksize=1_000_000, **options) if n_entries else ():
-                end = at + len(part)
-                if end > n_entries or part[2].isna().any() or part[3].notna().any():
-                    raise ValueError(f"expected {n_entries:,} lines of three numbers")
-                row[at:end], column[at:end], value[at:end] = part[0], part[1], part[2]
-                at = end
-    except InputError:
-        raise
+        with open_bounded(path, 100_000 + 100 * header.n_entries) as file:
+            read_header(file, path)
+            return scipy.io.mmread(CheckedLines(header, file))
     except UNREADABLE as error:
-        raise InputError(f"{broken} ({one_line(error)})") from error
-    if at != n_entries:
-        raise InputError(f"{path}: found {at:,} entries or more, its header says {n_entries:,}")
-    for own, most in ((row, n_rows), (column, n_columns)):
-        if n_entries and not (own.min() >= 1 and own.max() <= most):
-            raise InputError(f"{path}: an entry lies outside of the {n_rows} x {n_columns} matrix")
-    if kind.endswith("symmetric"):
-        twin = row != column
-        row, column = np.append(row, column[twin]), np.append(column, row[twin])
-        value = np.append(value, value[twin])
-    return sp.coo_matrix((value, (row - 1, column - 1)), shape=shape)
+        raise InputError(
+            f"{path}: not a readable Matrix Market file ({one_line(error)}){expected}"
+        ) from error

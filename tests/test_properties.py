@@ -1,5 +1,5 @@
-"""What must hold for any input: random tables, names, labels and parameters, each compared with a
-plain reference. HYPOTHESIS_PROFILE=long looks at many more of them."""
+"""Properties that hold for any input: random tables, names, labels and parameters, each compared
+with a simple reference. HYPOTHESIS_PROFILE=long tries many more of them."""
 
 import contextlib
 import csv
@@ -61,8 +61,8 @@ def folder():
         yield Path(name)
 
 
-def said(function, *arguments):
-    """What a call returns, and what it prints."""
+def captured(function, *arguments):
+    """The result of a call, and what it prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         result = function(*arguments)
@@ -93,15 +93,15 @@ def whole_numbers(dtype):
 def stored_counts(draw, dtypes=DTYPES, repeats=True):
     """A matrix as it may lie in a file: entries (row, column, value), zeros and repeats too.
 
-    Returns ``(shape, dtype, entries, total)``; total is the matrix that they stand for, in Python's
-    own integers.
+    Returns ``(shape, dtype, entries, total)``; total is the sum of the entries, as Python
+    integers.
     """
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     entry = st.tuples(
         st.integers(0, shape[0] - 1), st.integers(0, shape[1] - 1), whole_numbers(dtype)
     )
-    # Of two that are true at one place, a sum has no meaning.
+    # A sum of two booleans in one place has no meaning.
     unique = None if repeats and dtype.kind != "b" else lambda e: e[:2]
     entries = draw(st.lists(entry, max_size=12, unique_by=unique))
     total = np.zeros(shape, object)
@@ -110,22 +110,22 @@ def stored_counts(draw, dtypes=DTYPES, repeats=True):
     return shape, dtype, entries, total
 
 
-def as_matrix(kind, shape, dtype, entries):
+def as_matrix(form, shape, dtype, entries):
     """The entries as they are, in a form of scipy's, or dense where none is repeated."""
     rows, columns, values = (
-        np.array([e[at] for e in entries], t) for at, t in ((0, int), (1, int), (2, dtype))
+        np.array([e[i] for e in entries], t) for i, t in ((0, int), (1, int), (2, dtype))
     )
-    if kind == "dense":
+    if form == "dense":
         X = np.zeros(shape, dtype)
         X[rows, columns] = values
         return X
-    if kind == "coo":
+    if form == "coo":
         return sp.coo_matrix((values, (rows, columns)), shape=shape)
-    major, minor, n = (rows, columns, shape[0]) if kind == "csr" else (columns, rows, shape[1])
+    major, minor, n = (rows, columns, shape[0]) if form == "csr" else (columns, rows, shape[1])
     order = np.argsort(major, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(major, minlength=n))])
-    form = sp.csr_matrix if kind == "csr" else sp.csc_matrix
-    return form((values[order], minor[order], starts), shape=shape)
+    matrix = sp.csr_matrix if form == "csr" else sp.csc_matrix
+    return matrix((values[order], minor[order], starts), shape=shape)
 
 
 def as_cells(X):
@@ -191,10 +191,10 @@ def one_place(dtype, *values):
 @example(one_place("int32", TOP, TOP, TOP), "csr")
 @example(one_place("float32", 2**31), "csr")
 @example(one_place("float32", 2**24, 1), "coo")
-def test_checked_counts_are_the_sums_of_all_entries(stored, kind):
+def test_checked_counts_are_the_sums_of_all_entries(stored, form):
     *stored, total = stored
     names = numbered("c", total.shape[0]), numbered("g", total.shape[1])
-    check_or_refuse(lambda: check_counts(as_matrix(kind, *stored), "file", *names), total)
+    check_or_refuse(lambda: check_counts(as_matrix(form, *stored), "file", *names), total)
 
 
 @fewer
@@ -250,9 +250,9 @@ def test_any_bad_value_is_refused_with_its_cell_and_gene(data, file):
     dtypes = [d for d in DTYPES if d not in (np.uint8, np.uint16, bool)]  # those hold no bad value
     shape, dtype, entries, _ = data.draw(stored_counts(dtypes, repeats=False))
     assume(entries)
-    at = data.draw(st.integers(0, len(entries) - 1))
-    i, j, _ = entries[at]
-    entries[at] = i, j, data.draw(bad_values(dtype))
+    position = data.draw(st.integers(0, len(entries) - 1))
+    i, j, _ = entries[position]
+    entries[position] = i, j, data.draw(bad_values(dtype))
     with folder() as where:
         path = write_counts(where, file, shape, dtype, entries)
         with pytest.raises(InputError, match=rf"\(cell c{i}, gene g{j}\)") as error:
@@ -281,9 +281,9 @@ def check_labels(settings, expected):
     """load_cells gives these labels (by barcode), and codes that stand for the same names."""
     if not expected:
         with pytest.raises(InputError, match="found no cell with a cell type"):
-            said(load_cells, settings)
+            captured(load_cells, settings)
         return
-    adata, _ = said(load_cells, settings)
+    adata, _ = captured(load_cells, settings)
     assert list(adata.obs_names) == list(expected)
     assert list(adata.obs["cell_type"]) == list(expected.values())
     codes, names = codes_of(adata)
@@ -364,7 +364,7 @@ def test_repeated_names_get_suffixes_and_no_gene_is_lost(genes, file):
             adata.write_h5ad(path)
         else:
             (write_10x_h5 if file == "h5" else write_10x)(path, adata)
-        read, out = said(read_counts, path)
+        read, out = captured(read_counts, path)
     names = list(read.var_names)
     assert read.X.toarray().ravel().tolist() == counts.tolist()
     assert len(set(names)) == len(names) == len(genes)
@@ -407,7 +407,7 @@ def test_align_genes_is_a_look_up_by_name(genes, wanted, dtype, dense, seed):
     column = {g: X[:, j].tolist() for j, g in enumerate(genes)}
     expected = [column.get(g, [0] * len(X)) for g in wanted]
     form = np.asarray if dense else sp.csr_matrix
-    (aligned, present), out = said(align_genes, form(X), genes, wanted, "cells")
+    (aligned, present), out = captured(align_genes, form(X), genes, wanted, "cells")
     assert aligned.toarray().T.tolist() == expected and aligned.dtype == dtype
     assert present.tolist() == [g in column for g in wanted]
     assert ("the model's" in out) == (not present.all())
@@ -478,7 +478,7 @@ def test_label_csv_in_any_order_with_more_or_fewer_rows(data, header):
             with pytest.raises(InputError, match=f"none of its {len(rows)} barcodes"):
                 read_label_csv(where / "labels.csv", barcodes)
             return
-        labels, out = said(read_label_csv, where / "labels.csv", barcodes)
+        labels, out = captured(read_label_csv, where / "labels.csv", barcodes)
     assert list(labels.index) == barcodes
     labels = [None if pd.isna(t) else t for t in labels]
     assert labels == [rows.get(b) for b in barcodes]
@@ -507,20 +507,20 @@ def test_load_cells_keeps_labelled_cells_with_counts(data):
     labels = data.draw(st.lists(LABELS | st.none(), min_size=n, max_size=n))
     totals = data.draw(st.lists(st.sampled_from([0, 1, 7]), min_size=n, max_size=n))
     adata = as_cells(sp.csr_matrix(np.array(totals, np.int32)[:, None]))
-    adata.obs["kind"] = pd.Categorical(labels) if data.draw(st.booleans()) else labels
-    adata.obs["kind"] = adata.obs["kind"].astype(object).astype("category")
+    adata.obs["label"] = pd.Categorical(labels) if data.draw(st.booleans()) else labels
+    adata.obs["label"] = adata.obs["label"].astype(object).astype("category")
     full = {f"c{i}": labels[i] or "" for i in range(n) if totals[i]}
     with folder() as where:
         adata.write_h5ad(where / "cells.h5ad")
-        given_labels = DatasetSettings(data=str(where / "cells.h5ad"), labels="kind")
+        given_labels = DatasetSettings(data=str(where / "cells.h5ad"), labels="label")
         if not full:
             with pytest.raises(InputError, match="every count is zero"):
-                said(load_cells, given_labels)
+                captured(load_cells, given_labels)
             return
         expected = expected_labels(full, full.values())
         check_labels(given_labels, expected)
         if expected:
-            _, out = said(load_cells, given_labels)
+            _, out = captured(load_cells, given_labels)
             n_empty, n_unknown = n - len(full), len(full) - len(expected)
             assert (f" {n_empty} cells without a single count" in out) == (n_empty > 0)
             assert (f" {n_unknown} of {len(full)} cells are Unknown" in out) == (n_unknown > 0)
@@ -531,7 +531,7 @@ def test_load_cells_keeps_labelled_cells_with_counts(data):
 
 @given(st.data(), SEEDS)
 def test_pseudobulks_are_sums_of_the_cells_that_were_drawn(data, seed):
-    """Behind the genes stands a column for each cell, so that a bulk tells what it is made of."""
+    """Behind the genes stands a column for each cell, so that a bulk shows which cells it has."""
     rng = np.random.default_rng(seed)
     size = np.array(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)))
     assume(size.sum())
@@ -729,14 +729,14 @@ def test_sampled_counts_keep_the_tail_of_a_small_theta():
     n, mean, theta, large = 4_000_000, 8.0, 1e-6, 20_000
     means = torch.full((n // 100, 100), mean)
     draws = sample_nb(means, torch.tensor(theta), torch.Generator().manual_seed(0))
-    found = int((draws > large).sum())
+    n_large = int((draws > large).sum())
     p = scipy.stats.nbinom.sf(large, theta, theta / (theta + mean))
-    assert scipy.stats.binomtest(found, n, p).pvalue > 1e-6
+    assert scipy.stats.binomtest(n_large, n, p).pvalue > 1e-6
 
 
 # ---------------------------------------------------------------------------------- bulk files
 
-# No field that could pass for a separator; those have a test of their own below.
+# Without separators, which have a separate test below.
 SAMPLES = st.text(st.characters(codec="utf-8", exclude_characters="\0\t\n\r,;"), max_size=5).map(
     lambda text: f"s {text}"
 )
@@ -744,7 +744,7 @@ SAMPLES = st.text(st.characters(codec="utf-8", exclude_characters="\0\t\n\r,;"),
 
 @st.composite
 def bulks(draw):
-    """A model's genes and ids, a table (samples x its own genes), and the matrix to be read.
+    """A model's genes and ids, a table (samples x its genes), and the matrix to be read.
 
     Returns ``(genes, gene_ids, table, expected, present)``. Genes of the table are the model's, by
     symbol, id or id and version, once or more than once, and others that the model does not know.
@@ -767,11 +767,11 @@ def bulks(draw):
     columns += [(None, "other")] * draw(st.integers(0, 2))
     columns = draw(st.permutations(columns))
     spelled = []
-    for at, (i, way) in enumerate(columns):
+    for j, (i, way) in enumerate(columns):
         version = f".{draw(st.integers(1, 20))}" if way == "version" else ""
         names = {"symbol": lambda i: genes[i], "other": lambda i: None}
         name = names.get(way, lambda i: gene_ids[i])(i)
-        spelled.append(f"unknown {at}" if name is None else name + version)
+        spelled.append(f"unknown {j}" if name is None else name + version)
     samples = draw(st.lists(SAMPLES, min_size=1, max_size=4, unique=True))
     rng = np.random.default_rng(draw(SEEDS))
     values = rng.gamma(0.5, 10 ** rng.uniform(-2, 6), (len(samples), len(columns)))
@@ -815,8 +815,8 @@ def test_a_bulk_reads_the_same_from_every_form(bulk, form):
     with folder() as where:
         path = where / f"bulk.{form.rsplit(' ')[-1]}"
         write_bulk(path, table, form)
-        (X, found, samples), out = said(read_bulk, path, genes, gene_ids)
-    assert samples == list(table.index) and found.tolist() == present
+        (X, read, samples), out = captured(read_bulk, path, genes, gene_ids)
+    assert samples == list(table.index) and read.tolist() == present
     np.testing.assert_allclose(X.toarray(), expected, rtol=1e-12)
     known = table.columns[[not name.startswith("unknown") for name in table.columns]]
     n = len(known) - sum(present)
@@ -837,7 +837,7 @@ def test_names_of_samples_may_hold_separators(samples, form):
     with folder() as where:
         path = where / f"bulk.{form.rsplit(' ')[-1]}"
         write_bulk(path, table, form)
-        (X, present, read), _ = said(read_bulk, path, genes)
+        (X, present, read), _ = captured(read_bulk, path, genes)
     assert read == samples and present.all()
     assert (X.toarray() == table.to_numpy()).all()
 
@@ -873,10 +873,10 @@ def models(draw):
     G, K, D, H = (draw(WIDTHS) for _ in range(4))
     dropout = draw(st.sampled_from([0.0, 0.1, 0.5]))
     torch.manual_seed(draw(SEEDS))
-    kind = draw(st.sampled_from([scGMVAE, scDecoder, BulkEncoder]))
-    if kind is scGMVAE:
+    model_class = draw(st.sampled_from([scGMVAE, scDecoder, BulkEncoder]))
+    if model_class is scGMVAE:
         model = scGMVAE(G, K, D, H, draw(st.sampled_from(["nb", "zinb"])), dropout)
-    elif kind is scDecoder:
+    elif model_class is scDecoder:
         likelihood = draw(st.sampled_from(["nb", "zinb", "mse_l1"]))
         sizes = draw(WIDTHS), draw(st.integers(2, 6))
         model = scDecoder(D, 2 * H, G, K, likelihood, dropout, *sizes)

@@ -1,4 +1,4 @@
-"""Hostile and broken files of every kind, one by one: refused in a line, or read as they are."""
+"""Tests of hostile and broken files: refused in one line, or read as they are."""
 
 import gzip
 import subprocess
@@ -30,7 +30,7 @@ HEADER = "%%MatrixMarket matrix coordinate integer general\n"
 
 
 def refused(call, *words):
-    """The call raises an InputError of one line that holds these words."""
+    """Check that the call raises an InputError of one line that has these words."""
     with pytest.raises(InputError) as error:
         call()
     line = str(error.value)
@@ -70,6 +70,11 @@ def tenx(tmp_path, cells):
         (HEADER + "60 90 1\n1 1\n", ["three numbers"]),
         (HEADER + "60 90 1\n1 1 5 7\n", ["three numbers"]),
         (HEADER + "60 90 1\n1 1 five\n", ["matrix.mtx"]),
+        (HEADER + "60 90 1\n1 1 2,5\n", ["found the line '1 1 2,5'"]),
+        (HEADER + "60 90 1\n4294967297 1 5\n", ["out of range"]),  # 1 in 32 bits
+        (HEADER + "% more\n60 90 2\n1 1 5\n1 91 5\n", ["Line 5"]),
+        (HEADER + "60 90 2\n1 1 5\r2 1 5\r", ["matrix.mtx"]),  # crashes scipy
+        (HEADER.replace("general", "symmetric") + "60 90 1\n1 85 5\n", ["matrix.mtx"]),
         (HEADER + "60 90 0\n1 1 5\n", ["header says 0"]),
         (HEADER + "60 90\n", ["matrix.mtx"]),
         (HEADER.replace("integer", "pattern") + "60 90 1\n1 1\n", ["pattern"]),
@@ -86,7 +91,7 @@ def test_matrix_market_that_lies(tenx, text, words):
 
 
 def test_matrix_market_as_it_may_be(tenx):
-    """Comments, blank lines, Windows' line breaks, tabs, repeated entries, real counts."""
+    """Comments, blank lines, tabs, Windows line breaks, repeated entries, real numbers."""
     text = (
         HEADER.replace("integer", "Real") + "% a comment\n\n60\t90   3\n1 1 5.0\n1 1 2e0\n9 9 1\n"
     )
@@ -98,7 +103,7 @@ def test_matrix_market_as_it_may_be(tenx):
 
 
 def test_gzip_bomb_is_not_unpacked(tenx):
-    """Three hundred kilobytes that are three hundred megabytes of line breaks."""
+    """300 kB that unpack to 300 MB of line breaks."""
     with gzip.open(tenx / "matrix.mtx.gz", "wb", compresslevel=9) as file:
         file.write((HEADER + "60 90 1\n").encode())
         for _ in range(30):
@@ -158,7 +163,7 @@ def texts(file):
 
 
 def huge(file):
-    """Terabytes that take no room in the file."""
+    """Terabytes of zeros, for which nothing is stored."""
     del file["X"]
     file.create_dataset("X", (90, 10**11), dtype="f8", chunks=(90, 1000))
     file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
@@ -233,8 +238,8 @@ def test_10x_h5_with_wild_indices(tmp_path, cells):
     refused(lambda: read_counts(path), path)
 
 
-def test_hdf5_is_looked_through_in_a_process_of_its_own(tmp_path, cells, monkeypatch):
-    """Whatever becomes of that process, crash or standstill, is one line here."""
+def test_hdf5_is_checked_in_a_separate_process(tmp_path, cells, monkeypatch):
+    """A crash or a hang of that process becomes one line here."""
     cells.write_h5ad(path := tmp_path / "cells.h5ad")
     check_hdf5(path)
     real = subprocess.run
@@ -294,7 +299,7 @@ NAMES += ["\x1b[31mred", "../../etc/passwd", "$x_1$", "Ünïcødé", "a,b;c", "%
 
 
 def test_odd_names_are_read_as_text_and_written_as_they_are(tmp_path, cells, trained, capsys):
-    """Genes, samples and cell types; messages show what a terminal would not."""
+    """Genes, samples and cell types; messages escape what a terminal would not show."""
     types = dict(zip(sorted(set(cells.obs["cell_type"])), NAMES, strict=False))
     cells.obs["cell_type"] = cells.obs["cell_type"].map(types)
     cells.var_names = NAMES + list(cells.var_names[len(NAMES) :])
@@ -312,8 +317,8 @@ def test_odd_names_are_read_as_text_and_written_as_they_are(tmp_path, cells, tra
     flags = ["--bulk", tmp_path / "bulk.csv", "--weights", trained, "--n-cells", 2, "--out", out]
     done = run_inside("bulk2sc.py", *flags)
     assert done.returncode == 0, done.stderr
-    made = anndata.read_h5ad(out)
-    assert list(made.obs["sample"].cat.categories) == samples
+    generated = anndata.read_h5ad(out)
+    assert list(generated.obs["sample"].cat.categories) == samples
     table = pd.read_csv(tmp_path / "proportions.csv")
     assert list(table["sample"]) == samples
     refused(lambda: read_bulk(tmp_path / "bulk.csv", ["X\n\x1b[31m"]), r"X\n\x1b[31m")
@@ -344,7 +349,7 @@ def test_linked_input_is_followed_and_linked_output_is_not(tmp_path, cells, trai
 
 
 def test_excel_bomb_and_slip(tmp_path, monkeypatch):
-    """An archive that unpacks to too much is not unpacked; names in it lead nowhere."""
+    """An archive that unpacks to too much is not unpacked; paths in it are not followed."""
     monkeypatch.setattr(annotate, "MOST_BYTES", 10**8)
     bomb, slip = tmp_path / "bomb.xlsx", tmp_path / "slip.xlsx"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file, file.open("a", "w") as part:
