@@ -1,7 +1,7 @@
-"""Broken and hostile files by the thousand: each is read, or refused in one line that names it.
+"""Fuzzing of the readers: a randomly broken file is read, or refused in one line that names it.
 
-``python -m pytest -m slow tests/test_fuzz.py`` runs 12,000 cases; the usual run has 100. Every case
-follows from its number alone; ``python tests/test_fuzz.py 123`` runs number 123 and shows it.
+A normal test run has 100 cases, ``python -m pytest -m slow tests/test_fuzz.py`` 12,000. A case
+depends on its number alone: ``python tests/test_fuzz.py 123`` runs and shows number 123.
 """
 
 import faulthandler
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import anndata
 import numpy as np
@@ -35,8 +36,8 @@ from readers.bulk import read_bulk
 from runtime.errors import InputError, plain, some
 from runtime.weights import load_mixture, load_model
 
-SECONDS = 30  # that one case may take
-MEMORY = 3 << 30  # bytes that the process may have beyond what it has at the start
+SECONDS = 30  # time limit of a case
+MEMORY = 3 << 30  # bytes that the cases may add to the process
 TOKENS = [
     *(b"\0", b"-1", b"-", b"nan", b"inf", b"1e308", b"1e-308", b"0.5", b"99999999999999999999"),
     *(b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b"\n", b"\r", b"\t", b",", b";", b"#", b" ", b"%"),
@@ -45,12 +46,19 @@ TOKENS = [
 ]
 
 
-# ------------------------------------------------------------------------------ sound files
+# ------------------------------------------------------------------------------ valid files
 
 
 def prepare(folder):
-    """Sound files of every kind that the project reads, small."""
+    """Write a small valid file of every format that is read; returns the folder of weights."""
     cells = make_cells((12, 10, 8), n_genes=24)
+    prepare_cells(folder, cells)
+    prepare_bulks(folder)
+    prepare_tables(folder, sorted(set(cells.obs["cell_type"])))
+    return prepare_weights(folder)
+
+
+def prepare_cells(folder, cells):
     (folder / "new").mkdir()
     write_10x(folder / "new", cells)
     write_10x(folder / "old", cells, layout="old")
@@ -62,25 +70,35 @@ def prepare(folder):
     dense = anndata.AnnData(np.log1p(cells.X.toarray()), obs=cells.obs, var=cells.var)
     dense.layers["counts"] = cells.X.toarray()
     dense.write_h5ad(folder / "dense.h5ad", compression="gzip")
-    bulk = make_cells((2, 1, 1), n_genes=24).to_df().T
+
+
+def prepare_bulks(folder):
+    cells = make_cells((2, 1, 1), n_genes=24)
+    cells.write_h5ad(folder / "bulk.h5ad")
+    bulk = cells.to_df().T
     bulk.to_csv(folder / "bulk.csv")
     bulk.to_csv(folder / "bulk.tsv.gz", sep="\t")
     gct = bulk.rename_axis("Name")
     gct.insert(0, "Description", "na")
     text = f"#1.2\n{bulk.shape[0]}\t{bulk.shape[1]}\n" + gct.to_csv(sep="\t")
     (folder / "bulk.gct").write_text(text)
-    make_cells((2, 1, 1), n_genes=24).write_h5ad(folder / "bulk.h5ad")
+
+
+def prepare_tables(folder, types):
     rows = [["Blood", t, "GENE1,GENE2", "GENE3"] for t in ("B cells", "T cells")]
     table = pd.DataFrame(rows, columns=annotate.COLUMNS)
     table.to_csv(folder / "markers.csv", index=False)
     table.to_excel(folder / "markers.xlsx", index=False)
-    types = sorted(set(cells.obs["cell_type"]))
     (folder / "lineages.csv").write_text(
         "cell_type,lineage\n" + "".join(f"{t},L{i}\n" for i, t in enumerate(types))
     )
     lines = ["sample," + ",".join(types)]
     lines += [f"s{i},0.5,0.3,0.2" for i in range(4)]
     (folder / "fractions.csv").write_text("\n".join(lines) + "\n")
+
+
+def prepare_weights(folder):
+    """Train small models; returns the folder, in which the checkpoints are left."""
     weights = folder / "weights"
     tiny = {
         "train_gmvae.py": ["--n-hidden", 4, "--n-latent", 3, "--epochs", 2, "--vae-epochs", 1],
@@ -88,13 +106,9 @@ def prepare(folder):
         "train_encoder.py": ["--n-hidden", 4, "--epochs", 2, "--batch-size", 4],
     }
     for script, flags in tiny.items():
-        own = ["--data", folder / "sparse.h5ad", "--weights", weights]
-        finished = training.Run.finished
-        training.Run.finished = lambda run: None  # leaves the checkpoint there
-        try:
-            done = run_inside(script, *own, *flags)
-        finally:
-            training.Run.finished = finished
+        where = ["--data", folder / "sparse.h5ad", "--weights", weights]
+        with mock.patch.object(training.TrainingRun, "remove_checkpoint"):
+            done = run_inside(script, *where, *flags)
         assert done.returncode == 0, done.stderr
     return weights
 
@@ -103,64 +117,72 @@ def prepare(folder):
 
 
 def mutate(data, rng):
-    """Bytes changed in one to three ways, and the words for it."""
-    words = []
+    """Change bytes in one to three random ways; returns them and a description."""
+    changes = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        n = len(data)
-        a, b = sorted(int(i) for i in rng.integers(0, n + 1, 2))
-        b = min(b, a + int(2 ** rng.uniform(0, 12)))
-        way = rng.integers(9)
-        if way == 0:
-            data, word = data[:a], f"cut at {a} of {n}"
-        elif way in (1, 2) and n:
-            changed = bytearray(data)
-            bits = rng.integers(0, 8 * n, int(2 ** rng.uniform(0, 4)))
-            for bit in bits:
-                changed[bit // 8] ^= 1 << (bit % 8)
-            data, word = bytes(changed), f"{len(bits)} bits flipped"
-        elif way == 3:
-            data, word = data[:a] + rng.bytes(b - a) + data[b:], f"noise in {a}:{b}"
-        elif way == 4:
-            data, word = data[:a] + data[b:], f"{a}:{b} removed"
-        elif way == 5:
-            data, word = data[:b] + data[a:b] + data[b:], f"{a}:{b} doubled"
-        elif way == 6:
-            c = int(rng.integers(0, n + 1))
-            data, word = data[:c] + data[a:b] + data[c:], f"{a}:{b} copied to {c}"
-        else:
-            token = TOKENS[rng.integers(len(TOKENS))]
-            over = len(token) * int(rng.integers(2))
-            data, word = data[:a] + token + data[a + over :], f"{token!r} at {a}"
-        words.append(word)
-    return data, "; ".join(words)
+        data, change = mutate_once(data, rng)
+        changes.append(change)
+    return data, "; ".join(changes)
+
+
+def mutate_once(data, rng):
+    """Change bytes in one random way; returns them and a description."""
+    n = len(data)
+    a, b = sorted(int(i) for i in rng.integers(0, n + 1, 2))
+    b = min(b, a + int(2 ** rng.uniform(0, 12)))
+    way = rng.integers(9)
+    if way == 0:
+        return data[:a], f"cut at {a} of {n}"
+    if way in (1, 2) and n:
+        flipped = bytearray(data)
+        bits = rng.integers(0, 8 * n, int(2 ** rng.uniform(0, 4)))
+        for bit in bits:
+            flipped[bit // 8] ^= 1 << (bit % 8)
+        return bytes(flipped), f"{len(bits)} bits flipped"
+    if way == 3:
+        return data[:a] + rng.bytes(b - a) + data[b:], f"noise in {a}:{b}"
+    if way == 4:
+        return data[:a] + data[b:], f"{a}:{b} removed"
+    if way == 5:
+        return data[:b] + data[a:b] + data[b:], f"{a}:{b} doubled"
+    if way == 6:
+        c = int(rng.integers(0, n + 1))
+        return data[:c] + data[a:b] + data[c:], f"{a}:{b} copied to {c}"
+    token = TOKENS[rng.integers(len(TOKENS))]
+    n_replaced = len(token) * int(rng.integers(2))
+    return data[:a] + token + data[a + n_replaced :], f"{token!r} at {a}"
 
 
 def mutate_file(path, rng):
-    """Change a file in place: as it is, or what is packed in it; returns the words for it."""
+    """Change a file in place, or what is compressed in it; returns a description."""
     data = path.read_bytes()
     inside = rng.random() < 0.6
     if inside and data[:2] == b"\x1f\x8b":
-        changed, words = mutate(gzip.decompress(data), rng)
+        changed, change = mutate(gzip.decompress(data), rng)
         path.write_bytes(gzip.compress(changed))
-        return f"unpacked: {words}"
+        return f"unpacked: {change}"
     if inside and zipfile.is_zipfile(path):
-        packed = {}
-        with zipfile.ZipFile(path) as file:
-            packed = {name: file.read(name) for name in file.namelist()}
-        names = list(packed)
-        # The pickle, where it is one: tensors are but numbers.
-        name = next((n for n in names if n.endswith("data.pkl")), names[rng.integers(len(names))])
-        name = name if rng.random() < 0.6 else names[rng.integers(len(names))]
-        packed[name], words = mutate(packed[name], rng)
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as file:
-            for name_, content in packed.items():
-                file.writestr(name_, content)
-        path.write_bytes(buffer.getvalue())
-        return f"{name}: {words}"
-    changed, words = mutate(data, rng)
+        return mutate_archive(path, rng)
+    changed, change = mutate(data, rng)
     path.write_bytes(changed)
-    return words
+    return change
+
+
+def mutate_archive(path, rng):
+    """Change a file in a zip archive; returns a description."""
+    with zipfile.ZipFile(path) as file:
+        packed = {name: file.read(name) for name in file.namelist()}
+    names = list(packed)
+    # Mostly the pickle, if there is one: tensors are only numbers.
+    name = next((n for n in names if n.endswith("data.pkl")), names[rng.integers(len(names))])
+    name = name if rng.random() < 0.6 else names[rng.integers(len(names))]
+    packed[name], change = mutate(packed[name], rng)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for packed_name, content in packed.items():
+            file.writestr(packed_name, content)
+    path.write_bytes(buffer.getvalue())
+    return f"{name}: {change}"
 
 
 # ---------------------------------------------------------------------------------- targets
@@ -187,18 +209,19 @@ MODELS = {
 
 
 def resume(path, sound):
-    """Take a checkpoint up, as its training does at the start."""
+    """Resume from a checkpoint, as its training does at the start."""
     name = path.name.removesuffix("_checkpoint.pt")
     script = {"scGMVAE": "train_gmvae", "scDecoder": "train_decoder"}.get(name, "train_encoder")
     card = torch.load(sound, weights_only=True)
-    own = {k: v for k, v in card["settings"].items() if k not in ("data", "weights", "resume")}
-    cfg = importlib.import_module(script).Settings(**own, weights=path.parent, resume=True)
+    changed = {"data", "weights", "resume"}
+    settings = {name: value for name, value in card["settings"].items() if name not in changed}
+    cfg = importlib.import_module(script).Settings(**settings, weights=path.parent, resume=True)
     model, _ = load_model(sound.with_name(f"{name}_model.pt"), MODELS[f"{name}_model.pt"])
     fast = {"scGMVAE": ["mu", "log_var", "decoder.log_theta"], "scDecoder": ["log_theta"]}
     fast = [model.get_parameter(p) for p in fast.get(name, [])]
     optimizer, schedule = training.two_rate_optimizer(model, fast, cfg, 2, name != "scGMVAE")
     rng = np.random.default_rng(0)
-    run = training.Run(name, cfg, model, optimizer, schedule, rng, card["made_from"])
+    run = training.TrainingRun(name, cfg, model, optimizer, schedule, rng, card["made_from"])
     assert run.resumed
 
 
@@ -207,7 +230,7 @@ TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]
 
 
 def read_blocks(path):
-    """Read cells as the trainings do with --backed, again and again, from a file left open."""
+    """Read cells several times from an open file, as the trainings do with --backed."""
     cells = load_cells(TrainingSettings(data=str(path), backed=True))
     try:
         cells.X[np.arange(cells.n_obs)[::-1]]
@@ -217,7 +240,7 @@ def read_blocks(path):
 
 
 def read(path, sound):
-    """Read a file as the scripts do. path: of the changed one; sound: of the unchanged one."""
+    """Read the file ``path`` as the scripts do; ``sound`` is the same file before the change."""
     name = path.name
     if path.parent.name in ("new", "old"):
         load_cells(DatasetSettings(data=str(path.parent)))
@@ -245,16 +268,20 @@ def read(path, sound):
 
 
 def run_case(number, originals, names, folder):
-    """Run one case; returns ``(words, outcome)``, outcome "read" or the line that the user sees.
+    """Run one case.
 
-    Any other exception than those that ``run_script`` turns into a line goes through.
+    Returns:
+        ``(change, outcome)``: what was changed, and "read" or the line that the user sees.
+
+    Raises:
+        Exception: any that ``run_script`` would not turn into a line.
     """
     rng = np.random.default_rng([number, 7])
     name = names[rng.integers(len(names))]
     path = folder / name
-    for other in filter(Path.is_file, path.parent.iterdir()):  # what the last case changed
+    for other in filter(Path.is_file, path.parent.iterdir()):  # undo the last case
         other.write_bytes((originals / other.relative_to(folder)).read_bytes())
-    words = f"{name}: {mutate_file(path, rng)}"
+    change = f"{name}: {mutate_file(path, rng)}"
     try:
         read(path, originals / name)
     except (InputError, OSError) as error:
@@ -262,12 +289,12 @@ def run_case(number, originals, names, folder):
         assert line.strip(), "an empty message"
         known = (path.name, path.parent.name, path.with_suffix("").name, "--tissue")
         assert any(word in line for word in known), f"{line} does not name the file"
-        return words, line
-    return words, "read"
+        return change, line
+    return change, "read"
 
 
 def run_cases(numbers):
-    """Run cases in this process, each announced on stdout before it starts."""
+    """Run cases in this process; print the number of each before it starts."""
     with tempfile.TemporaryDirectory() as top:
         originals, folder = Path(top) / "sound", Path(top) / "changed"
         originals.mkdir()
@@ -279,22 +306,22 @@ def run_cases(numbers):
                 target = folder / names[-1]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        for name in names:  # as they are, all are read
+        for name in names:  # all are read before any change
             read(folder / name, originals / name)
         before = psutil.Process().memory_info().rss
         faulthandler.enable()
         for number in numbers:
             print(f"\ncase {number}", flush=True)
-            signal.alarm(SECONDS)  # ends the process
-            words, outcome = run_case(number, originals, names, folder)
+            signal.alarm(SECONDS)  # kills the process
+            change, outcome = run_case(number, originals, names, folder)
             signal.alarm(0)
-            print(f"\ndone {number} | {words} | {outcome}", flush=True)
+            print(f"\ndone {number} | {change} | {outcome}", flush=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         assert peak < before + MEMORY, f"a peak of {peak / 1e9:.1f} GB"
 
 
 def fuzz(first, n):
-    """Run n cases in a process of their own; returns their outcomes, a line for each."""
+    """Run n cases in a separate process; returns their outcomes."""
     command = [sys.executable, __file__, f"{first}:{first + n}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
@@ -311,7 +338,7 @@ def fuzz(first, n):
 
 
 def check_outcomes(outcomes):
-    """A fuzz run in which nothing is refused, or all, has not tested anything."""
+    """Return the share that was read; all or nothing would mean that nothing was tested."""
     share = sum(outcome == "read" for outcome in outcomes) / len(outcomes)
     assert 0.05 < share < 0.9, some(outcomes)
     return share
@@ -324,7 +351,7 @@ def test_broken_files_are_read_or_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 13000, 1000))
 def test_broken_files_by_the_thousand(first):
-    """Some minutes each."""
+    """A thousand cases take some minutes."""
     share = check_outcomes(fuzz(first, 1000))
     print(f"cases {first} to {first + 999}: {share:.0%} read, the others refused in one line")
 
