@@ -309,7 +309,7 @@ def sample_in_memory(cells, codes, rng, what):
     if cells.n_obs > limit:
         rows = sample_by_type(codes, limit, rng)
         print(f"{what}: from {len(rows):,} of {cells.n_obs:,} cells, drawn at random by type")
-    X = cells.X.only()[rows]  # only() is a view with its own blocks, which go with it
+    X = cells.X.only()[rows]  # a new view, whose blocks are not kept
     sample = anndata.AnnData(X, obs=cells.obs.iloc[rows].copy(), var=cells.var.copy())
     sample.uns |= cells.uns
     return sample, rows

@@ -9,7 +9,7 @@ import pandas as pd
 
 from runtime.errors import InputError, one_line
 
-MOST_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
+MAX_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
 
 # What broken files raise, depending on the library that reads them.
 UNREADABLE = (
@@ -93,17 +93,17 @@ def read_table(path, **options):
         path: the file. options: for pandas; columns are text unless ``dtype`` says otherwise.
 
     Raises:
-        InputError: it is unreadable, or has more than MOST_COLUMNS columns or bytes than fit into
+        InputError: it is unreadable, or has more than MAX_COLUMNS columns or bytes than fit into
             memory.
     """
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
     try:
         with open_bounded(path) as file:
-            first_line = file.readline(100 * MOST_COLUMNS).decode("utf-8", "replace")
+            first_line = file.readline(100 * MAX_COLUMNS).decode("utf-8", "replace")
         n_columns = first_line.count(options.get("sep", ",")) + 1
-        if n_columns > MOST_COLUMNS:
+        if n_columns > MAX_COLUMNS:
             raise InputError(
-                f"{path}: found {n_columns:,} columns or more, expected at most {MOST_COLUMNS:,}"
+                f"{path}: found {n_columns:,} columns or more, expected at most {MAX_COLUMNS:,}"
             )
         with open_bounded(path) as file:
             return pd.read_csv(file, **options)

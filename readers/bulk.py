@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from readers.bounded import MOST_COLUMNS, UNREADABLE, open_bounded, read_table
+from readers.bounded import MAX_COLUMNS, UNREADABLE, open_bounded, read_table
 from readers.counts import check_sparse
 from readers.gene_names import bare_id, find_genes, n_found, name_map
 from readers.hdf5 import check_hdf5
@@ -115,7 +115,7 @@ def read_bulk_csv(path):
     """A csv, tsv or GCT as it is, with its first column as the index, and all names as text."""
     try:
         with open_bounded(path) as file:
-            longest = 100 * MOST_COLUMNS  # a file without line breaks is one line
+            longest = 100 * MAX_COLUMNS  # a file without line breaks is one line
             lines = [file.readline(longest).decode("utf-8-sig") for _ in range(20)]
         lines = list(itertools.takewhile(bool, lines))  # to the end of the file
         n_skipped = find_header(lines)
@@ -316,10 +316,11 @@ def check_values(bulk, original, where):
     wrong = ~np.isfinite(X) | (X < 0) | (X > 1e15)  # sums must stay finite
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
-        found = original[i, j]
+        value = original[i, j]
+        shown = repr(value) if isinstance(value, str) else f"{value:g}"
         raise InputError(
-            f"{where}: found {repr(found) if isinstance(found, str) else f'{found:g}'} (sample "
-            f"{samples[i]}, gene {bulk.genes[j]}), expected a number: counts, TPM or CPM, 0 to 1e15"
+            f"{where}: found {shown} (sample {samples[i]}, gene {bulk.genes[j]}), expected a "
+            "number: counts, TPM or CPM, 0 to 1e15"
         )
     repeated = samples[pd.Index(samples).duplicated()]
     if len(repeated):

@@ -38,8 +38,8 @@ def check_counts(X, where, cells, genes):
     # Every value, not a sample: a log-normalised layer read as counts spoils all that follows, and
     # nothing else would show it.
     if getattr(X, "dtype", np.dtype(object)).kind not in "biuf":
-        found = getattr(X, "dtype", type(X).__name__)
-        raise InputError(f"{where}: found values of type {found}, expected numbers")
+        dtype = getattr(X, "dtype", type(X).__name__)
+        raise InputError(f"{where}: found values of type {dtype}, expected numbers")
     check_shape(X.shape, where, cells, genes)
     X = sp.csr_matrix(check_sparse(X, where))
     check_values(X, where, cells, genes)

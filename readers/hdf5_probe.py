@@ -1,4 +1,4 @@
-"""Read an HDF5 file in a process of its own, as a broken one can crash or hang the library.
+"""Read an HDF5 file in a separate process, as a broken one can crash or hang the library.
 
     python readers/hdf5_probe.py cells.h5ad
     python readers/hdf5_probe.py cells.h5ad obs var          # only these groups count

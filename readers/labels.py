@@ -86,7 +86,7 @@ def select_label_columns(table, path):
         table: the file, its header, if any, in the first row. path: for the message.
 
     Raises:
-        InputError: the columns cannot be told.
+        InputError: it is not clear which columns these are.
     """
     header = [str(name).strip().lower() for name in table.iloc[0]]
     if "barcode" in header and "cell_type" in header:
