@@ -1,4 +1,4 @@
-"""Cell types from counts without R: the ScType score on scanpy's clusters.
+"""Annotate cells with cell types, without R: the ScType score on scanpy's clusters.
 
     python annotate.py --data pbmc1k_v3
     python annotate.py --data liver.h5ad --db ScTypeDB_full.xlsx --tissue Liver --out liver
@@ -17,10 +17,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
+import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
+from sklearn.neighbors import NearestNeighbors
 
 from data import choose_genes, library_size, log_normalise
 from plotting import write_clusters
@@ -32,9 +35,9 @@ from runtime.errors import InputError, one_line, some
 from runtime.script import flag, run_script
 from runtime.writing import write_whole
 
-# Of the marker table, named as ScType's own.
+# Of the marker table, in ScType's spelling; the last two are positive and negative markers.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
-MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own has a million
+MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
 
 
 @dataclass
@@ -71,29 +74,51 @@ class Settings:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
 
 
+# ----------------------------------------------------------------------------------- marker table
+
+
 def fetch(db):
-    """The marker table's file; an address is downloaded once, into the current folder."""
+    """Path of the marker table; an address is downloaded once, into the current folder."""
     if not re.match(r"(https?|ftp|file)://", db):
         if not Path(db).is_file():
             raise InputError(f"{db}: no such file, expected a marker table for --db")
         return Path(db)
-    kept = Path(Path(re.sub(r"[?#].*", "", db)).name)
-    if not kept.is_file():
+    path = Path(Path(re.sub(r"[?#].*", "", db)).name)
+    if not path.is_file():
         try:
             with urllib.request.urlopen(db, timeout=60) as answer:
                 content = answer.read()
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise InputError(f"{db}: could not be downloaded for --db ({error})") from error
-        write_whole(kept, lambda path: path.write_bytes(content))
-        print(f"{db}: downloaded, kept as {kept}")
-    return kept
+        write_whole(path, lambda part: part.write_bytes(content))
+        print(f"{db}: downloaded, kept as {path}")
+    return path
+
+
+def read_excel(path):
+    """First sheet of an Excel file, every cell as text.
+
+    Raises:
+        InputError: unreadable, or larger than ``MOST_BYTES`` when unpacked.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(record.file_size for record in file.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
+        return pd.read_excel(path, dtype=str, keep_default_na=False)
+    except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
+        raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error
 
 
 def read_markers(db, tissue):
-    """Marker sets of a tissue from a table with the columns ``COLUMNS``, comma-separated genes.
+    """Marker genes of a tissue from a table with the columns ``COLUMNS``, comma-separated genes.
 
     Rows of one cell type are joined. Symbols are compared in capitals, so that a table of human
-    symbols serves mouse data, too.
+    symbols also serves mouse data.
+
+    Args:
+        db: path or address of a csv or xlsx. tissue: one of its tissues.
 
     Returns:
         dict: cell type -> (positive, negative), two lists of gene symbols.
@@ -102,17 +127,7 @@ def read_markers(db, tissue):
         InputError: unreadable, columns missing, or no such tissue.
     """
     path = fetch(db)
-    if path.suffix.lower() == ".xlsx":
-        try:
-            with zipfile.ZipFile(path) as file:
-                size = sum(record.file_size for record in file.infolist())
-            if size > MOST_BYTES:
-                raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
-            table = pd.read_excel(path, dtype=str, keep_default_na=False)
-        except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
-            raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error
-    else:
-        table = read_table(path)
+    table = read_excel(path) if path.suffix.lower() == ".xlsx" else read_table(path)
     if missing := [name for name in COLUMNS if name not in table]:
         raise InputError(
             f"{path}: no column {', '.join(missing)}, expected a marker table with "
@@ -122,16 +137,21 @@ def read_markers(db, tissue):
     if tissue not in tissues:
         raise InputError(f"--tissue {tissue}: not in {path}, which knows {', '.join(tissues)}")
     markers = {}
-    for _, name, *columns in table.loc[table["tissueType"] == tissue, COLUMNS].itertuples(False):
-        sets = markers.setdefault(name.strip(), ([], []))
-        for own, text in zip(sets, columns, strict=True):
-            genes = re.sub(r"\s", "", text).upper().split(",")
-            own += [g for g in dict.fromkeys(genes) if g not in {"", "NA", *own}]
+    rows = table.loc[table["tissueType"] == tissue, COLUMNS]
+    for _, name, *columns in rows.itertuples(index=False):
+        positive_negative = markers.setdefault(name.strip(), ([], []))
+        for markers_of_sign, text in zip(positive_negative, columns, strict=True):
+            symbols = re.sub(r"\s", "", text).upper().split(",")
+            known = {"", "NA", *markers_of_sign}
+            markers_of_sign += [g for g in dict.fromkeys(symbols) if g not in known]
     return markers
 
 
+# ------------------------------------------------------------------------------------------- score
+
+
 def sctype_scores(z, genes, markers):
-    """ScType scores (K x N) of cells by the markers of K cell types.
+    """ScType scores (K, N) of cells by the markers of K cell types.
 
         score_kc = Σ_{g in P_k} s_g z_gc / √|P_k| − Σ_{g in N_k} s_g z_gc / √|N_k|
         s_g = 1 − (n_g − 1) / (K − 1)
@@ -140,57 +160,60 @@ def sctype_scores(z, genes, markers):
     gene g as a positive marker. A gene that is only ever negative has s_g = 1.
 
     Args:
-        z: expression scaled to mean 0 and variance 1 over all cells (N x G). genes: names (G).
+        z: expression scaled to mean 0 and variance 1 over all cells (N, G). genes: names (G).
         markers: as :func:`read_markers` gives them.
     """
-    positive = [set(p) for p, _ in markers.values()]
-    times = pd.Series([g for own in positive for g in own], dtype=object).value_counts()
-    sensitivity = 1 - (times - 1) / max(len(positive) - 1, 1)
+    positive, negative = zip(*markers.values(), strict=True)
+    n_types = pd.Series([g for p in positive for g in set(p)], dtype=object).value_counts()  # n_g
+    sensitivity = 1 - (n_types - 1) / max(len(markers) - 1, 1)
     genes = pd.Index(genes).str.upper()
-    weight = sensitivity.reindex(genes).fillna(1.0).to_numpy(float)  # (G,)
+    s = sensitivity.reindex(genes).fillna(1.0).to_numpy(float)  # (G)
+    weights = marker_weights(positive, genes, s) - marker_weights(negative, genes, s)  # (K, G)
+    return weights @ np.asarray(z, float).T  # (K, N)
 
-    def weights(sets):
-        member = np.array([genes.isin(list(own)) for own in sets], float)  # (K, G)
-        return member * weight / np.sqrt(np.maximum(member.sum(axis=1, keepdims=True), 1))
 
-    negative = [n for _, n in markers.values()]
-    return (weights(positive) - weights(negative)) @ np.asarray(z, float).T
+def marker_weights(marker_sets, genes, sensitivity):
+    """s_g / √|P_k| at the markers of each type that the data has, else 0 (K, G)."""
+    member = np.array([genes.isin(list(symbols)) for symbols in marker_sets], float)  # (K, G)
+    return member * sensitivity / np.sqrt(np.maximum(member.sum(axis=1, keepdims=True), 1))
 
 
 def name_clusters(scores, cell_types, clusters):
-    """The three best types of each cluster, and its name: the best one, or Unknown.
+    """Name each cluster by its best type, or Unknown, and list its three best types.
 
-    A cluster's score is the sum over its cells; under a quarter of their number it is Unknown.
+    A cluster's score is the sum over its cells. Below a quarter of their number it is Unknown.
 
     Args:
-        scores: (K x N). cell_types: names (K). clusters: integer codes (N).
+        scores: (K, N). cell_types: names (K). clusters: integer codes (N).
 
     Returns:
         DataFrame: cluster, cells, cell_type, rank, candidate, score; up to three rows a cluster.
     """
     rows = []
     for cluster in np.unique(clusters):
-        own = clusters == cluster
-        total = scores[:, own].sum(axis=1)
+        in_cluster = clusters == cluster
+        n_cells = in_cluster.sum()
+        total = scores[:, in_cluster].sum(axis=1)  # (K)
         best = np.argsort(-total, kind="stable")[:3]
-        name = "Unknown" if total[best[0]] < own.sum() / 4 else cell_types[best[0]]
+        name = "Unknown" if total[best[0]] < n_cells / 4 else cell_types[best[0]]
         for rank, k in enumerate(best, 1):
-            rows.append((cluster, own.sum(), name, rank, cell_types[k], round(total[k], 3)))
+            rows.append((cluster, n_cells, name, rank, cell_types[k], round(total[k], 3)))
     return pd.DataFrame(
         rows, columns=["cluster", "cells", "cell_type", "rank", "candidate", "score"]
     )
 
 
+# ---------------------------------------------------------------------------------------- clusters
+
+
 def shared_neighbors(pcs, k):
-    """Graph of cells by the neighbours they share, as Seurat makes it: CSR (N x N).
+    """Graph of cells by the neighbours they share, as Seurat builds it: CSR (N x N).
 
         w_ij = |N_i ∩ N_j| / |N_i ∪ N_j|, 0 below 1/15
 
-    N_i: the k nearest cells of cell i, itself among them. pcs: (N x D).
+    N_i: the k nearest cells of cell i, with i itself. pcs: (N, D).
     """
-    from sklearn.neighbors import NearestNeighbors
-
-    A = NearestNeighbors(n_neighbors=k).fit(pcs).kneighbors_graph(pcs)  # (N, N)
+    A = NearestNeighbors(n_neighbors=k).fit(pcs).kneighbors_graph(pcs)  # (N x N)
     shared = (A @ A.T).tocsr()
     shared.data /= 2 * k - shared.data
     shared.data[shared.data < 1 / 15] = 0
@@ -199,29 +222,32 @@ def shared_neighbors(pcs, k):
     return shared
 
 
-def cluster_cells(cells, cfg):
-    """Log-normalise, choose variable genes, and cluster the cells in their PCs.
+def scale_genes(X):
+    """Each column of a sparse matrix (N x G) to mean 0 and variance 1, at most 10; dense."""
+    X = X.toarray().astype(np.float64)
+    sd = X.std(axis=0, ddof=1)
+    return np.minimum((X - X.mean(axis=0)) / np.where(sd > 0, sd, 1), 10)
 
-    Seurat's way, but for Leiden in place of Louvain.
+
+def cluster_cells(cells, cfg):
+    """Log-normalise, choose variable genes, and cluster the cells by their PCs.
+
+    As Seurat does, with Leiden in place of Louvain.
 
     Returns:
         AnnData of log-normalised cells with ``.obs["cluster"]`` (codes by falling size) and
         ``.obsm["X_umap"]``.
     """
-    import anndata
-    import scanpy as sc
-
-    work = cells.copy()
-    n_pcs = min(50, work.n_obs - 1, work.n_vars - 1, cfg.n_genes - 1)
+    n_pcs = min(50, cells.n_obs - 1, cells.n_vars - 1, cfg.n_genes - 1)
     if n_pcs < cfg.dims:
         raise InputError(
-            f"--dims: found {cfg.dims}, expected at most {max(n_pcs, 0)} for {work.n_obs} cells"
+            f"--dims: found {cfg.dims}, expected at most {max(n_pcs, 0)} for {cells.n_obs} cells"
         )
-    variable = choose_genes(work, cfg.n_genes)
-    work.X = log_normalise(work.X, dtype=np.float32)  # scanpy's own default
-    variable = anndata.AnnData(scale_genes(work[:, variable].X))
+    log = cells.copy()
+    log.X = log_normalise(cells.X, dtype=np.float32)  # as scanpy does by default
+    variable = anndata.AnnData(scale_genes(log[:, choose_genes(cells, cfg.n_genes)].X))
     sc.pp.pca(variable, n_comps=n_pcs, random_state=cfg.seed)
-    k = min(cfg.n_neighbors, work.n_obs - 1)
+    k = min(cfg.n_neighbors, cells.n_obs - 1)
     sc.tl.leiden(
         variable,
         resolution=cfg.resolution,
@@ -234,85 +260,103 @@ def cluster_cells(cells, cfg):
     sc.pp.neighbors(variable, n_neighbors=k, n_pcs=cfg.dims, random_state=cfg.seed)
     sc.tl.umap(variable, random_state=cfg.seed)
     _, codes, size = np.unique(variable.obs["leiden"], return_inverse=True, return_counts=True)
-    work.obs["cluster"] = np.argsort(np.argsort(-size, kind="stable"))[codes]
-    work.obsm["X_umap"] = variable.obsm["X_umap"]
-    return work
+    log.obs["cluster"] = np.argsort(np.argsort(-size, kind="stable"))[codes]
+    log.obsm["X_umap"] = variable.obsm["X_umap"]
+    return log
 
 
-def scale_genes(X):
-    """Each column of a sparse matrix (N x G) to mean 0 and variance 1, at most 10; dense."""
-    X = X.toarray().astype(np.float64)
-    sd = X.std(axis=0, ddof=1)
-    return np.minimum((X - X.mean(axis=0)) / np.where(sd > 0, sd, 1), 10)
+# --------------------------------------------------------------------------------- input and output
 
 
 def export_10x(cells, folder):
     """Write counts as a 10x folder in the layout of Cell Ranger 3; each file whole or not at all.
 
-    Ids stand in the first column, symbols in the second, whichever of them is the cells' gene
-    name; a gene that has one name alone goes by it in both.
+    The first column of features.tsv.gz holds ids, the second symbols, whichever of them is the
+    cells' gene name. A gene with a single name has it in both.
     """
-
-    def zipped(text):
-        return lambda path: path.write_bytes(gzip.compress(text.encode(), mtime=0))
-
-    def write_matrix(path):
-        with gzip.open(path, "wb", compresslevel=6) as file:
-            scipy.io.mmwrite(file, sp.coo_matrix(cells.X.T), field="integer")
-
     rows = []
     for name, other in zip(cells.var_names, cells.var["gene_ids"], strict=True):
         pair = (name, other or name) if bare_id(name) else (other or name, name)
         rows.append("\t".join((*pair, "Gene Expression")) + "\n")
-    write_whole(folder / "barcodes.tsv.gz", zipped("".join(f"{b}\n" for b in cells.obs_names)))
-    write_whole(folder / "features.tsv.gz", zipped("".join(rows)))
-    write_whole(folder / "matrix.mtx.gz", write_matrix)
+    write_gzip(folder / "barcodes.tsv.gz", "".join(f"{b}\n" for b in cells.obs_names))
+    write_gzip(folder / "features.tsv.gz", "".join(rows))
+    write_whole(folder / "matrix.mtx.gz", lambda path: write_matrix(path, cells.X))
 
 
-def main(cfg):
+def write_gzip(path, text):
+    """Write a text, compressed and without a time stamp."""
+    content = gzip.compress(text.encode(), mtime=0)
+    write_whole(path, lambda part: part.write_bytes(content))
+
+
+def write_matrix(path, X):
+    """Write counts (N x G) in Matrix Market format, genes in rows as Cell Ranger has them."""
+    with gzip.open(path, "wb", compresslevel=6) as file:
+        scipy.io.mmwrite(file, sp.coo_matrix(X.T), field="integer")
+
+
+def output_folder(cfg):
+    """--out, or the folder of the data.
+
+    Raises:
+        InputError: without --out, if cell types are there already.
+    """
+    if cfg.out is not None:
+        return cfg.out
     source = Path(cfg.data)
-    if cfg.export is not None:
-        cells = read_counts(cfg.data)
-        export_10x(cells, cfg.export)
-        print(f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {cfg.export}")
-        return
-    beside = source if source.is_dir() or cfg.data == EMBEDDED else source.parent
-    out = cfg.out or beside
-    if cfg.out is None and (out / LABEL_FILE).exists():
+    folder = source if source.is_dir() or cfg.data == EMBEDDED else source.parent
+    if (folder / LABEL_FILE).exists():
         raise InputError(
-            f"{out / LABEL_FILE}: cell types are there already; name the folder with --out to "
+            f"{folder / LABEL_FILE}: cell types are there already; name the folder with --out to "
             "write over them"
         )
-    markers = read_markers(cfg.db, cfg.tissue)  # before the data: it is quick
+    return folder
+
+
+def read_cells(cfg):
+    """AnnData of raw counts; cells without any are left out."""
     cells = read_counts(cfg.data)
     if (empty := library_size(cells.X) == 0).any():
         print(f"{cfg.data}: {empty.sum():,} cells without a single count left out")
         cells = cells[~empty].copy()
     print(f"{cfg.data}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
-    wanted = {g for sets in markers.values() for own in sets for g in own}
-    # Symbols are the names of the genes or, where those are ids, their other names.
-    symbols = [pd.Index(n).str.upper() for n in (cells.var_names, cells.var["gene_ids"])]
-    names = max(symbols, key=lambda n: n.isin(wanted).sum())
-    used = names.isin(wanted)
-    if not used.any():
+    return cells
+
+
+def match_markers(cells, markers, cfg):
+    """Find the marker genes among the genes of the data, by name or, if those are ids, by symbol.
+
+    Returns:
+        names of all genes in capitals (G) and a mask of the markers among them (G).
+
+    Raises:
+        InputError: the data has none of the markers.
+    """
+    symbols = {g for positive, negative in markers.values() for g in (*positive, *negative)}
+    names = [pd.Index(n).str.upper() for n in (cells.var_names, cells.var["gene_ids"])]
+    names = max(names, key=lambda n: n.isin(symbols).sum())
+    is_marker = names.isin(symbols)
+    if not is_marker.any():
         raise InputError(
-            f"{cfg.db}: none of its {len(wanted)} markers ({some(sorted(wanted))}) is a gene of "
+            f"{cfg.db}: none of its {len(symbols)} markers ({some(sorted(symbols))}) is a gene of "
             f"the data ({some(cells.var_names)})"
         )
     print(
-        f"{cfg.db}: {len(markers)} cell types of {cfg.tissue}; {len(set(names[used]))} of "
-        f"{len(wanted)} markers are genes of the data"
+        f"{cfg.db}: {len(markers)} cell types of {cfg.tissue}; {len(set(names[is_marker]))} of "
+        f"{len(symbols)} markers are genes of the data"
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        clustered = cluster_cells(cells, cfg)
+    return names, is_marker
+
+
+def write_results(out, clustered, table):
+    """Write the cell types, the table of clusters and their picture, and print a summary.
+
+    clustered: as :func:`cluster_cells` gives it. table: of :func:`name_clusters`.
+    """
     clusters = clustered.obs["cluster"].to_numpy()
-    scores = sctype_scores(scale_genes(clustered.X[:, used]), names[used], markers)
-    table = name_clusters(scores, list(markers), clusters)
     best = table[table["rank"] == 1].set_index("cluster")
     cell_type = best["cell_type"].reindex(clusters).to_numpy()
-
-    labels = pd.DataFrame({"barcode": cells.obs_names, "cell_type": cell_type})
+    labels = pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
     write_whole(out / LABEL_FILE, lambda path: labels.to_csv(path, index=False))
     write_whole(out / "clusters.csv", lambda path: table.to_csv(path, index=False))
     write_clusters(out / "clusters.png", clustered.obsm["X_umap"], clusters, cell_type)
@@ -322,6 +366,25 @@ def main(cfg):
         f"{len(set(cell_type) - {'Unknown'})} cell types, {np.sum(cell_type == 'Unknown'):,} of "
         f"{len(cell_type):,} cells Unknown"
     )
+
+
+def main(cfg):
+    if cfg.export is not None:
+        cells = read_counts(cfg.data)
+        export_10x(cells, cfg.export)
+        print(f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {cfg.export}")
+        return
+    out = output_folder(cfg)
+    markers = read_markers(cfg.db, cfg.tissue)  # before the data, as it takes less time
+    cells = read_cells(cfg)
+    names, is_marker = match_markers(cells, markers, cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        clustered = cluster_cells(cells, cfg)
+    z = scale_genes(clustered.X[:, is_marker])  # (N, markers)
+    scores = sctype_scores(z, names[is_marker], markers)
+    table = name_clusters(scores, list(markers), clustered.obs["cluster"].to_numpy())
+    write_results(out, clustered, table)
 
 
 if __name__ == "__main__":

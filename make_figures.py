@@ -1,4 +1,4 @@
-"""Every picture of README, remade from a dataset and the weights trained on it.
+"""Remake every picture of README from a dataset and the weights trained on it.
 
     python make_figures.py                                         # embedded data, shipped weights
     python make_figures.py --data pbmc1k_v3 --weights w0           # README's own
@@ -15,10 +15,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
+import scanpy
 import scipy.sparse as sp
 import torch
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
 from baselines import predict_proportions
@@ -34,7 +38,7 @@ from data import (
 )
 from generation import CHUNK, calibrate_to, draw_types, load_weights, log_cpm, new_cells
 from metrics import concordance, find_markers
-from models import encode_cells, scGMVAE
+from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from plotting import (
     write_curves,
     write_joint,
@@ -49,7 +53,8 @@ from runtime.errors import InputError
 from runtime.script import run_script
 from runtime.weights import load_model
 
-N_NEIGHBORS = 30  # of each real cell, in which generated ones are counted
+N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
+MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
 
 
 @dataclass
@@ -69,50 +74,106 @@ class Settings(DatasetSettings):
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
 
 
+@dataclass
+class Reference:
+    """The reference cells in the decoder's genes, and the models trained on them."""
+
+    X: sp.csr_matrix
+    """Counts (N x G)."""
+    codes: np.ndarray
+    """Cell types (N)."""
+    cell_types: list[str]
+    """Their names (K)."""
+    held_out: np.ndarray
+    """Mask of the cells that no training has seen (N)."""
+    genes: list[str]
+    """Names (G)."""
+    encoder_genes: list[str]
+    decoder: scDecoder
+    encoder: BulkEncoder
+    gmvae: tuple[scGMVAE, dict] | None
+    """scGMVAE and its card, if the weights have one."""
+
+    def __post_init__(self):
+        self.names = np.array(self.cell_types)[self.codes]  # (N)
+        everything = np.ones(len(self.codes), bool)
+        self.train = ~self.held_out if (~self.held_out).any() else everything
+
+
+def load_reference(cfg, device):
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    loaded = load_weights(cfg.weights, cells, cell_types, device, fewest=0)
+    decoder, card, encoder, encoder_card, held_out = loaded
+    gmvae_file = cfg.weights / "scGMVAE_model.pt"
+    gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
+    genes, encoder_genes = card["genes"], encoder_card["genes"]
+    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
+    return Reference(X, codes, cell_types, held_out, genes, encoder_genes, decoder, encoder, gmvae)
+
+
+def save(cfg, name, write, *arguments):
+    """Write a picture by one of plotting's functions."""
+    write(cfg.out / f"{name}.png", *arguments)
+    print(f"wrote {cfg.out / name}.png")
+
+
+# --------------------------------------------------------------------------------- embeddings
+
+
 def log_cells(X):
     """AnnData of counts (N x G), CSR, log-normalised in float32, which is scanpy's default."""
-    import anndata
-
     return anndata.AnnData(log_normalise(X, dtype=np.float32))
 
 
 def principal_components(X, n=50):
-    """PCs (N, n) of counts (N x G) as usual: log-normalised, 2,000 variable genes, scaled."""
-    import scanpy
-
+    """PCs (N, n) of counts (N x G): log-normalised, 2,000 variable genes, scaled."""
     cells = log_cells(X)
     if cells.n_vars > 2000:
         scanpy.pp.highly_variable_genes(cells, n_top_genes=2000)
         cells = cells[:, cells.var["highly_variable"]].copy()
     cells.X = cells.X.toarray()
     scanpy.pp.scale(cells, max_value=10)
-    cells.X = np.nan_to_num(cells.X)  # genes that no cell of a panel has
+    cells.X = np.nan_to_num(cells.X)  # genes without a count in these cells
     scanpy.pp.pca(cells, n_comps=min(n, cells.n_obs - 1, cells.n_vars - 1), random_state=0)
     return cells.obsm["X_pca"]
 
 
 def tsne(points, seed):
-    """t-SNE (N, 2) of points (N, D) by scikit-learn; perplexity 30, or a third of few points."""
-    from sklearn.manifold import TSNE
-
+    """t-SNE (N, 2) of points (N, D); perplexity 30, or a third of their number if that is less."""
     perplexity = min(30, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
+
+
+def mixing(points, generated):
+    """Share of generated cells among each real cell's neighbours, mean over the real cells.
+
+    points: PCs of real and generated cells together (N, D). generated: mask (N).
+    """
+    n = min(N_NEIGHBORS, len(points) - 1)
+    neighbors = NearestNeighbors(n_neighbors=n).fit(points).kneighbors(return_distance=False)
+    return generated[neighbors][~generated].mean()
+
+
+# --------------------------------------------------------------------------------- paper's panels
 
 
 @torch.inference_mode()
 def reconstruct(X, codes, decoder, gmvae, genes, generator):
     """Counts (N x G) of cells decoded from their own posteriors, at their own library sizes.
 
-    Without scGMVAE, z is of each cell's type. X: counts (N x G), CSR, in the decoder's ``genes``.
+    Args:
+        X: counts (N x G), CSR, in the decoder's ``genes``. codes: cell types (N).
+        gmvae: scGMVAE and its card; None draws z from each cell's type instead.
     """
     device = decoder.mu.device
     k = torch.as_tensor(codes, device=device)
-    mean, var = decoder.mu[k], decoder.var[k]
+    mean, var = decoder.mu[k], decoder.var[k]  # (N, D)
     if gmvae is not None:
         model, card = gmvae
-        seen, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
-        mean, var = (part.to(device) for part in encode_cells(model, seen, CHUNK))
-    z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)
+        X_model, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
+        mean, var = (part.to(device) for part in encode_cells(model, X_model, CHUNK))
+    z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)  # (N, D)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)
     blocks = [
         decoder.sample_rows(z[rows], library[rows], k[rows], generator)
@@ -122,9 +183,11 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
 
 
 def generate(cfg, n_cells, n_reference):
-    """What bulk2sc.py gives for the same data and weights: counts (N x G), CSR, and cell types."""
-    import anndata
+    """What bulk2sc.py generates from the same data and weights.
 
+    Returns:
+        counts (N x G), CSR, and cell types (N).
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         names = ("data", "labels", "weights", "seed", "device")
         shared = {name: getattr(cfg, name) for name in names}
@@ -134,22 +197,125 @@ def generate(cfg, n_cells, n_reference):
     return generated.X, generated.obs["cell_type"].to_numpy()
 
 
-def mixing(points, made):
-    """Share of generated cells among each real cell's neighbours, mean over the real cells.
+def make_panels(reference, cfg, rng, generator):
+    """The paper's four t-SNE panels, each with an embedding of its own, and their legend."""
+    rows = rng.permutation(len(reference.codes))[: cfg.max_cells]
+    X, codes, names = reference.X[rows], reference.codes[rows], reference.names[rows]
+    decoder = reference.decoder
+    k = torch.as_tensor(codes, device=decoder.mu.device)
+    z = decoder.sample_latent(decoder.mu[k], decoder.var[k], k, generator).cpu().numpy()
+    rebuilt = reconstruct(X, codes, decoder, reference.gmvae, reference.genes, generator)
+    generated, generated_names = generate(cfg, len(rows), len(reference.codes))
+    for name, title, points, point_names in (
+        ("pbmc1k", "raw cells", principal_components(X), names),
+        ("Latent", "latent: z of each type's μ, σ²", z, names),
+        ("reconstructed", "reconstructed cells", principal_components(rebuilt), names),
+        (
+            "generated",
+            "cells generated from bulk",
+            principal_components(generated),
+            generated_names,
+        ),
+    ):
+        embedding = tsne(points, cfg.seed)
+        save(cfg, name, write_panel, embedding, point_names, reference.cell_types, title)
+    save(cfg, "labels", write_legend, reference.cell_types)
 
-    points: PCs of real and generated cells together (N, D). made: which are generated (N).
+
+# ------------------------------------------------------------------- real beside generated cells
+
+
+def make_joint(reference, test, generated, origin, cfg):
+    """Real and generated cells in one t-SNE.
+
+    Args:
+        test: indices of the real cells (M). generated: counts of as many, of the same types.
+        origin: what the legend calls the real ones.
+
+    Returns:
+        their :func:`mixing`.
     """
-    from sklearn.neighbors import NearestNeighbors
+    points = principal_components(sp.vstack([reference.X[test], generated]))
+    share = mixing(points, np.repeat([False, True], len(test)))
+    caption = (
+        f"generated cells among the {N_NEIGHBORS} nearest neighbours\n"
+        f"of a real cell: {100 * share:.0f} % (50 % if they were alike)"
+    )
+    names = np.tile(reference.names[test], 2)
+    origins = np.repeat([origin, "generated"], len(test))
+    embedding = tsne(points, cfg.seed)
+    save(cfg, "joint", write_joint, embedding, names, reference.cell_types, origins, caption)
+    return share
 
-    n = min(N_NEIGHBORS, len(points) - 1)
-    near = NearestNeighbors(n_neighbors=n).fit(points)
-    return made[near.kneighbors(return_distance=False)][~made].mean()
+
+def make_dots(reference, test, generated, cfg):
+    """Marker genes in real cells, and in as many generated ones of the same types."""
+    train = reference.train
+    markers = find_markers(log_cells(reference.X[train]), reference.codes[train])
+    markers = {reference.cell_types[k]: markers[k] for k in sorted(markers)}
+    real, generated = log_cells(reference.X[test]), log_cells(generated)
+    names = reference.names[test]
+    save(cfg, "markers", write_dots, real, generated, names, markers, reference.genes)
+
+
+def write_dots(path, real, generated, names, markers, genes):
+    """Write a dot plot of marker genes, each cell type's real cells above its generated ones.
+
+    Args:
+        real, generated: AnnData (M x G), log-normalised. names: cell types of both (M).
+        markers: cell type -> gene indices. genes: names (G).
+    """
+    cells = anndata.concat({"real": real, "generated": generated}, index_unique="-")
+    cells.var_names = genes
+    groups = [f"{name}, {origin}" for origin in ("real", "generated") for name in names]
+    order = [f"{name}, {origin}" for name in markers for origin in ("real", "generated")]
+    cells.obs["group"] = pd.Categorical(groups, categories=[g for g in order if g in set(groups)])
+    columns = []  # up to two markers of each type that no type before it has
+    for indices in markers.values():
+        columns += [genes[i] for i in indices if genes[i] not in columns][:2]
+    dots = scanpy.pl.DotPlot(cells, columns, "group", standard_scale="var")
+    dots.style(cmap="viridis_r", dot_edge_color="0.3", dot_edge_lw=0.3)
+    dots.legend(colorbar_title="mean, scaled\nper gene", size_title="cells with\ncounts (%)")
+    dots.make_figure()
+    dots.ax_dict["mainplot_ax"].set_title("marker genes, real cells above generated ones")
+    write_whole_figure(path, dots.fig, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------------------------- pseudobulks
+
+
+def make_proportions(reference, bulk, true, cfg):
+    """Predicted against true proportions (S, K) of pseudobulks (S, G)."""
+    genes = reference.encoder_genes
+    X, present = align_genes(reference.X, reference.genes, genes, "the encoder", report=False)
+    train = reference.train
+    profiles = mean_counts(X[train], reference.codes[train], len(reference.cell_types))
+    columns = pd.Index(reference.genes).get_indexer(genes)
+    predicted = predict_proportions(reference.encoder, bulk[:, columns], present, profiles)
+    panels = {
+        f"{method}: CCC {concordance(true, pi):.2f}": (true, pi) for method, pi in predicted.items()
+    }
+    names = np.tile(reference.cell_types, len(true))
+    axes = ("true proportion", "predicted proportion")
+    save(cfg, "proportions", write_points, panels, axes, names, reference.cell_types)
+
+
+def make_sums(reference, bulk, generator, cfg):
+    """A pseudobulk (1, G) against the sums of cells generated for it, plain and calibrated."""
+    decoder, genes = reference.decoder, (reference.genes, reference.encoder_genes)
+    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, reference.encoder, genes)
+    panels = {
+        f"{mode}: Pearson {np.corrcoef(*pair)[0, 1]:.3f}": pair
+        for mode, pair in sum_points(bulk, decoder, pi, log_factor, generator).items()
+    }
+    axes = ("bulk, log2(CPM + 1)", "sum of 1,000 cells, log2(CPM + 1)")
+    save(cfg, "sums", write_points, panels, axes)
 
 
 def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
     """log2(CPM + 1) of a bulk (1, G) and of the sums of generated cells, plain and calibrated.
 
-    pi (1, K), log_factor (1, G): as :func:`evaluate.calibrate_to` gives them.
+    pi (1, K), log_factor (1, G): as :func:`generation.calibrate_to` gives them.
 
     Returns:
         dict: mode -> (bulk, sum), two arrays (G).
@@ -158,117 +324,16 @@ def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
     k = draw_types(pi, n_cells, generator)
     points = {}
     for mode, factor in (("as generated", None), ("--calibrate", log_factor)):
-        total = new_cells(decoder, k, generator, factor, torch.zeros_like(k)).sum(axis=0)
-        sums = bulk, np.asarray(total)
-        points[mode] = tuple(log_cpm(part, present, 1)[0] for part in sums)
+        total = np.asarray(new_cells(decoder, k, generator, factor).sum(axis=0))  # (1, G)
+        points[mode] = tuple(log_cpm(part, present, pseudocount=1)[0] for part in (bulk, total))
     return points
 
 
-def write_dots(path, real, real_types, made, made_types, markers, genes):
-    """Dot plot of marker genes, each cell type's real cells above its generated ones.
-
-    real, made: AnnData, log-normalised, in the same ``genes``. markers: type -> gene indices.
-    """
-    import anndata
-    import scanpy
-
-    cells = anndata.concat({"real": real, "made": made}, index_unique="-")
-    cells.var_names = genes
-    kinds = [f"{name}, real" for name in real_types] + [f"{name}, generated" for name in made_types]
-    order = [f"{name}, {of}" for name in markers for of in ("real", "generated")]
-    cells.obs["group"] = pd.Categorical(kinds, categories=[o for o in order if o in set(kinds)])
-    shown, seen = {}, set()
-    for name, at in markers.items():
-        own = [genes[i] for i in at if genes[i] not in seen][:2]
-        seen |= set(own)
-        if own:
-            shown[name] = own
-    dots = scanpy.pl.DotPlot(
-        cells, [g for own in shown.values() for g in own], "group", standard_scale="var"
-    )
-    dots.style(cmap="viridis_r", dot_edge_color="0.3", dot_edge_lw=0.3)
-    dots.legend(colorbar_title="mean, scaled\nper gene", size_title="cells with\ncounts (%)")
-    dots.make_figure()
-    dots.ax_dict["mainplot_ax"].set_title("marker genes, real cells above generated ones")
-    write_whole_figure(path, dots.fig, bbox_inches="tight")
+# ------------------------------------------------------------------------------------------ losses
 
 
-def main(cfg):
-    rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    loaded = load_weights(cfg.weights, cells, cell_types, device, fewest=0)
-    decoder, card, encoder, encoder_card, held_out = loaded
-    gmvae_file = cfg.weights / "scGMVAE_model.pt"
-    gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
-    genes = card["genes"]
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    types = np.array(cell_types)
-
-    def save(name, write, *arguments):
-        write(cfg.out / f"{name}.png", *arguments)
-        print(f"wrote {cfg.out / name}.png")
-
-    # The paper's panels, each embedded by itself.
-    shown = rng.permutation(len(codes))[: cfg.max_cells]
-    X_shown, codes_shown = X[shown], codes[shown]
-    k = torch.as_tensor(codes_shown, device=device)
-    z = decoder.sample_latent(decoder.mu[k], decoder.var[k], k, generator).cpu().numpy()
-    rebuilt = reconstruct(X_shown, codes_shown, decoder, gmvae, genes, generator)
-    made, made_types = generate(cfg, len(shown), len(codes))
-    for name, title, points, labels in (
-        ("pbmc1k", "raw cells", principal_components(X_shown), types[codes_shown]),
-        ("Latent", "latent: z of each type's μ, σ²", z, types[codes_shown]),
-        ("reconstructed", "reconstructed cells", principal_components(rebuilt), types[codes_shown]),
-        ("generated", "cells generated from bulk", principal_components(made), made_types),
-    ):
-        save(name, write_panel, tsne(points, cfg.seed), labels, cell_types, title)
-    save("labels", write_legend, cell_types)
-
-    # Real and generated cells together, on cells that no training saw where there are such.
-    unseen = held_out.sum() >= 10
-    test = np.flatnonzero(held_out if unseen else np.ones(len(codes), bool))
-    test = rng.permutation(test)[: cfg.max_cells]
-    k = torch.as_tensor(codes[test], device=device)
-    new = new_cells(decoder, k, generator)
-    points = principal_components(sp.vstack([X[test], new]))
-    is_made = np.repeat([False, True], len(test))
-    both = np.tile(types[codes[test]], 2)
-    share = mixing(points, is_made)
-    at = tsne(points, cfg.seed)
-    save("joint", write_joint, at, both, cell_types, is_made, share, N_NEIGHBORS, unseen)
-
-    marker_cells = ~held_out if (~held_out).any() else np.ones(len(codes), bool)
-    markers = find_markers(log_cells(X[marker_cells]), codes[marker_cells])
-    markers = {cell_types[k]: markers[k] for k in sorted(markers)}
-    real, fake = log_cells(X[test]), log_cells(new)
-    names = types[codes[test]]
-    save("markers", write_dots, real, names, fake, names, markers, genes)
-
-    # Predicted proportions and sums, on pseudobulks of the same cells.
-    order = np.sort(test)
-    X_encoder, present = align_genes(X, genes, encoder_card["genes"], "the encoder", report=False)
-    bulk, true = draw_test_bulks(X[order], codes[order], len(types), 100, 500, rng)
-    at = pd.Index(genes).get_indexer(encoder_card["genes"])
-    profiles = mean_counts(X_encoder[marker_cells], codes[marker_cells], len(types))
-    predicted = predict_proportions(encoder, bulk[:, at], present, profiles)
-    panels = {
-        f"{method}: CCC {concordance(true, pi):.2f}": (true, pi) for method, pi in predicted.items()
-    }
-    colors = np.tile(types, len(true))
-    axes = ("true proportion", "predicted proportion")
-    save("proportions", write_points, panels, axes, colors, cell_types)
-    log_factor, pi = calibrate_to(
-        sp.csr_matrix(bulk[:1]), decoder, encoder, (genes, encoder_card["genes"])
-    )
-    panels = {
-        f"{mode}: Pearson {np.corrcoef(*pair)[0, 1]:.3f}": pair
-        for mode, pair in sum_points(bulk[:1], decoder, pi, log_factor, generator).items()
-    }
-    save("sums", write_points, panels, ("bulk, log2(CPM + 1)", "sum of 1,000 cells, log2(CPM + 1)"))
-
+def make_curves(cfg):
+    """The loss curves of the trainings, as far as the weights folder has them."""
     curves = {}
     for stage in ("scGMVAE", "scDecoder", "bulkEncoder"):
         file = cfg.weights / f"{stage}_loss.csv"
@@ -277,8 +342,33 @@ def main(cfg):
         else:
             print(f"{file}: no such file, so {stage} is left out of losses.png")
     if curves:
-        save("losses", write_curves, curves)
-    save("schematic", write_schematic)
+        save(cfg, "losses", write_curves, curves)
+
+
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
+    reference = load_reference(cfg, device)
+    decoder, codes = reference.decoder, reference.codes
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    make_panels(reference, cfg, rng, generator)
+
+    # From here on cells that no training has seen, if there are enough.
+    enough = reference.held_out.sum() >= MIN_HELD_OUT
+    pool = np.flatnonzero(reference.held_out) if enough else np.arange(len(codes))
+    test = rng.permutation(pool)[: cfg.max_cells]
+    generated = new_cells(decoder, torch.as_tensor(codes[test], device=device), generator)
+    origin = "real, never trained on" if enough else "real, trained on"
+    share = make_joint(reference, test, generated, origin, cfg)
+    make_dots(reference, test, generated, cfg)
+
+    rows, n_types = np.sort(test), len(reference.cell_types)
+    bulk, true = draw_test_bulks(reference.X[rows], codes[rows], n_types, 100, 500, rng)
+    make_proportions(reference, bulk, true, cfg)
+    make_sums(reference, bulk[:1], generator, cfg)
+
+    make_curves(cfg)
+    save(cfg, "schematic", write_schematic)
     print(f"generated cells among the {N_NEIGHBORS} nearest neighbours of a real one: {share:.2f}")
 
 

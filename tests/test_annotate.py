@@ -1,4 +1,4 @@
-"""Cell types from counts: annotate.py and scType.R, each against the formula and one another."""
+"""annotate.py and scType.R: each against the formula of ScType, and against one another."""
 
 import shutil
 import subprocess
@@ -71,9 +71,9 @@ def folder(tmp_path_factory, blocks):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Markers of the three types, of one in two rows, and of a type that is not there."""
+    """Marker table of the three types, one of them in two rows, and of a type without cells."""
     sets = [[f"GENE{100 * k + i}" for i in range(12)] for k in range(3)]
-    rows = [("T", name, ",".join(own), "", "") for name, own in zip(CELL_TYPES, sets, strict=True)]
+    rows = [("T", t, ",".join(genes), "", "") for t, genes in zip(CELL_TYPES, sets, strict=True)]
     rows[1] = ("T", CELL_TYPES[1], ",".join(sets[1][:6]), "GENE0, GENE1", "")
     rows.append(("T", CELL_TYPES[1], ",".join(sets[1][5:]).lower(), "GENE0", ""))
     rows.append(("T", "nowhere", "GENE90,ABSENT1,GENE95", "GENE3", ""))
@@ -85,16 +85,16 @@ def table(tmp_path_factory):
 
 
 def lineage(name):
-    """B, T, NK, monocyte or the name itself, of ScType's names and of markers.csv's."""
+    """B, T, NK, monocyte or the name itself, for names of ScType's table and of markers.csv."""
     name = str(name).lower()
-    for words, own in (
+    for words, short in (
         (("natural killer",), "NK"),
         (("monocyte",), "monocyte"),
         (("t cells", "nkt"), "T"),
         (("b cells",), "B"),
     ):
         if any(word in name for word in words):
-            return own
+            return short
     return name
 
 
@@ -103,7 +103,7 @@ def labels_of(path):
 
 
 def agreement(a, b, of=lambda name: name):
-    """Share of the cells of ``b`` that have a type there with the same type in ``a``."""
+    """Share of the cells with a type in ``b`` that have the same type in ``a``."""
     b = b[~b.isin(["", "Unknown"])]
     return np.mean([of(x) == of(y) for x, y in zip(a.reindex(b.index), b, strict=True)])
 
@@ -114,16 +114,16 @@ def agreement(a, b, of=lambda name: name):
 def test_score_is_that_of_the_paper():
     markers = {"a": (["G1", "G2", "ABSENT"], ["G3"]), "b": (["G2"], []), "c": (["G4"], ["G1"])}
     z = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 0.5, 0.0, 2.0]])  # cells x genes g1 ... g4
-    # G2 is a marker of two of three types: 1 - (2 - 1) / (3 - 1). G1 keeps its weight where it is
-    # negative; G3 is never positive.
+    # G2 is a marker of two of three types: 1 - (2 - 1) / (3 - 1). G1 has the same weight where it
+    # is negative; G3 is never positive.
     s = {"G1": 1.0, "G2": 0.5, "G3": 1.0, "G4": 1.0}
     expected = [
         (s["G1"] * z[:, 0] + s["G2"] * z[:, 1]) / np.sqrt(2) - z[:, 2],
         s["G2"] * z[:, 1],
         z[:, 3] - z[:, 0],
     ]
-    found = sctype_scores(z, ["g1", "g2", "g3", "g4"], markers)  # capitals or not
-    np.testing.assert_allclose(found, expected)
+    scores = sctype_scores(z, ["g1", "g2", "g3", "g4"], markers)  # capitals or not
+    np.testing.assert_allclose(scores, expected)
     # A single type: every marker counts fully.
     np.testing.assert_allclose(
         sctype_scores(z, ["G1", "G2", "x", "y"], {"a": (["G2"], [])}), z[:, [1]].T
@@ -144,10 +144,10 @@ def test_neighbours_are_shared_as_in_the_definition():
     pcs = np.random.default_rng(0).normal(size=(30, 3))
     graph = shared_neighbors(pcs, 6).toarray()
     distance = np.linalg.norm(pcs[:, None] - pcs, axis=2)
-    near = [set(np.argsort(row)[:6]) for row in distance]
+    nearest = [set(np.argsort(row)[:6]) for row in distance]
     for i in range(30):
         for j in range(30):
-            jaccard = len(near[i] & near[j]) / len(near[i] | near[j])
+            jaccard = len(nearest[i] & nearest[j]) / len(nearest[i] | nearest[j])
             expected = 0 if i == j or jaccard < 1 / 15 else jaccard
             assert graph[i, j] == pytest.approx(expected)
 
@@ -164,7 +164,7 @@ def test_genes_are_scaled_as_by_scanpy(blocks):
 def test_markers_of_csv_and_excel_are_the_same(tmp_path, table):
     markers = read_markers(str(table), "T")
     assert list(markers) == [*CELL_TYPES, "nowhere"]
-    positive, negative = markers[CELL_TYPES[1]]  # two rows joined, blanks gone, once each
+    positive, negative = markers[CELL_TYPES[1]]  # two rows joined, without blanks and repeats
     assert positive == [f"GENE{100 + i}" for i in range(12)] and negative == ["GENE0", "GENE1"]
     pd.read_csv(table).to_excel(tmp_path / "m.xlsx", index=False)
     assert read_markers(str(tmp_path / "m.xlsx"), "T") == markers
@@ -185,7 +185,7 @@ def test_marker_table_is_downloaded_once(tmp_path, table, monkeypatch):
     assert not (tmp_path / "absent.csv").exists()
 
 
-def test_own_markers_have_a_source_each_and_do_not_contradict():
+def test_markers_csv_has_sources_and_no_contradictions():
     table = pd.read_csv(ROOT / "markers.csv", keep_default_na=False)
     assert list(table.columns) == [*annotate.COLUMNS, "source"] and (table["source"] != "").all()
     markers = read_markers(str(ROOT / "markers.csv"), "Immune system")
@@ -203,7 +203,7 @@ def test_bad_marker_tables_and_flags_end_in_one_line(tmp_path, folder, table, sc
         return done
 
     done = fails("--db", table, "--tissue", "Liver")
-    assert_one_line_error(done, "--tissue Liver", table, "Other, T")  # the known ones are listed
+    assert_one_line_error(done, "--tissue Liver", table, "Other, T")  # the known tissues are listed
     assert_one_line_error(fails("--db", tmp_path / "no.csv"), "no.csv", "no such file")
     (tmp_path / "bad.csv").write_text("tissueType,cellName\nT,a\n")
     assert_one_line_error(fails("--db", tmp_path / "bad.csv"), "bad.csv", "geneSymbolmore1")
@@ -221,7 +221,7 @@ def test_bad_marker_tables_and_flags_end_in_one_line(tmp_path, folder, table, sc
 
 
 def check_run(done, out, cells):
-    """The three files are there, and the types are right but for a few cells."""
+    """The three files are written, and nearly all types are right."""
     assert done.returncode == 0, done.stderr
     labels = labels_of(out / "barcode_to_celltype.csv")
     assert list(labels.index) == list(cells.obs_names)
@@ -243,7 +243,7 @@ def test_annotate_names_the_cells(tmp_path, blocks, folder, table):
     assert labels_of(tmp_path / "out" / "barcode_to_celltype.csv").equals(first)
 
 
-def test_annotate_does_not_write_over_cell_types_unasked(tmp_path, blocks, table):
+def test_annotate_does_not_overwrite_cell_types_unasked(tmp_path, blocks, table):
     folder = write_10x(tmp_path / "cells", blocks)
     (folder / "barcode_to_celltype.csv").write_text("by hand")
     for run_it in [run_inside] + [lambda _, *a: run_r(*a)] * r_is_there():
@@ -252,7 +252,7 @@ def test_annotate_does_not_write_over_cell_types_unasked(tmp_path, blocks, table
     assert (folder / "barcode_to_celltype.csv").read_text() == "by hand"
 
 
-def test_symbols_may_be_the_other_name(tmp_path, blocks, table):
+def test_symbols_may_be_the_second_name_of_a_gene(tmp_path, blocks, table):
     cells = blocks.copy()
     cells.var = pd.DataFrame({"feature_name": cells.var_names}, index=list(cells.var["gene_ids"]))
     cells.write_h5ad(tmp_path / "ids.h5ad")
@@ -272,7 +272,7 @@ def test_exported_folder_holds_the_same_counts(tmp_path, h5ad, blocks):
     assert list(a.obs_names) == list(b.obs_names) and list(a.var_names) == list(b.var_names)
     assert (a.X != b.X).nnz == 0 and list(a.var["gene_ids"]) == list(b.var["gene_ids"])
     cells = blocks.copy()
-    cells.var["gene_ids"] = ""  # without ids the symbols stand in
+    cells.var["gene_ids"] = ""  # without ids the symbols take their place
     export_10x(cells, tmp_path / "no_ids")
     assert list(read_counts(tmp_path / "no_ids").var["gene_ids"]) == list(cells.var_names)
 
@@ -318,9 +318,9 @@ def test_r_and_python_scores_are_equal(tmp_path, table):
     assert done.returncode == 0, done.stderr
     markers = read_markers(str(table), "T")
     expected = sctype_scores(z.T.to_numpy(), genes, markers)
-    found = pd.read_csv(tmp_path / "s.csv", index_col=0)
-    assert list(found.index) == list(markers)
-    np.testing.assert_allclose(found.to_numpy(), expected, atol=1e-9)
+    scores = pd.read_csv(tmp_path / "s.csv", index_col=0)
+    assert list(scores.index) == list(markers)
+    np.testing.assert_allclose(scores.to_numpy(), expected, atol=1e-9)
     named = name_clusters(expected, list(markers), np.tile(np.arange(5), 5))
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "n.csv"), named, atol=2e-3)
 
@@ -362,7 +362,7 @@ def test_r_downloads_a_marker_table_once(tmp_path, table):
 
 @needs_r
 def test_r_looks_aliases_up_where_hgnchelper_is_installed(tmp_path, table):
-    """With a stand-in for the package, whose real tables are not at hand."""
+    """With a stand-in for the package, whose tables are not available here."""
     package = tmp_path / "HGNChelper"
     (package / "R").mkdir(parents=True)
     (package / "DESCRIPTION").write_text("Package: HGNChelper\nVersion: 0.0.1\nTitle: T\n")
@@ -380,7 +380,7 @@ def test_r_looks_aliases_up_where_hgnchelper_is_installed(tmp_path, table):
     show = f"m <- read_markers('{tmp_path}/alias.csv', 'T'); cat(unlist(m))"
     done = run_r(code=f".libPaths('{tmp_path}/library'); {show}")
     assert done.stdout == "MS4A1 A1 B1 ODD CD19", done.stderr
-    assert run_r(code=show).stdout in ("CD20 TWO ODD CD19", done.stdout)  # as it is without
+    assert run_r(code=show).stdout in ("CD20 TWO ODD CD19", done.stdout)  # as without the package
 
 
 @needs_r
@@ -437,45 +437,45 @@ def write_h5ad(path, cells):
 
 @pytest.fixture(scope="module")
 def pbmc(tmp_path_factory):
-    """Labels of PBMC 1K by script and marker table; made when first asked for."""
-    kept = {}
+    """Labels of PBMC 1K by script and marker table, computed on first use."""
+    known = {}
 
     def make(script, db):
-        if (script, db) not in kept:
+        if (script, db) not in known:
             out = tmp_path_factory.mktemp("pbmc")
             arguments = ["--data", PBMC1K, "--db", db, "--tissue", "Immune system", "--out", out]
             done = run_r(*arguments) if script == "scType.R" else run_inside(script, *arguments)
             assert done.returncode == 0, done.stderr
-            kept[script, db] = labels_of(out / "barcode_to_celltype.csv")
-        return kept[script, db]
+            known[script, db] = labels_of(out / "barcode_to_celltype.csv")
+        return known[script, db]
 
     return make
 
 
 @needs_pbmc
 @needs_r
-@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
+@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     from sklearn.metrics import adjusted_rand_score
 
     given = labels_of(PBMC1K / "barcode_to_celltype.csv")
-    own = pbmc("scType.R", SCTYPE).reindex(given.index)
-    there = own.notna()
-    assert np.mean(own[there] == given[there]) >= 0.9
-    assert adjusted_rand_score(given[there], own[there]) >= 0.8
+    labels = pbmc("scType.R", SCTYPE).reindex(given.index)
+    known = labels.notna()
+    assert np.mean(labels[known] == given[known]) >= 0.9
+    assert adjusted_rand_score(given[known], labels[known]) >= 0.8
     assert agreement(pbmc("scType.R", ROOT / "markers.csv"), given, lineage) >= 0.95
 
 
 @needs_pbmc
 @needs_r
-@pytest.mark.parametrize("db", [ROOT / "markers.csv", SCTYPE], ids=["own", "sctype"])
-@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
+@pytest.mark.parametrize("db", [ROOT / "markers.csv", SCTYPE], ids=["markers.csv", "sctype"])
+@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_python_agrees_with_r_on_pbmc1k(pbmc, db):
     assert agreement(pbmc("annotate.py", db), pbmc("scType.R", db), lineage) >= 0.95
 
 
 @needs_pbmc
-@pytest.mark.xdist_group("pbmc")  # so that they share what `pbmc` keeps
+@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_python_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     given = labels_of(PBMC1K / "barcode_to_celltype.csv")
     assert agreement(pbmc("annotate.py", SCTYPE), given, lineage) >= 0.95

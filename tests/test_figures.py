@@ -1,4 +1,4 @@
-"""make_figures.py: every picture is made, shows what it says, and in the same colours."""
+"""make_figures.py: every picture is written, and shows what it is said to show."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ PICTURES = {
 }
 
 
-def test_every_picture_is_made_and_no_other_file(tmp_path, trained, h5ad, monkeypatch):
-    shown = {}
+def test_every_picture_is_written_and_no_other_file(tmp_path, trained, h5ad, monkeypatch):
+    n_points = {}  # figure -> number of points
     draw = plotting.scatter_types
 
-    def record(axis, at, names, cell_types):
-        shown[axis.figure] = len(at)
-        return draw(axis, at, names, cell_types)
+    def record(axis, points, names, cell_types):
+        n_points[axis.figure] = len(points)
+        return draw(axis, points, names, cell_types)
 
     monkeypatch.setattr(plotting, "scatter_types", record)
     done = run_inside("make_figures.py", "--data", h5ad, "--weights", trained, "--out", tmp_path)
@@ -33,7 +33,7 @@ def test_every_picture_is_made_and_no_other_file(tmp_path, trained, h5ad, monkey
     for name in PICTURES:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # All cells in each of the four panels; 18 held-out ones and as many generated; 100 x 3 points.
-    assert sorted(shown.values()) == [36, 90, 90, 90, 90, 300]
+    assert sorted(n_points.values()) == [36, 90, 90, 90, 90, 300]
     assert "generated cells among the 30 nearest neighbours" in done.stdout
 
 
@@ -60,8 +60,8 @@ def test_reconstructed_cells_are_those_cells(loaded):
         generator = torch.Generator().manual_seed(0)
         X = reconstruct(cells.X, codes, decoder, model, card["genes"], generator)
         assert X.shape == cells.X.shape and X.dtype == np.int32
-        made, real = (np.asarray(x.sum(axis=1)).ravel() for x in (X, cells.X))
-        assert np.corrcoef(np.log(made + 1), np.log(real))[0, 1] > 0.5
+        rebuilt, real = (np.asarray(x.sum(axis=1)).ravel() for x in (X, cells.X))
+        assert np.corrcoef(np.log(rebuilt + 1), np.log(real))[0, 1] > 0.5
         means = np.stack([np.asarray(cells.X[codes == k].mean(axis=0)).ravel() for k in range(3)])
         nearest = np.corrcoef(np.log1p(X.toarray()), np.log1p(means))[:-3, -3:].argmax(axis=1)
         assert np.mean(nearest == codes) > 0.9
@@ -81,10 +81,10 @@ def test_generated_panel_is_what_bulk2sc_gives(loaded, tmp_path):
 
 def test_mixing_is_half_for_the_same_cells_and_none_for_others():
     rng = np.random.default_rng(0)
-    made = np.repeat([False, True], 300)
+    generated = np.repeat([False, True], 300)
     points = rng.normal(size=(600, 5))
-    assert mixing(points, made) == pytest.approx(0.5, abs=0.03)
-    assert mixing(points + 50 * made[:, None], made) == 0
+    assert mixing(points, generated) == pytest.approx(0.5, abs=0.03)
+    assert mixing(points + 50 * generated[:, None], generated) == 0
 
 
 def test_principal_components_tell_types_apart_and_allow_empty_genes():
