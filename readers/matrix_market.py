@@ -63,7 +63,7 @@ class CheckedLines:
             lines += b"\n"
         end = ENTRIES.match(lines).end()
         if end < len(lines):
-            line = lines[end : end + 100].splitlines()[0].decode("utf-8", "replace")
+            line = lines[end : end + 100].split(b"\n")[0].decode("utf-8", "replace")
             raise ValueError(f"found the line {line!r}")
         return lines
 
