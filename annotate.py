@@ -8,57 +8,38 @@ Aittokallio, Nature Communications 2022), and writes the same files to --out:
 barcode_to_celltype.csv, clusters.csv and clusters.png.
 """
 
-import gzip
-import re
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata
-import numpy as np
-import pandas as pd
-import scanpy as sc
-import scipy.io
-import scipy.sparse as sp
-from sklearn.neighbors import NearestNeighbors
-
-from data import choose_genes, library_size, log_normalise
-from plotting import write_clusters
-from readers.bounded import read_table
 from readers.counts import EMBEDDED, read_counts
-from readers.gene_names import bare_id
-from readers.labels import LABEL_FILE
-from runtime.errors import InputError, one_line, some
-from runtime.script import flag, run_script
-from runtime.writing import write_whole
-
-# Of the marker table, in ScType's spelling; the last two are positive and negative markers.
-COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
-MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
+from runtime.errors import InputError
+from runtime.script import flag, parse_args, run_script
 
 
 @dataclass
 class Settings:
+    """Annotate cells with cell types by the ScType score.
+
+    Example: python annotate.py --data pbmc1k_v3
+    """
+
     data: str = EMBEDDED
     """Cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
-    db: str = "markers.csv"
-    """Marker table: a csv, ScType's xlsx, or the address of one, which is downloaded once and kept
-    in the current folder."""
     tissue: str = "Immune system"
-    """One of the table's tissues."""
+    """One of the marker table's tissues."""
+    db: str = "markers.csv"
+    """Marker table: a csv, ScType's xlsx, or the address of one.
+    An address is downloaded once and kept in the current folder."""
     out: Path | None = None
     """Folder to write to. Default: where the data is, unless cell types are there already."""
     resolution: float = 0.8
-    """Of the clustering; more gives more and smaller clusters."""
+    """Resolution of the clustering; a higher one gives more and smaller clusters."""
     dims: int = 10
     """Principal components that clustering and UMAP read."""
     n_genes: int = 2000
     """Highly variable genes that the PCA reads."""
     n_neighbors: int = 20
-    """Of each cell in the graph that is clustered."""
+    """Neighbours of each cell in the graph that is clustered."""
     seed: int = 0
     """Seed of PCA, clustering and UMAP."""
     export: Path | None = None
@@ -72,6 +53,37 @@ class Settings:
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+import gzip
+import re
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+
+import anndata
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.io
+import scipy.sparse as sp
+from sklearn.neighbors import NearestNeighbors
+
+from data import choose_genes, library_size, log_normalise
+from plotting import write_clusters
+from readers.bounded import read_table
+from readers.gene_names import bare_id
+from readers.labels import LABEL_FILE
+from runtime.errors import one_line, some
+from runtime.writing import write_whole
+
+# Of the marker table, in ScType's spelling; the last two are positive and negative markers.
+COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
+MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
 
 
 # ----------------------------------------------------------------------------------- marker table
@@ -388,4 +400,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

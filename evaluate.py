@@ -22,10 +22,66 @@ proportions were measured.
 Writes evaluation.csv, which also has every cell type by itself, and evaluation.png to --weights.
 """
 
-import importlib.util
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+
+from data import DatasetSettings
+from runtime.errors import InputError
+from runtime.script import flag, lead_with, parse_args, run_script
+
+
+@lead_with("data", "labels", "weights", "baselines", "n_draws", "bulk", "fractions", "lineages")
+@dataclass
+class Settings(DatasetSettings):
+    """Compare generated cells with held-out real ones, and predicted with true proportions.
+
+    Example: python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
+    """
+
+    baselines: bool = True
+    """Measure the baselines, too; --no-baselines saves their training."""
+    n_draws: int = 3
+    """Times that cells and pseudobulks are drawn from each training."""
+    bulk: Path | None = None
+    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
+    fractions: Path | None = None
+    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
+    lineages: Path | None = None
+    """Lineage of each cell type, as --fractions names it: a csv cell_type,lineage.
+    Given alone, proportions of pseudobulks are compared by lineage, too."""
+    generated: Path | None = None
+    """An .h5ad of generated cells to measure, as bulk2sc.py writes it. Default: generate them."""
+    more_weights: tuple[Path, ...] = ()
+    """Further weights folders, of other seeds; mean and std are then over trainings."""
+    n_pseudobulks: int = 100
+    """Pseudobulks of held-out cells per draw, proportions from Dirichlet(1)."""
+    cells_per_bulk: int = 500
+    """Cells in each pseudobulk."""
+    n_trees: int = 300
+    """Trees of each random forest, the slowest of the metrics."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees"):
+            if (found := getattr(self, name)) < 1:
+                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        if self.generated is not None and self.more_weights:
+            raise InputError("--generated: one file of cells, expected no --more-weights with it")
+        needed = ("bulk", "fractions", "lineages")
+        missing = [flag(name) for name in needed if getattr(self, name) is None]
+        if missing and not (self.bulk is self.fractions is None):
+            given = " and ".join(flag(name) for name in needed if flag(name) not in missing)
+            raise InputError(
+                f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
+                "--lineages together"
+            )
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+import importlib.util
+from functools import partial
 
 import anndata
 import numpy as np
@@ -36,7 +92,6 @@ from tqdm import trange
 
 from baselines import ScVI, draw_cell_type_nb, predict_proportions, train_published
 from data import (
-    DatasetSettings,
     align_genes,
     codes_of,
     draw_test_bulks,
@@ -60,54 +115,12 @@ from readers.bulk import read_bulk
 from readers.counts import read_counts
 from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.device import pick_device, seed_everything
-from runtime.errors import InputError, some
-from runtime.script import flag, run_script
+from runtime.errors import some
 from runtime.writing import write_whole
 
 BULKS_PER_PLATFORM = 20  # of those with a simulated change of platform
 SHIFT_DEPTH = 2e5  # counts of each of them
 CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
-
-
-@dataclass
-class Settings(DatasetSettings):
-    more_weights: tuple[Path, ...] = ()
-    """Further weights folders, of other seeds; metrics are then mean and std over trainings."""
-    generated: Path | None = None
-    """An .h5ad of generated cells to measure, as bulk2sc.py writes it; default: generate them."""
-    n_draws: int = 3
-    """Times the cells and the pseudobulks are drawn from each training."""
-    n_pseudobulks: int = 100
-    """Pseudobulks of held-out cells per draw, proportions from Dirichlet(1)."""
-    cells_per_bulk: int = 500
-    """Cells in each pseudobulk."""
-    n_trees: int = 300
-    """Trees of each random forest, the slowest of the metrics."""
-    baselines: bool = True
-    """Measure the baselines too; --no-baselines saves their training."""
-    bulk: Path | None = None
-    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
-    fractions: Path | None = None
-    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
-    lineages: Path | None = None
-    """What --fractions calls the cell types: a csv cell_type,lineage. Alone, it has the proportions
-    of pseudobulks measured over lineages too."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees"):
-            if (found := getattr(self, name)) < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
-        if self.generated is not None and self.more_weights:
-            raise InputError("--generated: one file of cells, expected no --more-weights with it")
-        needed = ("bulk", "fractions", "lineages")
-        missing = [flag(name) for name in needed if getattr(self, name) is None]
-        if missing and not (self.bulk is self.fractions is None):
-            given = " and ".join(flag(name) for name in needed if flag(name) not in missing)
-            raise InputError(
-                f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
-                "--lineages together"
-            )
 
 
 @dataclass
@@ -503,4 +516,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,7 +1,7 @@
-"""Remake every picture of README from a dataset and the weights trained on it.
+"""Remake the pictures in figures/ from a dataset and the weights trained on it.
 
     python make_figures.py                                         # embedded data, shipped weights
-    python make_figures.py --data pbmc1k_v3 --weights w0           # README's own
+    python make_figures.py --data pbmc1k_v3 --weights w0           # those in figures/
 
 Writes to --out (figures): the paper's four t-SNE panels, pbmc1k.png (the raw cells, whatever the
 dataset), Latent.png, reconstructed.png and generated.png; labels.png, their legend alone;
@@ -9,11 +9,43 @@ joint.png, real and generated cells in one t-SNE; proportions.png, sums.png, mar
 and schematic.png.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import DatasetSettings
+from runtime.errors import InputError
+from runtime.script import lead_with, parse_args, run_script
+
+
+@lead_with("data", "labels", "weights", "out", "max_cells")
+@dataclass
+class Settings(DatasetSettings):
+    """Remake the pictures in figures/ from a dataset and the weights trained on it.
+
+    Example: python make_figures.py --data pbmc1k_v3 --weights w0
+    """
+
+    out: Path = Path("figures")
+    """Folder of the pictures."""
+    max_cells: int = 3000
+    """Most cells in a panel; of more, a random part is shown, so that t-SNE stays fast."""
+    batch_size: int = 100
+    """Reference cells in the bulk that each generated cell comes from, as in bulk2sc.py."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_cells < 10:
+            raise InputError(f"--max-cells: found {self.max_cells}, expected 10 or more")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
 import contextlib
 import io
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -27,7 +59,6 @@ from sklearn.neighbors import NearestNeighbors
 import bulk2sc
 from baselines import predict_proportions
 from data import (
-    DatasetSettings,
     align_genes,
     codes_of,
     draw_test_bulks,
@@ -49,29 +80,10 @@ from plotting import (
     write_whole_figure,
 )
 from runtime.device import pick_device, seed_everything
-from runtime.errors import InputError
-from runtime.script import run_script
 from runtime.weights import load_model
 
 N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
-
-
-@dataclass
-class Settings(DatasetSettings):
-    out: Path = Path("figures")
-    """Folder of the pictures."""
-    max_cells: int = 3000
-    """Most cells in a panel; of more, a random part is shown, and t-SNE stays quick."""
-    batch_size: int = 100
-    """Reference cells in the bulk that each generated cell comes from, as in bulk2sc.py."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_cells < 10:
-            raise InputError(f"--max-cells: found {self.max_cells}, expected 10 or more")
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
 
 
 @dataclass
@@ -373,4 +385,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)
