@@ -1,8 +1,8 @@
-"""Where the data is and how it is read: counts, labels, gene alignment, split, pseudobulks.
+"""The dataset: its settings, cells, genes, split into training and held-out cells, pseudobulks.
 
 Cells travel through the project as an ``anndata.AnnData`` with raw integer counts in ``.X``
 (cells x genes, CSR, int32) and, once labelled, ``.obs["cell_type"]`` as a categorical whose
-categories are the one name-to-code map of the run: code k is mixture component k.
+categories are the name-to-code map of the run: code k is mixture component k.
 """
 
 import re
@@ -25,7 +25,7 @@ DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has 
 
 @dataclass
 class DatasetSettings:
-    """What every script needs to know about the dataset; edit here for a custom one."""
+    """What every script needs to know about the dataset; edit here for your own."""
 
     data: str = EMBEDDED
     """Reference cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
@@ -60,10 +60,10 @@ class TrainingSettings(DatasetSettings):
     """Go on with an interrupted run from its checkpoint in --weights, and end as it would have; a
     run that has ended is left as it is."""
     backed: bool = False
-    """Leave the counts in the .h5ad and read them block by block, for more cells than fit into
+    """Leave the counts in the .h5ad and read them block by block, for references larger than
     memory. Variable genes and pseudobulks then come from as many cells as fit into 0.4 GB."""
     checkpoint_every: float = 60
-    """Seconds between checkpoints: killed at any moment, a run loses no more training than this."""
+    """Seconds between checkpoints; a run that is killed loses no more training than this."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,13 +124,12 @@ def load_cells(settings, need_labels=True, found=True):
     """Read the reference: counts, and cell types in ``.obs["cell_type"]``.
 
     Unlabelled cells are counted and left out; so are cells without a single count. Without
-    ``need_labels`` all cells with counts stay, and labels may be absent altogether. ``found``: the
-    cell types that train_gmvae.py found without labels count as labels, if it wrote any.
+    ``need_labels`` all cells with counts stay, and labels may be absent altogether. With ``found``
+    the cell types that train_gmvae.py found without labels are the labels, if it wrote any.
 
     Returns:
         AnnData, with ``settings.backed`` a BackedCells; ``.obs["cell_type"]`` is categorical, its
-        categories in natural order, code k = mixture component k. ``.uns["source"]`` holds the
-        path.
+        categories in natural order. ``.uns["source"]`` holds the path.
 
     Raises:
         InputError: see :func:`read_counts` and :func:`read_labels`; or no cell has a label.
@@ -200,8 +199,8 @@ def align_genes(X, genes, wanted, where, report=True):
     Raises:
         InputError: not one gene is shared.
     """
-    at = pd.Index(genes).get_indexer(wanted)  # -1 where absent
-    present = at >= 0
+    index = pd.Index(genes).get_indexer(wanted)  # (M), -1 where absent
+    present = index >= 0
     if not present.any():
         raise InputError(
             f"{where}: none of its {len(genes):,} genes ({some(genes)}) is known to the model "
@@ -212,9 +211,9 @@ def align_genes(X, genes, wanted, where, report=True):
             f"{where}: has {present.sum():,} of the model's {len(wanted):,} genes "
             f"({present.mean():.1%})"
         )
-    # A selection matrix keeps sparse sparse: column j of S picks gene at[j].
+    # A selection matrix keeps sparse sparse: column j of S picks gene index[j].
     S = sp.csr_matrix(
-        (np.ones(present.sum(), X.dtype), (at[present], np.flatnonzero(present))),
+        (np.ones(present.sum(), X.dtype), (index[present], np.flatnonzero(present))),
         shape=(len(genes), len(wanted)),
     )
     if not isinstance(X, BackedCounts):
@@ -223,10 +222,10 @@ def align_genes(X, genes, wanted, where, report=True):
 
 
 def log_normalise(X, dtype=np.float64):
-    """log1p of counts per 10,000, as scanpy computes it: the one log-normalisation of the project.
+    """log1p of counts per 10,000 by scanpy, the only log-normalisation of the project.
 
     Args:
-        X: counts (N x G), CSR or dense. dtype: of the result; scanpy's own default is float32.
+        X: counts (N x G), CSR or dense. dtype: of the result; scanpy's default is float32.
 
     Returns:
         As X (N x G), in ``dtype``; a cell without counts stays all zero.
@@ -243,9 +242,9 @@ def log_normalise(X, dtype=np.float64):
 def choose_genes(adata, n_genes):
     """Names of the ``n_genes`` most variable genes, in the data's order (all, if there are fewer).
 
-    By the variance of standardised counts around a fitted mean-variance trend (Stuart et al., Cell
-    2019; scanpy's ``seurat_v3``): it works on raw counts and, unlike the older ranking by
-    dispersion, does not favour genes seen in a handful of cells. Give it training cells only.
+    Ranked by the variance of standardised counts around a fitted mean-variance trend (Stuart et
+    al., Cell 2019; scanpy's ``seurat_v3``). It works on raw counts and, unlike the older ranking by
+    dispersion, does not favour genes detected in a handful of cells. Give it training cells only.
 
     Raises:
         InputError: the trend cannot be fitted.
@@ -276,17 +275,17 @@ PROTOCOL_GENES = re.compile(
 
 
 def choose_marker_genes(adata, codes, n_genes):
-    """Names of the ``n_genes`` genes that tell the cell types apart best, in the data's order.
+    """Names of the ``n_genes`` genes that best tell the cell types apart, in the data's order.
 
-    By the variance of log-normalised expression between types over that within them (the F of an
-    analysis of variance, up to a factor), with a floor so that a gene seen in one cell does not
-    lead. Give it training cells only.
+    Ranked by the variance of log-normalised expression between types over that within them (the F
+    of an analysis of variance, up to a factor), with a floor so that a gene detected in one cell
+    does not rank first. Give it training cells only.
 
         F_g = Σ_k f_k (m_gk - m_g)² / (Σ_k f_k v_gk + 0.02)
 
     with f_k the share of cells of type k, m and v the mean and variance of log1p counts per 10,000.
-    Genes by the name or the other name of ``PROTOCOL_GENES`` are not among them, unless those alone
-    are left. codes: cell types (N).
+    ``PROTOCOL_GENES`` (by name or other name) are not among them, unless no others are left. codes:
+    cell types (N).
     """
     names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
     usable = np.array([not any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
@@ -295,9 +294,9 @@ def choose_marker_genes(adata, codes, n_genes):
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
     log = log_normalise(adata.X)
-    kinds, share = np.unique(codes, return_counts=True)
+    types, share = np.unique(codes, return_counts=True)
     share = share[:, None] / len(codes)  # (K, 1)
-    parts = [log[np.flatnonzero(codes == k)] for k in kinds]
+    parts = [log[np.flatnonzero(codes == k)] for k in types]
     mean = np.stack([np.asarray(p.mean(axis=0)).ravel() for p in parts])  # (K, G)
     square = np.stack([np.asarray(p.multiply(p).mean(axis=0)).ravel() for p in parts])
     between = (share * (mean - (share * mean).sum(axis=0)) ** 2).sum(axis=0)
@@ -365,8 +364,8 @@ def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
             type with a positive proportion must have a cell.
         n_cells: cells per bulk (n).
         rng: numpy Generator.
-        pool: how many cells of each type a bulk draws from (n), themselves drawn at random; its
-            types then look a little different from those of the next bulk, as another donor's do.
+        pool: number of cells of each type that a bulk draws from (n), themselves drawn at random,
+            so that its types differ a little from those of the next bulk, as another donor's do.
             Default: all of them.
 
     Returns:
@@ -412,8 +411,8 @@ def batch_bulks(X, batch_size, n, rng, part):
             order = rng.permutation(X.shape[0])[: per_pass * batch_size]
             drawn = np.concatenate([drawn, order.reshape(per_pass, batch_size)])
         members, drawn = drawn[:m], drawn[m:]
-        at = (np.repeat(np.arange(m), batch_size), members.ravel())
-        S = sp.csr_matrix((np.ones(members.size, np.float32), at), shape=(m, X.shape[0]))
+        index = (np.repeat(np.arange(m), batch_size), members.ravel())
+        S = sp.csr_matrix((np.ones(members.size, np.float32), index), shape=(m, X.shape[0]))
         yield (S @ X).toarray(), members
 
 

@@ -38,7 +38,7 @@ def encode_cells(gmvae, X, batch_size, rows=None):
 def mean_profile(X, rows=None):
     """Expression profile (G) of cells together: positive, sums to 1.
 
-    Half a count is added to each gene, so that one never seen keeps a finite logarithm.
+    Half a count is added to each gene, so that genes without counts keep a finite logarithm.
 
     Args:
         X: counts (N x G), CSR or backed. rows: the cells; all if None.
@@ -90,19 +90,19 @@ def nb_log_prob(x, mean, theta):
 def nb_log_prob_of_cells(x, mean, theta):
     """Sum over genes of :func:`nb_log_prob`, each cell (B); x, mean (B, G), theta (G).
 
-    Nine counts in ten are zero, and there the log-probability is -θ ln(1+μ/θ) alone: the log-gammas
-    are for the others only, which makes a training step several times faster. Not on a GPU, where
-    log-gammas cost little, but to find the others it must stand still.
+    Nine counts in ten are zero, and there the log-probability is just -θ ln(1+μ/θ). Log-gammas are
+    computed for the other counts alone, which makes a training step several times faster. Not so on
+    a GPU, where log-gammas are cheap and finding the other counts forces a synchronisation.
     """
     if x.is_cuda:
         return nb_log_prob(x, mean, theta).sum(dim=1)
     at_zero = -theta * torch.log1p(mean / theta)  # (B, G)
-    [at] = torch.nonzero(x.reshape(-1), as_tuple=True)
-    # Not theta[gene]: several threads sum its gradient, each time in another order.
-    own_theta = theta.index_select(0, at % x.shape[1])
-    own_x, own_mean, zero = (v.reshape(-1).index_select(0, at) for v in (x, mean, at_zero))
-    more = nb_log_prob(own_x, own_mean, own_theta) - zero
-    return at_zero.sum(dim=1).index_add(0, at // x.shape[1], more)
+    [index] = torch.nonzero(x.reshape(-1), as_tuple=True)  # (n,) into the flat (B * G)
+    # Not theta[gene], whose gradient several threads would sum in an order that varies.
+    theta_n = theta.index_select(0, index % x.shape[1])  # (n,)
+    x_n, mean_n, zero_n = (v.reshape(-1).index_select(0, index) for v in (x, mean, at_zero))
+    excess = nb_log_prob(x_n, mean_n, theta_n) - zero_n  # (n,)
+    return at_zero.sum(dim=1).index_add(0, index // x.shape[1], excess)
 
 
 def zinb_log_prob(x, mean, theta, dropout_logits):
@@ -118,7 +118,7 @@ def zinb_log_prob(x, mean, theta, dropout_logits):
 def sample_nb(mean, theta, generator=None):
     """Draw negative binomial counts with variance mean + mean² / theta.
 
-    By a gamma and a Poisson draw each; on CPU :mod:`runtime.sampler` draws whole cells faster.
+    Each is a gamma and a Poisson draw; on CPU :mod:`runtime.sampler` draws whole cells faster.
 
     Args:
         mean: (B, G), 0 or more. theta: broadcastable to it, positive. generator: torch Generator.
@@ -141,23 +141,23 @@ def sample_zinb(mean, theta, dropout_logits, generator=None):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout``; of several processes, each draws for the whole batch and keeps its own part.
+    """``nn.Dropout`` whose mask does not depend on the number of processes.
 
-    So what is dropped does not depend on their number. The training sets :attr:`part`
-    (``training.Run``), and only where there are several.
+    Each process draws the mask of the whole batch and applies its part. ``training.TrainingRun``
+    sets :attr:`part` when there are several processes.
 
     Attributes:
-        part: size of the whole batch and slice of it that this process has, or None.
+        part: size of the whole batch and the slice of it that this process computes, or None.
     """
 
     part = None
 
     def forward(self, x):
-        """x (B', H), the process's part of the batch (B, H)."""
+        """x: (B', H), this process's part of the batch (B, H)."""
         if self.part is None or not self.training:
             return super().forward(x)
-        n, own = self.part
-        return x * F.dropout(x.new_ones(n, *x.shape[1:]), self.p)[own]
+        n, part = self.part
+        return x * F.dropout(x.new_ones(n, *x.shape[1:]), self.p)[part]
 
 
 def hidden_layers(sizes, dropout):
@@ -199,10 +199,10 @@ class CountDecoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, profile, theta=1.0):
-        """Let the untrained decoder give the mean profile (G, positive, sums to 1) for any z.
+        """Initialise the decoder to give the mean profile (G, positive, sums to 1) for any z.
 
-        Starting from uniform expression, most steps would go into finding the mean again. theta:
-        the dispersion that every gene starts from.
+        From uniform expression, most steps would be spent on finding the mean. theta: the initial
+        dispersion of every gene.
         """
         if self.likelihood != "mse_l1":
             self.out.weight.mul_(0.1)
@@ -227,8 +227,8 @@ class CountDecoder(nn.Module):
             return counts if log_factor is None else counts * log_factor.exp(), None
         if log_factor is not None:
             logits = logits + log_factor
-        # A cell without counts in these genes, or a softmax that underflows, must not read as
-        # mean 0, which makes any count impossible.
+        # A cell without counts in these genes, or a softmax that underflows, must not give mean 0,
+        # under which any count is impossible.
         mean = library[:, None].clamp(min=1.0) * torch.softmax(logits, dim=-1)
         mean = mean.clamp(min=1e-10)  # (B, G)
         return mean, self.dropout_logits(h) if self.likelihood == "zinb" else None
@@ -249,7 +249,7 @@ class CountDecoder(nn.Module):
     def sample(self, z, library, generator=None, log_factor=None, theta=None):
         """Draw whole-number counts (B, G); ``mse_l1`` has no distribution and is rounded.
 
-        log_factor: see :meth:`forward`. theta: dispersions (B, G) in place of its own, for ``nb``.
+        log_factor: see :meth:`forward`. theta: dispersions (B, G) to use instead, for ``nb``.
         """
         mean, dropout_logits = self(z, library, log_factor)
         if self.likelihood == "nb":
@@ -303,7 +303,7 @@ class scGMVAE(nn.Module):
         """q(z|x) of counts (B, G): mean and variance, each (B, D)."""
         library = x.sum(dim=1, keepdim=True).clamp(min=1.0)
         h = self.encoder(torch.log1p(x / library * DEPTH))  # (B, H)
-        # Softplus grows linearly, so one odd cell cannot blow the variance up as exp would.
+        # Softplus grows linearly, so that an outlier cannot blow the variance up as exp would.
         return self.encode_mean(h), F.softplus(self.encode_var(h)) + 1e-4
 
     def kl(self, mean, var, codes=None):
@@ -311,7 +311,7 @@ class scGMVAE(nn.Module):
 
             KL = ½ Σ_d [ ln(σ²_kd / v_d) + (v_d + (m_d - μ_kd)²) / σ²_kd - 1 ]
 
-        with k the cell's own type; without codes the prior is the standard normal.
+        with k the type of the cell; without codes the prior is the standard normal.
         """
         if codes is None:
             return normal_kl(mean, var, torch.zeros_like(mean), torch.ones_like(var))
@@ -333,7 +333,7 @@ class scGMVAE(nn.Module):
         return -joint.logsumexp(dim=1), joint.softmax(dim=1)
 
     def keep_types(self, kept):
-        """Keep these components alone, in this order. kept: indices (K' of K)."""
+        """Drop all components but these, in this order. kept: indices (K' of K)."""
         self.mu = nn.Parameter(self.mu.detach()[kept].clone())
         self.log_var = nn.Parameter(self.log_var.detach()[kept].clone())
         self.config["n_types"] = len(kept)
@@ -353,11 +353,11 @@ class scGMVAE(nn.Module):
 
 
 class scDecoder(CountDecoder):
-    """Stage 2: z -> counts of all genes; carries what cells of each type are drawn by.
+    """Stage 2: z -> counts of all genes, with the distributions that new cells are drawn from.
 
-    Published shape: D -> h/2 -> h -> G. With the network are kept, for each cell type, its Gaussian
-    μ_k, σ_k²; the shape of its cloud of cells within that Gaussian (:meth:`fit_shape`); and its
-    library sizes, as quantiles of their logarithm (:meth:`fit_library`).
+    Published shape: D -> h/2 -> h -> G. Beside the network it keeps for each cell type its Gaussian
+    μ_k, σ_k²; the shape of its cells' distribution within that Gaussian (:meth:`fit_shape`); and
+    its library sizes, as quantiles of their logarithm (:meth:`fit_library`).
     """
 
     def __init__(
@@ -384,27 +384,28 @@ class scDecoder(CountDecoder):
         )
         self.register_buffer("mu", torch.zeros(n_types, n_latent))
         self.register_buffer("var", torch.ones(n_types, n_latent))
-        # Until a shape is fitted: components all alike, the standard normal.
+        # Until a shape is fitted, all components are the standard normal.
         shape = (n_types, n_components, n_latent)
         self.register_buffer("shape_weight", torch.full(shape[:2], 1 / n_components))  # (K, C)
         self.register_buffer("shape_mean", torch.zeros(shape))  # (K, C, D)
         self.register_buffer("shape_sd", torch.ones(shape))  # (K, C, D)
         self.register_buffer("log_library", torch.zeros(n_types, n_quantiles))
-        # Until they are fitted (:meth:`fit_types`): what the network and its dispersions say.
+        # Until they are fitted (:meth:`fit_types`), the network and its dispersions decide.
         self.register_buffer("type_log_factor", torch.zeros(n_types, n_genes))
         self.register_buffer("type_log_theta", torch.zeros(n_types, n_genes))
         self.register_buffer("type_fitted", torch.zeros(n_types))
 
     @torch.no_grad()
     def fit_shape(self, mean, var, codes, seed):
-        """Fit how the cells of each type lie within its Gaussian: a mixture of diagonal Gaussians.
+        """Fit the distribution of each type's cells: a mixture of diagonal Gaussians.
 
             z = μ_k + σ_k e,   e ~ Σ_c w_kc N(m_kc, diag s_kc²),   E[e] = 0,   Var[e] = 1
 
-        A rarer kind of cell inside a type makes its cloud lopsided, and one Gaussian has no place
-        for such cells. Mean and variance of z stay μ_k and σ_k², whatever the shape. EM on the
-        posterior means, then s² gains the mean posterior variance, so that e is like the
-        posteriors together. A type with fewer than 6 cells a component gets fewer components.
+        A rarer kind of cell inside a type skews its distribution, which one Gaussian cannot follow.
+        Mean and variance of z remain μ_k and σ_k² whatever the shape. The mixture is fitted by EM
+        to the posterior means; then the mean posterior variance is added to s², so that e is
+        distributed as all posteriors together. A type with fewer than 6 cells per component gets
+        fewer components.
 
         Args:
             mean, var: posteriors q(z|x) of the cells (N, D). codes (N). seed: of EM's start.
@@ -412,13 +413,13 @@ class scDecoder(CountDecoder):
         from sklearn.mixture import GaussianMixture
 
         for k in codes.unique().tolist():
-            own = codes == k
-            if own.sum() < 2:  # of one cell, the cloud is its posterior, which μ_k, σ_k² are
+            in_type = codes == k
+            if in_type.sum() < 2:  # the posterior of a single cell is N(μ_k, σ_k²) already
                 continue
-            e = ((mean[own] - self.mu[k].cpu()) / self.var[k].cpu().sqrt()).double()  # (n, D)
-            noise = (var[own] / self.var[k].cpu()).double().mean(dim=0)  # (D)
+            e = ((mean[in_type] - self.mu[k].cpu()) / self.var[k].cpu().sqrt()).double()  # (n, D)
+            noise = (var[in_type] / self.var[k].cpu()).double().mean(dim=0)  # (D)
             n = max(1, min(self.config["n_components"], len(e) // 6))
-            # The floor of 0.02 σ² keeps a component from closing in on single cells.
+            # The floor of 0.02 σ² keeps components from collapsing onto single cells.
             fit = GaussianMixture(n, covariance_type="diag", reg_covar=0.02, n_init=3)
             fit.set_params(random_state=seed).fit(e.numpy())
             weight, m, s2 = (
@@ -447,11 +448,12 @@ class scDecoder(CountDecoder):
 
         A type without cells gets the quantiles of all cells.
         """
-        at = torch.linspace(0, 1, self.log_library.shape[1], dtype=torch.float64)
+        level = torch.linspace(0, 1, self.log_library.shape[1], dtype=torch.float64)
         log_library = library.double().log().cpu()
         for k in range(self.log_library.shape[0]):
-            own = log_library[codes.cpu() == k]
-            self.log_library[k] = torch.quantile(own if len(own) else log_library, at)
+            in_type = log_library[codes.cpu() == k]
+            in_type = in_type if len(in_type) else log_library
+            self.log_library[k] = torch.quantile(in_type, level)
 
     def sample_library(self, codes, generator=None):
         """Draw a library size (B) for cells of types ``codes`` (B)."""
@@ -463,15 +465,15 @@ class scDecoder(CountDecoder):
 
     @torch.no_grad()
     def fit_types(self, X, codes, n=1000, seed=0):
-        """Match mean and dispersion of each gene in each type to its cells; z as for new cells.
+        """Match the mean and dispersion of each gene in each type to its cells, given new z.
 
             ln f_kg = ln( (Σ_i x_ig + ½) / (Σ_i l_i E[p_g] + ½) ),   then with p scaled by f
             1/θ_kg = w · max(0, E_i[x² - x] / (E_i[l²] E[p_g²]) - 1) + (1 - w) / θ_g,
             w = Σ_i x_ig / (Σ_i x_ig + 200)
 
-        over the cells i of type k, with library sizes l and expected fractions p. One dispersion
-        for all types makes the markers of a type too noisy in that type, since it must also hold
-        the odd cell of another in which they are seen. Only for ``nb``.
+        over the cells i of type k, with library sizes l and expected fractions p. A dispersion
+        shared by all types makes the markers of a type too noisy in it, because it must also allow
+        for the occasional cell of another type that expresses them. Only for ``nb``.
 
         Args:
             X: counts of the training cells (N x G), CSR or backed. codes: their types (N), a
@@ -489,15 +491,15 @@ class scDecoder(CountDecoder):
         for k in np.unique(codes):
             size, total, pairs = library[codes == k], totals[k], all_pairs[k]
             z = self.draw_latent_of_type(k, n, generator)
-            one = torch.ones(n, device=z.device)
-            fraction = self(z, one)[0].double()  # (n, G)
+            unit = torch.ones(n, device=z.device)  # library sizes, so that means are fractions
+            fraction = self(z, unit)[0].double()  # (n, G)
             factor = (total + 0.5) / (size.sum() * fraction.mean(dim=0) + 0.5)
             self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
-            fraction = self(z, one, self.type_log_factor[k])[0].double()
+            fraction = self(z, unit, self.type_log_factor[k])[0].double()
             expected = (size**2).sum() * (fraction**2).mean(dim=0)  # E[l²] E[p²], times n_k
-            found = (pairs / expected - 1).clamp(min=0)  # 1 / θ
-            weight = total / (total + 200)
-            inverse = weight * found + (1 - weight) / self.theta.double()
+            moment = (pairs / expected - 1).clamp(min=0)  # 1 / θ by moments (G)
+            weight = total / (total + 200)  # of the type's moment against the shared dispersion
+            inverse = weight * moment + (1 - weight) / self.theta.double()  # (G)
             self.type_log_theta[k] = -inverse.clamp(1e-4, 1e4).log().float()
             self.type_fitted[k] = 1.0
 
@@ -507,26 +509,26 @@ class scDecoder(CountDecoder):
         return self.sample_latent(self.mu[codes], self.var[codes], codes, generator)
 
     def type_theta(self):
-        """Dispersions of the genes in each type (K, G): :meth:`fit_types`' where it has been."""
-        fitted = self.type_fitted[:, None] > 0  # a type without cells is not
+        """Dispersions of the genes in each type (K, G), by :meth:`fit_types` where it has run."""
+        fitted = self.type_fitted[:, None] > 0  # types without cells are not
         return torch.where(fitted, self.type_log_theta, self.log_theta).exp()
 
     def sample_cells(self, z, library, codes, generator=None, log_factor=None):
         """Draw whole-number counts (B, G) of cells of types ``codes`` (B).
 
         As :meth:`sample`, with the means and dispersions of each type (:meth:`fit_types`);
-        log_factor (B, G) comes on top.
+        log_factor (B, G) is added to the former.
         """
-        own = self.type_log_factor[codes]  # (B, G)
-        own = own if log_factor is None else own + log_factor
-        theta = self.type_theta()[codes] if self.likelihood == "nb" else None
-        return self.sample(z, library, generator, own, theta)
+        total_factor = self.type_log_factor[codes]  # (B, G)
+        total_factor = total_factor if log_factor is None else total_factor + log_factor
+        theta = self.type_theta()[codes] if self.likelihood == "nb" else None  # (B, G)
+        return self.sample(z, library, generator, total_factor, theta)
 
     def sample_rows(self, z, library, codes, generator, log_factor=None, sample=None):
         """As :meth:`sample_cells`, as a CSR matrix (B, G) of int32.
 
-        On CPU without a dense (B, G) of counts, by :mod:`runtime.sampler`. log_factor: (S, G), with
-        sample: the row of it that each cell (B) has.
+        On CPU :mod:`runtime.sampler` needs no dense (B, G) of counts. log_factor: (S, G), with
+        sample: the row of it for each cell (B).
 
         Raises:
             InputError: a count would not be finite or would be over 2^31 - 1.
@@ -565,9 +567,9 @@ class BulkEncoder(nn.Module):
     """Stage 3: bulk profile (S, G) -> μ̂_k, σ̂_k² (S, K, D) and proportions π̂ (S, K).
 
     Published shape: G -> hidden -> three heads, on a bulk that is depth-normalised and standardised
-    gene by gene, so that its scale does not matter. No head starts from nothing. A bulk is a sum
-    of cells, so non-negative deconvolution with the cell types' mean counts (:meth:`deconvolve`)
-    gives first proportions, and the mixture first moments; the network learns corrections:
+    gene by gene, so that its scale does not matter. A bulk is a sum of cells, so non-negative
+    deconvolution with the cell types' mean counts (:meth:`deconvolve`) gives initial proportions,
+    and the mixture initial moments. The network learns corrections:
 
         π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
     """
@@ -586,13 +588,13 @@ class BulkEncoder(nn.Module):
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
         self.pi_head = nn.Linear(n_hidden, n_types)
-        # At first every bulk gets the mixture's own moments, and deconvolution alone decides on
-        # proportions: what the heads say of a particular bulk is all learned.
+        # Heads start at zero: every bulk gets the mixture's moments, and deconvolution alone
+        # decides on proportions, until the heads have learned to correct them.
         for head in (self.mu_head, self.var_head, self.pi_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         self.log_weight = nn.Parameter(torch.zeros(n_genes))
-        self.register_buffer("mu", torch.zeros(n_types, n_latent))  # of the mixture it was made for
+        self.register_buffer("mu", torch.zeros(n_types, n_latent))  # mixture it was trained for
         self.register_buffer("var", torch.ones(n_types, n_latent))
         self.register_buffer("signature", torch.full((n_types, n_genes), 1 / n_genes))
         self.register_buffer("profile", torch.full((n_genes,), 1 / n_genes))
@@ -601,29 +603,29 @@ class BulkEncoder(nn.Module):
 
     @torch.no_grad()
     def fit_input(self, bulk, signature):
-        """Take what the network's input is measured by from training data.
+        """Set signature, mean profile and the standardisation of genes from training data.
 
         Args:
-            bulk: training bulks (S, G), from which each gene's centre and spread.
+            bulk: training bulks (S, G), which give the centre and spread of each gene.
             signature: mean counts of the cells of each type (K, G). Not depth-normalised: a type
-                with twice the mRNA must weigh twice in a bulk for the same number of cells.
+                with twice the mRNA weighs twice in a bulk for the same number of cells.
         """
         self.signature.copy_(self.scale_signature(signature))
         self.profile.copy_((bulk / bulk.sum(dim=1, keepdim=True)).mean(dim=0))
         x = torch.log1p(self.normalise(bulk, torch.ones_like(self.profile)) * DEPTH)
         self.center.copy_(x.mean(dim=0))
-        # The floor keeps genes that hardly vary in training from shouting in a foreign bulk.
+        # The floor keeps genes that hardly vary in training from dominating a bulk of another lab.
         self.scale.copy_(x.std(dim=0).clamp(min=0.1))
 
     @staticmethod
     def scale_signature(signature):
-        """Mean counts (K, G) as fractions, of the average type; types keep their mRNA content."""
+        """Mean counts (K, G) over the mean total of the types, which keep their mRNA content."""
         return signature / signature.sum(dim=1).mean()
 
     def normalise(self, bulk, present):
-        """Fractions of all counts (S, G), to which absent genes would have added their share.
+        """Fractions of all counts (S, G), as if absent genes had their usual share of them.
 
-        Without the share, a bulk that lacks strong genes would read too high in all others.
+        Otherwise a bulk that lacks highly expressed genes would read too high in all others.
         """
         share = (self.profile * present).sum()
         total = (bulk * present).sum(dim=1, keepdim=True)
@@ -635,17 +637,20 @@ class BulkEncoder(nn.Module):
             min over π of  Σ_g w_g ( p_g / q_g - ln(p_g / q_g) - 1 ),   q = π S + ε,  p + ε for p
             π ← π · ((w p / q²) Sᵀ) / ((w / q) Sᵀ)
 
-        The Itakura-Saito divergence (Févotte, Bertin and Durrieu, Neural Computation 2009): errors
-        count as ratios, because platforms differ from gene to gene by factors; under least squares
-        a few strong genes decide. w_g is learned and, after the first updates, divided by
+        The Itakura-Saito divergence (Févotte, Bertin and Durrieu, Neural Computation 2009) counts
+        errors as ratios, because platforms change each gene by a factor; under least squares a few
+        highly expressed genes decide. w_g is learned and, after the first updates, divided by
         1 + ln(p_g / q_g)², the weight of Cauchy's robust loss: a gene that is off by a large factor
-        is the platform's and says nothing of the cells. Stopping after some updates keeps types
-        apart that the data hardly tell apart.
+        reflects the platform rather than the cells. Stopping early regularises types that the data
+        can hardly tell apart.
 
-        Args: fractions (S, G), present (G), signature (K, G), default its own.
-        Returns (S, K), rows summing to 1.
+        Args:
+            fractions: (S, G). present: (G). signature: (K, G), default the model's.
+
+        Returns:
+            (S, K), rows summing to 1.
         """
-        # Ratios of genes that are hardly there are noise, hence ε: a fiftieth of the mean gene.
+        # Ratios of genes with hardly any counts are noise, hence ε: a fiftieth of the mean gene.
         floor = 0.02 / fractions.shape[1]
         weight = self.log_weight.exp() * present  # (G,)
         S = self.signature if signature is None else signature  # (K, G)
@@ -653,16 +658,17 @@ class BulkEncoder(nn.Module):
         pi = torch.full((len(p), len(S)), 1 / len(S), device=p.device)
         for i in range(self.config["n_iterations"]):
             q = pi @ S + floor  # (S, G)
-            own = weight
-            if i >= 20:  # before, q is too far from anything for its errors to mean much
-                own = weight / (1 + torch.log(p / q).detach() ** 2)  # (S, G)
-            down = (own / q) @ S.T  # (S, K)
-            pi = pi * ((own * p / q**2) @ S.T) / down.clamp(min=1e-12)
+            w = weight
+            if i >= 20:  # before that, q is too far off for its errors to mean much
+                w = weight / (1 + torch.log(p / q).detach() ** 2)  # (S, G)
+            denominator = (w / q) @ S.T  # (S, K)
+            pi = pi * ((w * p / q**2) @ S.T) / denominator.clamp(min=1e-12)
         return pi / pi.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
     def forward(self, bulk, present=None, signature=None):
-        """Args: bulk (S, G), any scale, positive sums; present (G) bool, default all; signature
-        (K, G): another one to deconvolve with.
+        """Args:
+            bulk: (S, G), any scale, positive sums. present: mask (G) of measured genes, default
+                all. signature: (K, G) to deconvolve with instead of the model's.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
@@ -670,7 +676,7 @@ class BulkEncoder(nn.Module):
         present = torch.ones_like(self.profile) if present is None else present.to(bulk.dtype)
         fractions = self.normalise(bulk, present)  # (S, G)
         x = (torch.log1p(fractions * DEPTH) - self.center) / self.scale
-        # An absent gene reads as average; nothing reads far beyond what training has seen.
+        # An absent gene counts as average, and no gene goes far beyond what training has seen.
         h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
         shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
         mu = self.mu + self.mu_head(h).view(shape)

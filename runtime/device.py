@@ -18,7 +18,11 @@ def seed_everything(seed):
 
 
 def pick_device(name):
-    """``auto`` is CUDA if there is one, else CPU; anything else is taken as torch names it."""
+    """The torch device of a name; ``auto`` is CUDA if there is one, else CPU.
+
+    Raises:
+        InputError: torch does not know it, or it is not available here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,10 +34,10 @@ def pick_device(name):
 
 
 def in_batches(function, rows, batch_size):
-    """What a function of rows (N) returns, a tuple of tensors (B, ...), for all of them (N, ...).
+    """Apply a function of rows (B), which returns tensors (B, ...), to all rows (N) in batches.
 
-    Put into their places at once: small results kept one by one between large tensors that come and
-    go leave the memory in pieces too small for these, gigabytes of them after a million cells.
+    Results are written into preallocated tensors (N, ...). A list of small results between large
+    temporaries would fragment the heap, by gigabytes after a million cells.
     """
     results, first = None, 0
     for batch in np.array_split(rows, -(-len(rows) // batch_size)):
@@ -47,18 +51,18 @@ def in_batches(function, rows, batch_size):
 
 
 def to_dense(X, rows, device):
-    """Rows of a CSR count matrix as a float32 tensor (B, G); the only place sparse ends."""
-    own = X[rows]
+    """Rows of a count matrix, CSR or backed, as a float32 tensor (B, G) on a device."""
+    counts = X[rows]
     if torch.device(device).type != "cuda":
-        return torch.from_numpy(own.astype(np.float32).toarray()).to(device)
-    return from_csr(own, device)
+        return torch.from_numpy(counts.astype(np.float32).toarray()).to(device)
+    return from_csr(counts, device)
 
 
 def from_csr(X, device):
     """A CSR count matrix as a float32 tensor (B, G), made dense on the device.
 
-    Nine counts in ten are zero, which need not be sent to a GPU; from pinned memory the rest is
-    sent while the GPU is still at work on the step before.
+    Nine counts in ten are zero and need not be sent to a GPU. From pinned memory the others are
+    sent while the GPU still works on the previous step.
     """
 
     def send(part):
@@ -66,10 +70,10 @@ def from_csr(X, device):
         pinned = part.pin_memory() if torch.device(device).type == "cuda" else part
         return pinned.to(device, non_blocking=True)
 
-    at = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr)) * X.shape[1] + X.indices
+    index = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr)) * X.shape[1] + X.indices
     flat = torch.zeros(X.shape[0] * X.shape[1], device=device)
-    # Added, not put: a matrix may hold several entries of one place.
-    return flat.index_add_(0, send(at), send(X.data).float()).view(X.shape)
+    # Added rather than assigned, because a matrix may hold several entries of one place.
+    return flat.index_add_(0, send(index), send(X.data).float()).view(X.shape)
 
 
 def to_csr(counts):

@@ -39,7 +39,7 @@ f32, i32, i64, u64 = np.float32, np.int32, np.int64, np.uint64
 
 # "contract" allows fused multiply-add; "numpy" drops the test for division by zero, which would
 # keep the loops from being vectorised.
-# Compiled once, in ten seconds, and kept beside this file, or in the user's own cache.
+# Compiled once, in ten seconds, and cached beside this file or in the user's home.
 KEEP = any(os.access(folder, os.W_OK) for folder in (Path(__file__).parent, Path.home()))
 LOOP = dict(nogil=True, cache=KEEP, error_model="numpy")
 EXACT = dict(fastmath={"contract"}, **LOOP)
@@ -302,7 +302,7 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
     marks = np.zeros((n_genes + 7) // 8 * 8, np.uint8)
     eights = marks.view(np.uint64)
     gene = np.empty(n_genes + 8, np.int64)
-    at = np.empty(n_genes, np.int64)
+    position = np.empty(n_genes, np.int64)  # in data, of each gene that climbs
     mean, t, p, left, ratio = (
         np.empty(n_genes),
         np.empty(n_genes),
@@ -332,11 +332,11 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
             indices = np.concatenate((indices, np.empty(room - indices.size, np.int32)))
             data = np.concatenate((data, np.empty(room - data.size, np.int32)))
 
-        own = theta[codes[i]]
+        theta_i = theta[codes[i]]
         for c in range(n):
             j = u64(gene[c])
             mean[c] = max(row[j] * scale, FLOOR)
-            t[c] = own[j]
+            t[c] = theta_i[j]
             left[c] = 1.0 - float(mix(key + j * STEP) >> u64(11)) * 2.0**-53  # u = 1 - v
         zero_probability(n, mean, t, p, left, ratio)
         # Genes with a count move to the front of the arrays, those without are overwritten.
@@ -352,10 +352,10 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
             else:
                 t[n_climb], ratio[n_climb], p[n_climb] = t[c], ratio[c], p[c]
                 left[n_climb] = left[c]
-                at[n_climb] = w
-                more = i64(left[c] >= 0.0)
-                w += more
-                n_climb += more
+                position[n_climb] = w
+                has_count = i64(left[c] >= 0.0)
+                w += has_count
+                n_climb += has_count
         # All genes of the cell climb together, so that the arithmetic vectorises.
         k = 0
         while n_climb > 0:
@@ -363,9 +363,9 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
             k += 1
             n_next = 0
             for c in range(n_climb):
-                data[at[c]] = k
+                data[position[c]] = k
                 t[n_next], ratio[n_next], p[n_next] = t[c], ratio[c], p[c]
-                left[n_next], at[n_next] = left[c], at[c]
+                left[n_next], position[n_next] = left[c], position[c]
                 n_next += i64(left[c] >= 0.0)
             n_climb = n_next
         indptr[i + 1] = w
@@ -455,26 +455,17 @@ def sample_csr(
         dropout = [v.detach().float().contiguous().numpy() for v in dropout]
 
     def draw(start):
-        own = slice(start, min(start + block, n_cells))
-        cells = np.arange(first + own.start, first + own.stop, dtype=np.uint64)
-        logits = torch.mm(hidden[own], weight.T).numpy()  # (B, G)
-        part = sample_block(
-            logits,
-            factor,
-            codes[own],
-            extra,
-            sample[own],
-            library[own],
-            theta,
-            np.uint64(seed),
-            cells,
-        )
+        rows = slice(start, min(start + block, n_cells))
+        cells = np.arange(first + rows.start, first + rows.stop, dtype=np.uint64)
+        logits = torch.mm(hidden[rows], weight.T).numpy()  # (B, G)
+        per_cell = codes[rows], extra, sample[rows], library[rows]
+        part = sample_block(logits, factor, *per_cell, theta, np.uint64(seed), cells)
         if dropout is not None:
-            part = drop_block(*part, hidden[own].numpy(), *dropout, np.uint64(seed), cells)
+            part = drop_block(*part, hidden[rows].numpy(), *dropout, np.uint64(seed), cells)
         return part
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the blocks are the threads' work, not the parts of a product
+    torch.set_num_threads(1)  # each thread computes whole blocks, not parts of one product
     try:
         with ThreadPoolExecutor(
             n_threads, initializer=torch.set_num_threads, initargs=(1,)
@@ -482,13 +473,18 @@ def sample_csr(
             parts = list(pool.map(draw, range(0, n_cells, block)))
     finally:
         torch.set_num_threads(before)
+    return stack_csr(parts, n_genes)
+
+
+def stack_csr(parts, n_genes):
+    """Stack the ``(indptr, indices, data)`` of blocks (B x G) into one CSR matrix (N x G) int32."""
     if not parts:
         return sp.csr_matrix((0, n_genes), dtype=np.int32)
-    sizes = np.concatenate([np.diff(indptr) for indptr, _, _ in parts])
+    sizes = np.concatenate([np.diff(indptr) for indptr, _, _ in parts])  # (N,)
     indptr = np.concatenate([[0], np.cumsum(sizes)])
-    if indptr[-1] < 2**31:  # as scipy has it
+    if indptr[-1] < 2**31:  # as scipy chooses it
         indptr = indptr.astype(np.int32)
-    X = sp.csr_matrix((n_cells, n_genes), dtype=np.int32)
+    X = sp.csr_matrix((len(sizes), n_genes), dtype=np.int32)
     X.indptr = indptr
     X.indices = np.concatenate([indices for _, indices, _ in parts])
     X.data = np.concatenate([data for _, _, data in parts])

@@ -44,7 +44,7 @@ def save_model(path, model, settings, **card):
 def save_tensors(path, content):
     """``torch.save``, whole or not at all.
 
-    By way of memory, as its own writing of files ends in an abort when the disk is full.
+    Through memory, because torch aborts the process when the disk is full.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -52,10 +52,10 @@ def save_tensors(path, content):
 
 
 def load_tensors(path, made_by):
-    """``torch.load`` onto the CPU, of a file that may come from anybody; one-line errors name it.
+    """``torch.load`` of a file of any origin onto the CPU; one-line errors name it.
 
-    No code in it is run (``weights_only``), and it takes no more memory than it has bytes: records
-    of torch's zip files are never compressed.
+    ``weights_only`` runs no code in it. It takes no more memory than it has bytes, because
+    compressed records, which torch never writes, are refused.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,9 +79,9 @@ def load_tensors(path, made_by):
 
 
 def is_plain_tensor(value):
-    """Whether a value is a dense tensor on the CPU that has all of its elements in memory.
+    """Whether a value is a dense tensor on the CPU with all of its elements in memory.
 
-    A file may hold views that claim more elements than are stored, or sparse or empty shells.
+    A file may hold views that claim more elements than are stored, or sparse or meta tensors.
     """
     return (
         isinstance(value, torch.Tensor)
@@ -103,8 +103,8 @@ def is_list_of_names(value, length=None):
 def check_card(card, model_class):
     """Check that what a file says of a model fits together, before anything is built from it.
 
-    The model is first set up without memory; so what is set aside for it later is no more than
-    what the file itself holds.
+    The model is first built on the meta device, without memory; what is allocated for it later is
+    no more than the file itself holds.
 
     Raises:
         ValueError, KeyError, TypeError, RuntimeError: it does not; says what.
@@ -127,8 +127,8 @@ def check_card(card, model_class):
     if state.keys() != expected.keys():
         raise ValueError("other names of tensors")
     for name, value in state.items():
-        like = expected[name]
-        if not is_plain_tensor(value) or (value.shape, value.dtype) != (like.shape, like.dtype):
+        shape_and_dtype = expected[name].shape, expected[name].dtype
+        if not is_plain_tensor(value) or (value.shape, value.dtype) != shape_and_dtype:
             raise ValueError(f"tensor {name}")
     names, K = card["genes"], config["n_types"]
     fraction, fit = card["held_out_fraction"], card.get("fit", {})
@@ -174,7 +174,7 @@ def check_values(model):
 
 
 def load_model(path, model_class, device="cpu"):
-    """Rebuild a saved model in eval mode; the file may come from anybody.
+    """Rebuild a saved model in eval mode from a file of any origin.
 
     Returns:
         ``(model, card)``: the module on ``device``, and the rest of the file as a dict.
@@ -258,7 +258,7 @@ def load_mixture(folder, n_types):
 
 
 def check_cell_types(path, card, cell_types):
-    """The one name-to-code map must be the same in a model and in the labels at hand."""
+    """Raise InputError unless a model and the labels have the same name-to-code map."""
     if card["cell_types"] != list(cell_types):
         raise InputError(
             f"{path}: knows {len(card['cell_types'])} cell types ({some(card['cell_types'])}), the "
@@ -267,11 +267,11 @@ def check_cell_types(path, card, cell_types):
 
 
 def check_mixture(path, model, mu, var, other):
-    """A model must have been made for the mixture μ_k, σ_k² (K, D) that ``other`` holds."""
+    """Raise InputError unless a model was trained for the mixture mu, var (K, D) of ``other``."""
     same = model.mu.shape == mu.shape
-    for own, given in ((model.mu, mu), (model.var, var)):
+    for a, b in ((model.mu, mu), (model.var, var)):
         # Not to the bit: exp of the same number may differ between machines in the last place.
-        same = same and torch.allclose(own.detach().cpu(), given.detach().cpu(), rtol=1e-4)
+        same = same and torch.allclose(a.detach().cpu(), b.detach().cpu(), rtol=1e-4)
     if not same:
         raise InputError(
             f"{path}: made for another Gaussian mixture than {other}; expected weights of one "
