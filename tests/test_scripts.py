@@ -534,6 +534,22 @@ def test_settings_out_of_range(script, arguments, words):
     assert_one_line_error(run_inside(script, *arguments), words)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no-such-flag", 1], ["--no-such-flag", "unknown"]),
+        (["one", "two"], ["one two", "unknown"]),
+        (["--n-cells", "many"], ["--n-cells", "many"]),
+        (["--n-cells"], ["--n-cells", "too few"]),
+        (["--seed", 1.5], ["--seed", "1.5"]),
+    ],
+)
+def test_command_line_that_cannot_be_parsed_is_one_line(arguments, words):
+    done = run_inside("bulk2sc.py", *arguments)
+    assert_one_line_error(done, *words)
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_flag_is_an_error_and_help_lists_all(script):
     done = run_inside(script, "--no-such-flag", 1)

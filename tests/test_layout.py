@@ -1,0 +1,105 @@
+"""Science at the root, plumbing below: who may import whom, and what --help may import."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPTS = [
+    *("annotate", "bulk2sc", "evaluate", "make_figures"),
+    *("train_gmvae", "train_decoder", "train_encoder"),
+]
+# Which layers a file may import from, by the folder that it lies in.
+ALLOWED = {
+    "": {"", "readers", "runtime"},
+    "readers": {"readers", "runtime"},
+    "runtime": {"runtime"},
+}
+
+
+def module_names():
+    """Every module of the project, by its dotted name -> path."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("readers/*.py"), *ROOT.glob("runtime/*.py")]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in paths}
+
+
+def imports_of(path):
+    """``(module, names)`` of every import in a file; names is [] where a module is imported."""
+    imports = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imports += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            imports.append((node.module, names))
+    return imports
+
+
+def project_imports(modules):
+    """Module -> the modules of the project that it imports."""
+    graph = {}
+    for name, path in modules.items():
+        graph[name] = set()
+        for module, names in imports_of(path):
+            candidates = [module, *(f"{module}.{n}" for n in names)]
+            graph[name] |= {c for c in candidates if c in modules}
+    return graph
+
+
+def layer(name):
+    return name.rpartition(".")[0]
+
+
+def test_plumbing_never_imports_the_root():
+    graph = project_imports(module_names())
+    assert len(graph["bulk2sc"]) > 5 and graph["readers.counts"]  # the imports are found at all
+    for name, imported in graph.items():
+        wrong = {other for other in imported if layer(other) not in ALLOWED[layer(name)]}
+        assert not wrong, f"{name} imports {wrong}"
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = project_imports(module_names())
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in graph[name] - {name}:
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_scripts_take_no_helper_from_a_script():
+    """A driver may import a script as a whole, to run its main."""
+    for name, path in module_names().items():
+        for module, names in imports_of(path):
+            assert module not in SCRIPTS or not names, f"{name}: {names} from {module}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_before_the_slow_imports(script):
+    """And shows what the script is for, an example, and the choices of its settings."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{script}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('{script}.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "slow = {'torch', 'scanpy', 'anndata', 'sklearn', 'matplotlib', 'numba'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python {script}.py" in done.stdout
+    if script == "train_decoder":
+        assert "{nb,zinb,mse_l1}" in done.stdout and "{auto,posterior,prior}" in done.stdout
