@@ -49,7 +49,7 @@ class Settings:
         for name in ("dims", "n_genes", "n_neighbors"):
             if (found := getattr(self, name)) < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
-        if not 0 < self.resolution < np.inf:
+        if not 0 < self.resolution < float("inf"):
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")

@@ -23,6 +23,7 @@ from conftest import (
     ROOT,
     assert_one_line_error,
     make_cells,
+    run,
     run_inside,
     write_10x,
     write_10x_h5,
@@ -266,7 +267,7 @@ def test_symbols_may_be_the_second_name_of_a_gene(tmp_path, blocks, table):
 
 
 def test_exported_folder_holds_the_same_counts(tmp_path, h5ad, blocks):
-    done = run_inside("annotate.py", "--data", h5ad, "--export", tmp_path / "10x")
+    done = run("annotate.py", "--data", h5ad, "--export", tmp_path / "10x")  # in a new process
     assert done.returncode == 0, done.stderr
     a, b = read_counts(h5ad), read_counts(tmp_path / "10x")
     assert list(a.obs_names) == list(b.obs_names) and list(a.var_names) == list(b.var_names)
