@@ -142,14 +142,23 @@ def load_cells(settings, need_labels=True, found=True):
         adata = adata[~empty].copy()
     if adata.n_obs == 0:
         raise InputError(f"{settings.data}: every count is zero, expected raw counts")
-    labels = None
-    if need_labels:
-        weights = settings.weights if found else None
-        labels = read_labels(adata, settings.data, settings.labels, weights)
     adata.uns["source"] = str(settings.data)
-    if not need_labels:
-        print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
-        return adata
+    if need_labels:
+        return label_cells(adata, settings, settings.weights if found else None)
+    print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    return adata
+
+
+def label_cells(adata, settings, weights):
+    """Keep the labelled cells, their type in ``.obs["cell_type"]``; the others are counted.
+
+    Args:
+        adata: AnnData or BackedCells. weights: folder that may hold found cell types, or None.
+
+    Raises:
+        InputError: see :func:`load_cells`.
+    """
+    labels = read_labels(adata, settings.data, settings.labels, weights)
     if labels is None:
         raise InputError(
             f"{settings.data}: no cell types found; give --labels (a {LABEL_FILE} or a column of "

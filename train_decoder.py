@@ -253,6 +253,32 @@ def held_out_loss(model, X, rows, batch_size, z_mean, z_var):
     return losses.mean().item()
 
 
+def train_model(run, optimizer, schedule, X, split, z):
+    """The training loop.
+
+    Args:
+        X: counts (N x G). split: indices of training and of held-out cells. z: mean and variance
+            that the latent of each cell is drawn from, (N, D) each.
+    """
+    cfg, model, (train, test) = run.cfg, run.model, split
+    n_batches = -(-len(train) // cfg.batch_size)
+    for epoch in run.epochs():
+        model.train()
+        for rows, part in run.batches(train, n_batches, X):
+            losses = cell_losses(model, X, rows, part, *z)  # (B')
+            loss = losses.sum() / len(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            run.all_reduce(loss, losses.sum())
+            optimizer.step()
+            schedule.step()
+        [reconstruction] = (run.progress.total / len(train)).tolist()
+        row = {"epoch": epoch, "reconstruction": reconstruction, "held_out_reconstruction": None}
+        if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
+            row["held_out_reconstruction"] = held_out_loss(model, X, test, cfg.batch_size, *z)
+        run.end_epoch(row, reconstruction=f"{reconstruction:.1f}")
+
+
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -293,23 +319,7 @@ def main(cfg):
     optimizer, schedule = two_rate_optimizer(model, fast, cfg, cfg.epochs * n_batches)
 
     run = TrainingRun("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
-    for epoch in run.epochs():
-        model.train()
-        for rows, part in run.batches(train, n_batches, cells.X):
-            losses = cell_losses(model, cells.X, rows, part, z_mean, z_var)  # (B')
-            loss = losses.sum() / len(rows)
-            optimizer.zero_grad()
-            loss.backward()
-            run.all_reduce(loss, losses.sum())
-            optimizer.step()
-            schedule.step()
-        [reconstruction] = (run.progress.total / len(train)).tolist()
-        row = {"epoch": epoch, "reconstruction": reconstruction, "held_out_reconstruction": None}
-        if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
-            loss = held_out_loss(model, cells.X, test, cfg.batch_size, z_mean, z_var)
-            row["held_out_reconstruction"] = loss
-        run.end_epoch(row, reconstruction=f"{reconstruction:.1f}")
-
+    train_model(run, optimizer, schedule, cells.X, (train, test), (z_mean, z_var))
     if run.group.rank:  # the first process writes what all have trained
         return
     model.eval()

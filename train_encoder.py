@@ -305,51 +305,28 @@ def held_out_losses(model, bulks):
     return {f"held_out_{name}": losses[name].item() for name in names}
 
 
-@distributed
-def main(cfg):
-    rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    K = len(cell_types)
-    mu, var, decoder, card = read_mixture(cfg, cell_types)
-    held_out, fraction = choose_held_out(
-        cells, codes, cfg, card, cfg.weights / "scDecoder_model.pt"
-    )
-    made_from = digest(
-        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
-        *(mu, var, decoder.state_dict()),
-    )
-    all_held_out = list(cells.obs_names[held_out])
-    cells, rows = sample_in_memory(cells, codes, rng, "pseudobulks")
-    codes, held_out = codes[rows], held_out[rows]
-    genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    X = X.astype(np.float32)  # once, rather than at every step
-    X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
-    X_test, codes_test = X[np.flatnonzero(held_out)], codes[held_out]
-    print(
-        f"pseudobulks of {len(codes_train):,} training cells, {len(genes):,} genes; "
-        f"{len(codes_test):,} cells held out"
-    )
-    if already_finished(cfg, cfg.weights / "bulkEncoder_model.pt", BulkEncoder, made_from):
-        return
+def simulate_test_bulks(X, codes, held_out, cfg, rng):
+    """Four batches of bulks of held-out cells and their proportions, the same at every epoch."""
+    cells, n_types = np.flatnonzero(held_out), codes.max() + 1
+    batches = [
+        simulate_bulks(X[cells], codes[cells], n_types, cfg, rng, clean=True) for _ in range(4)
+    ]
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
-    model, signature = start_model(X_train, codes_train, mu, var, cfg, rng)
-    model = model.to(device)
-    optimizer, schedule = two_rate_optimizer(model, [], cfg, cfg.epochs)
-    folds = make_folds(X_train, codes_train, model, signature, cfg, rng)
-    test_bulks = None
-    if len(codes_test):  # the same ones at every epoch
-        batches = [simulate_bulks(X_test, codes_test, K, cfg, rng, clean=True) for _ in range(4)]
-        test_bulks = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
-    run = TrainingRun("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
+def train_model(run, optimizer, schedule, folds, test_bulks, rng):
+    """The training loop: a fresh batch of pseudobulks at every epoch, of each fold in turn.
+
+    Args:
+        folds: as :func:`make_folds` gives them. test_bulks: held-out bulks and their proportions,
+            or None. rng: NumPy generator.
+    """
+    cfg, model = run.cfg, run.model
     for epoch in run.epochs():
         model.train()
-        X_fold, codes_fold, means = folds[epoch % len(folds)]
+        X, codes, means = folds[epoch % len(folds)]
         # Every process draws all bulks, because each draw depends on the ones before it.
-        bulk, proportions = simulate_bulks(X_fold, codes_fold, K, cfg, rng)
+        bulk, proportions = simulate_bulks(X, codes, len(means), cfg, rng)  # (B, G), (B, K)
         losses = batch_losses(model, bulk, proportions, means, run.part(cfg.batch_size))
         # Squared errors of proportions are a hundred times smaller by their very scale.
         loss = losses["mu"] + losses["var"] + 100 * losses["pi"]
@@ -365,6 +342,42 @@ def main(cfg):
             row = {"epoch": epoch} | totals | held_out_losses(model, test_bulks)
         run.end_epoch(row, **{name: f"{value:.4f}" for name, value in totals.items()})
 
+
+@distributed
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    mu, var, decoder, card = read_mixture(cfg, cell_types)
+    held_out, fraction = choose_held_out(
+        cells, codes, cfg, card, cfg.weights / "scDecoder_model.pt"
+    )
+    made_from = digest(
+        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
+        *(mu, var, decoder.state_dict()),
+    )
+    held_out_names = list(cells.obs_names[held_out])
+    cells, rows = sample_in_memory(cells, codes, rng, "pseudobulks")
+    codes, held_out = codes[rows], held_out[rows]
+    genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)
+    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    X = X.astype(np.float32)  # once, rather than at every step
+    X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
+    print(
+        f"pseudobulks of {len(codes_train):,} training cells, {len(genes):,} genes; "
+        f"{held_out.sum():,} cells held out"
+    )
+    if already_finished(cfg, cfg.weights / "bulkEncoder_model.pt", BulkEncoder, made_from):
+        return
+
+    model, signature = start_model(X_train, codes_train, mu, var, cfg, rng)
+    model = model.to(device)
+    optimizer, schedule = two_rate_optimizer(model, [], cfg, cfg.epochs)
+    folds = make_folds(X_train, codes_train, model, signature, cfg, rng)
+    test_bulks = None if not held_out.any() else simulate_test_bulks(X, codes, held_out, cfg, rng)
+    run = TrainingRun("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
+    train_model(run, optimizer, schedule, folds, test_bulks, rng)
     if run.group.rank:  # the first process writes what all have trained
         return
     measured_on = cells[held_out if held_out.any() else ~held_out]
@@ -373,7 +386,7 @@ def main(cfg):
         genes=genes,
         gene_ids=list(cells.var.loc[genes, "gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
-        held_out=all_held_out,
+        held_out=held_out_names,
         held_out_fraction=fraction,
         fit=reference_fit(model, decoder, measured_on, genes, rng),
     )
