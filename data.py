@@ -6,6 +6,7 @@ categories are the name-to-code map of the run: code k is mixture component k.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,7 +244,9 @@ def log_normalise(X, dtype=np.float64):
     import scanpy
 
     cells = anndata.AnnData(X.astype(dtype))
-    scanpy.pp.normalize_total(cells, target_sum=DEPTH)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some cells have zero counts")  # they stay zero
+        scanpy.pp.normalize_total(cells, target_sum=DEPTH)
     scanpy.pp.log1p(cells)
     return cells.X
 

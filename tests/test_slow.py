@@ -10,14 +10,14 @@ pytestmark = pytest.mark.slow
 
 def evaluate(weights, *arguments):
     run("evaluate.py", "--weights", weights, "--no-baselines", *arguments)
-    return figures_of(weights)
+    return metrics_of(weights)
 
 
-def figures_of(weights):
-    """Figures of all cell types together, of the generated cells."""
+def metrics_of(weights):
+    """Metrics of the generated cells, all cell types together."""
     table = pd.read_csv(weights / "evaluation.csv")
     table = table[(table["method"] == "bulk2sc") & table["cell_type"].isna()]
-    return table.set_index("figure")["mean"]
+    return table.set_index("metric")["mean"]
 
 
 def test_trainings_reproduce_the_shipped_weights(tmp_path):
@@ -33,7 +33,7 @@ def test_trainings_reproduce_the_shipped_weights(tmp_path):
             ["reconstruction", "held_out_reconstruction", "kl", "held_out_pi"]
         ):
             assert again[column] == pytest.approx(shipped[column], rel=0.05), (name, column)
-    shipped, again = figures_of(ROOT / "weights"), evaluate(tmp_path)
+    shipped, again = metrics_of(ROOT / "weights"), evaluate(tmp_path)
     assert set(shipped.index) == set(again.index)
     bounded = shipped.index.drop(["energy distance", "marker mean error"])  # the rest is 0 to 1
     assert (again - shipped)[bounded].abs().max() < 0.1
