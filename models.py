@@ -1,4 +1,4 @@
-"""The three networks, the count distributions they use, and how they are saved.
+"""The three networks and the count distributions they use.
 
 Notation in shape comments: B batch, G genes, K cell types, D latent dimensions, S bulk samples.
 
