@@ -1,4 +1,4 @@
-"""Synthetic cells small enough to train on in seconds, and a way to run the real scripts."""
+"""Synthetic cells that train in seconds, and helpers that run the real scripts."""
 
 import contextlib
 import gzip
@@ -20,9 +20,9 @@ import scipy.io
 import scipy.sparse as sp
 from filelock import FileLock
 
-# One thread for each of the tests that run side by side; read when torch is imported. Numba's, too:
-# its first parallel loop (in scanpy's neighbours) gives OpenMP, and with it torch, as many as it
-# has itself, and two trainings of two threads each on two cores take ten times as long.
+# One thread per pytest worker; torch reads this when it is imported. Numba is limited as well: its
+# first parallel loop (in scanpy's neighbours) sets OpenMP's number of threads, and so torch's.
+# Two trainings of two threads each on two cores take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
@@ -33,11 +33,12 @@ sys.path.insert(0, str(ROOT))
 from readers import backed, bulk, counts, hdf5_probe  # noqa: E402  not an installed package
 from runtime.script import parse_args, run_script  # noqa: E402
 
-CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]  # slash, two blanks: real names
+# A slash and two spaces, as in real data.
+CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]
 
 
 def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
-    """Negative binomial cells of a few types, each with a block of marker genes of its own."""
+    """Negative binomial cells of a few types, each with a separate block of marker genes."""
     names = CELL_TYPES if len(n_per_type) == 3 else [f"type {k}" for k in range(len(n_per_type))]
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(len(n_per_type)), n_per_type)
@@ -50,24 +51,24 @@ def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):
     X = rng.poisson(mean * rng.gamma(5, 1 / 5, mean.shape)).astype(np.int32)
     obs = pd.DataFrame(index=[f"CELL{i:03d}-1" for i in range(len(codes))])
     obs["cell_type"] = np.array(names)[codes]
-    order = rng.permutation(len(codes))  # types are not sorted, as in real data
+    order = rng.permutation(len(codes))  # not sorted by type, as in real data
     var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
     var["gene_ids"] = [f"ENSG{i:011d}" for i in range(n_genes)]
     return anndata.AnnData(sp.csr_matrix(X), obs=obs, var=var)[order].copy()
 
 
 def write_10x(folder, adata, layout="new"):
-    """Write a 10x folder by hand, so that the reader is not tested against a writer of its own."""
+    """Write a 10x folder line by line, independently of the code under test."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [f"ENSG{i:011d}\t{g}" for i, g in enumerate(adata.var_names)]
     if layout == "new":
         rows = [r + "\tGene Expression" for r in rows]
-    names = {
+    contents = {
         "matrix.mtx": None,
         "barcodes.tsv": "\n".join(adata.obs_names) + "\n",
         ("features.tsv" if layout == "new" else "genes.tsv"): "\n".join(rows) + "\n",
     }
-    for name, text in names.items():
+    for name, text in contents.items():
         if text is None:
             scipy.io.mmwrite(folder / name, sp.coo_matrix(adata.X.T).astype(np.int32))
             text = (folder / name).read_text()
@@ -81,7 +82,7 @@ def write_10x(folder, adata, layout="new"):
 
 
 def write_10x_h5(path, adata, layout="new"):
-    """The layout of Cell Ranger 3, or 2 (a group named by the genome, and no kinds of features)."""
+    """Write the layout of Cell Ranger 3, or of 2: a group named by genome, and no feature types."""
     import h5py
 
     X = sp.csc_matrix(adata.X.T)
@@ -110,7 +111,7 @@ def write_labels(path, adata, header=True):
 
 
 def run(script, *arguments, cwd=ROOT, check=True):
-    """Run one of the project's scripts as a user does; returns the finished process."""
+    """Run one of the project's scripts as a user does. Returns the finished process."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -122,29 +123,29 @@ def run(script, *arguments, cwd=ROOT, check=True):
 
 
 def run_inside(script, *arguments, cwd=ROOT):
-    """As :func:`run`, but within this process: for the many ways to fail, which need no new one."""
+    """As :func:`run`, but within this process, which saves the start-up time."""
     module = importlib.import_module(script.removesuffix(".py"))
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    stdout, stderr, old_folder = io.StringIO(), io.StringIO(), os.getcwd()
     code = 0
     with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
         mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
     ):
         os.chdir(cwd)
         try:
             run_script(module.main, parse_args(module.Settings))
-        except SystemExit as exit_:
-            code = exit_.code
+        except SystemExit as end:
+            code = end.code
         finally:
-            os.chdir(before)
-    if isinstance(code, str):  # what the interpreter does with sys.exit("message")
-        code, err = 1, io.StringIO(err.getvalue() + code + "\n")
-    return subprocess.CompletedProcess(script, code or 0, out.getvalue(), err.getvalue())
+            os.chdir(old_folder)
+    if isinstance(code, str):  # sys.exit("message") prints it and exits with 1
+        code, stderr = 1, io.StringIO(stderr.getvalue() + code + "\n")
+    return subprocess.CompletedProcess(script, code or 0, stdout.getvalue(), stderr.getvalue())
 
 
 def assert_one_line_error(done, *words):
-    """The process failed with a single line on stderr that names what is wrong."""
+    """The process failed with a single line on stderr that contains each of these words."""
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -153,15 +154,15 @@ def assert_one_line_error(done, *words):
         assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
 
-# Random inputs of test_properties.py: the same ones each time, so that only a change makes a test
-# fail; HYPOTHESIS_PROFILE=long looks at many more, new ones each time.
+# Random inputs of test_properties.py. They are the same in every run, so that only a change of the
+# code makes a test fail. HYPOTHESIS_PROFILE=long tries many more, different ones in every run.
 hypothesis.settings.register_profile(
     "default", derandomize=True, deadline=None, print_blob=True, max_examples=20
 )
 hypothesis.settings.register_profile("long", deadline=None, print_blob=True, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Batches of eight: ninety cells must give enough steps for the means and dispersions to settle.
+# Batches of eight, so that ninety cells give enough steps for means and dispersions to converge.
 TINY = {
     "train_gmvae.py": [
         *("--epochs", 60, "--vae-epochs", 20, "--batch-size", 8, "--n-hidden", 32, "--n-latent", 5)
@@ -171,7 +172,7 @@ TINY = {
 }
 
 
-# For tests that look at shapes and files, not at what was learned.
+# For tests of shapes and files, which need no converged model.
 QUICK = TINY | {
     "train_gmvae.py": [*TINY["train_gmvae.py"], "--epochs", 6, "--vae-epochs", 2],
     "train_decoder.py": [*TINY["train_decoder.py"], "--epochs", 6],
@@ -179,19 +180,19 @@ QUICK = TINY | {
 }
 
 
-def train(*where, settings=TINY, **extra):
-    """Run the three trainings within this process; extra: further flags by the script's stem."""
-    for script, own in settings.items():
-        more = extra.get(script.removesuffix(".py"), [])
-        done = run_inside(script, *where, *own, *more)
+def train(*common_flags, settings=TINY, **extra):
+    """Run the three trainings within this process; extra: further flags, by the script's stem."""
+    for script, flags in settings.items():
+        extra_flags = extra.get(script.removesuffix(".py"), [])
+        done = run_inside(script, *common_flags, *flags, *extra_flags)
         assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(autouse=True)
 def hdf5_in_this_process(request, monkeypatch):
-    """HDF5 files are looked through right here, half a second faster each.
+    """Check HDF5 files within this process, half a second faster each.
 
-    The scripts' own processes, test_untrusted.py and test_fuzz.py do it as it is meant.
+    Scripts that run as separate processes, and test_untrusted.py, use the sandboxed check.
     """
     if request.path.stem != "test_untrusted":
         for module in (counts, bulk, backed):
@@ -213,15 +214,15 @@ def h5ad(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, h5ad, worker_id):
-    """A weights folder made by the three real scripts with tiny settings.
+    """A weights folder, trained by the three real scripts with tiny settings.
 
-    Made by the first of the pytest workers that needs it; each has a copy of its own.
+    The first pytest worker that needs it trains it; each worker gets a copy.
     """
-    weights, own = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
-    weights = (weights if worker_id == "master" else weights.parent) / "trained"
-    with FileLock(f"{weights}.lock"):
-        if not (weights / "bulkEncoder_loss.png").exists():  # the last file of the last stage
+    shared, copy = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
+    shared = (shared if worker_id == "master" else shared.parent) / "trained"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "bulkEncoder_loss.png").exists():  # the last file of the last stage
             for script, settings in TINY.items():
-                run(script, "--data", h5ad, "--weights", weights, *settings)
-    shutil.copytree(weights, own, dirs_exist_ok=True)
-    return own
+                run(script, "--data", h5ad, "--weights", shared, *settings)
+    shutil.copytree(shared, copy, dirs_exist_ok=True)
+    return copy

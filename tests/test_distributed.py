@@ -1,4 +1,4 @@
-"""Trainings by two processes of torchrun, on the CPU: the same as by one, and ending together."""
+"""Training in two processes of torchrun on the CPU: same result as in one, and a common end."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from runtime import processes
 from runtime.device import from_csr, to_dense
 from test_interruption import FILE, left_behind, same_weights, start_folder
 
-# Batches that two processes cannot halve, and batches of one cell, of which one has no part.
+# Batches that do not split evenly, and batches of one cell, of which one process gets none.
 SHORT = {
     "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--batch-size", 7],
     "train_decoder.py": ["--epochs", 3, "--batch-size", 1],
@@ -40,7 +40,7 @@ def start_two(script, *flags):
     """Start a training in two processes.
 
     Returns:
-        the process of torchrun, whose stderr is a pipe, and the id of the second of the two.
+        the process of torchrun, whose stderr is a pipe, and the process id of rank 1.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     process = subprocess.Popen(
@@ -56,36 +56,36 @@ def start_two(script, *flags):
             try:
                 if child.environ().get("LOCAL_RANK") == "1":
                     return process, child.pid
-            except psutil.Error:  # just being started, or gone
+            except psutil.Error:  # still starting, or already gone
                 continue
         time.sleep(0.01)
     raise AssertionError(process.communicate()[1][-2000:])
 
 
-def said(process):
-    """What the trainings, not torchrun, print at last: one line of it is for the user."""
+def final_messages(process):
+    """Wait for the end; returns the lines on stderr of the trainings, without torchrun's."""
     lines = process.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
     return [line for line in lines if re.match(r"(error|interrupted)\b", line)]
 
 
-def assert_alike(folder, other, script):
-    """The files of a stage in two folders hold the same, but for rounding."""
+def assert_files_close(folder, other, script):
+    """The files of a stage in two folders agree up to rounding."""
     name = FILE[script][0]
-    one, two = (
-        torch.load(where / f"{name}_model.pt", weights_only=True)["state"]
-        for where in (folder, other)
+    state, other_state = (
+        torch.load(path / f"{name}_model.pt", weights_only=True)["state"]
+        for path in (folder, other)
     )
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4, msg=key)
-    curves = [pd.read_csv(where / f"{name}_loss.csv") for where in (folder, other)]
+    assert state.keys() == other_state.keys()
+    for key in state:
+        torch.testing.assert_close(state[key], other_state[key], rtol=1e-3, atol=1e-4, msg=key)
+    curves = [pd.read_csv(path / f"{name}_loss.csv") for path in (folder, other)]
     pd.testing.assert_frame_equal(*curves, rtol=1e-4)
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in other.iterdir())
 
 
 @pytest.fixture
 def folders(tmp_path, trained):
-    """Makes a folder of weights as a stage finds it."""
+    """A function that makes a folder by :func:`start_folder`."""
 
     def make(script, name):
         (tmp_path / name).mkdir()
@@ -101,39 +101,39 @@ def test_two_processes_train_as_one(folders, h5ad, script):
     one, two = folders(script, "one"), folders(script, "two")
     assert run_inside(script, *arguments(script, h5ad, one)).returncode == 0
     process, _ = start_two(script, *arguments(script, h5ad, two))
-    assert said(process) == [] and process.returncode == 0
-    assert_alike(two, one, script)
+    assert final_messages(process) == [] and process.returncode == 0
+    assert_files_close(two, one, script)
 
 
 @pytest.mark.slow
 def test_one_that_ends_ends_both_and_resume_goes_on(folders, h5ad):
-    """The second process gets a signal, then is killed; both end, and one alone goes on."""
+    """Rank 1 gets a signal, then is killed; both ranks end, and a single process resumes."""
     script = "train_gmvae.py"
     one, two = folders(script, "one"), folders(script, "two")
     assert run_inside(script, *arguments(script, h5ad, one)).returncode == 0
-    own = [*arguments(script, h5ad, two), "--resume", "--checkpoint-every", 0]
+    flags = [*arguments(script, h5ad, two), "--resume", "--checkpoint-every", 0]
     checkpoint = two / "scGMVAE_checkpoint.pt"
-    for number, line in (
+    for number, expected in (
         (signal.SIGTERM, "interrupted (SIGTERM) at epoch "),
         (signal.SIGKILL, "error: another process of this training has ended"),
     ):
-        process, second = start_two(script, *own)
-        before, started = checkpoint.exists() and checkpoint.stat().st_mtime_ns, time.time()
+        process, rank_1 = start_two(script, *flags)
+        old_time, started = checkpoint.exists() and checkpoint.stat().st_mtime_ns, time.time()
         while process.poll() is None and time.time() < started + 60:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != old_time:
                 break
             time.sleep(0.01)
-        os.kill(second, number)
-        [last] = said(process)
-        assert last.startswith(line) and "--resume" in last and process.returncode == 1
+        os.kill(rank_1, number)
+        [message] = final_messages(process)
+        assert message.startswith(expected) and "--resume" in message and process.returncode == 1
         assert not (two / "scGMVAE_model.pt").exists()
         assert left_behind(two) == ["scGMVAE_checkpoint.pt"]
-    assert run_inside(script, *own).returncode == 0  # in one process, what two began
-    assert_alike(two, one, script)
+    assert run_inside(script, *flags).returncode == 0  # one process resumes what two began
+    assert_files_close(two, one, script)
 
 
 def test_one_process_says_what_went_wrong(monkeypatch):
-    """The first, if it fails as well; else one of the others, after it has waited."""
+    """Rank 0 if it fails as well; otherwise another rank, after waiting for it."""
     monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=0.2))
     store = dist.HashStore()
     assert [processes.claims_report(store, rank) for rank in (0, 1, 2)] == [True, False, False]
@@ -144,7 +144,7 @@ def test_one_process_says_what_went_wrong(monkeypatch):
 @pytest.mark.parametrize("n, size", [(7, 2), (1, 3), (8, 4)])
 def test_parts_and_masks_make_up_the_whole_batch(monkeypatch, n, size):
     monkeypatch.setattr(Dropout, "part", None)
-    x, found = torch.randn(n, 5), []
+    x, parts = torch.randn(n, 5), []
     torch.manual_seed(0)
     whole = Dropout(0.5)(x)
     for rank in range(size):
@@ -152,23 +152,23 @@ def test_parts_and_masks_make_up_the_whole_batch(monkeypatch, n, size):
         group.rank, group.size = rank, size
         part = training.TrainingRun.part(SimpleNamespace(group=group), n)
         torch.manual_seed(0)
-        found.append(Dropout(0.5)(x[part]))
-    assert torch.equal(torch.cat(found), whole)
+        parts.append(Dropout(0.5)(x[part]))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("script", TINY)
 def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeypatch, script):
-    """A GPU is only asked for its losses every 20 steps."""
-    soon, late = folders(script, "soon"), folders(script, "late")
-    assert run_inside(script, *arguments(script, h5ad, soon)).returncode == 0
-    # Of the class, which ``self.read_every = ...`` would hide.
+    """Losses are fetched from a GPU only every 20 steps."""
+    each_step, every_20 = folders(script, "each_step"), folders(script, "every_20")
+    assert run_inside(script, *arguments(script, h5ad, each_step)).returncode == 0
+    # A property of the class, so that ``self.read_every = ...`` in the training has no effect.
     monkeypatch.setattr(
         training.TrainingRun, "read_every", property(lambda run: 20, lambda run, _: None), False
     )
-    own = [*arguments(script, h5ad, late), "--checkpoint-every", 0]
-    assert run_inside(script, *own).returncode == 0
-    assert same_weights(late, soon, script)
-    done = run_inside(script, *own, "--lr", 1e18)
+    flags = [*arguments(script, h5ad, every_20), "--checkpoint-every", 0]
+    assert run_inside(script, *flags).returncode == 0
+    assert same_weights(every_20, each_step, script)
+    done = run_inside(script, *flags, "--lr", 1e18)
     assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
 
 
@@ -176,5 +176,5 @@ def test_sparse_counts_become_dense_on_the_device(cells):
     X = sp.csr_matrix(cells.X)
     assert torch.equal(from_csr(X, "cpu"), to_dense(X, np.arange(len(cells)), "cpu"))
     assert from_csr(X[:0], "cpu").shape == (0, cells.n_vars)
-    twice = sp.csr_matrix(([1, 2], [3, 3], [0, 2]), shape=(1, 5))
-    assert from_csr(twice, "cpu").tolist() == [[0, 0, 0, 3, 0]]
+    with_duplicates = sp.csr_matrix(([1, 2], [3, 3], [0, 2]), shape=(1, 5))
+    assert from_csr(with_duplicates, "cpu").tolist() == [[0, 0, 0, 3, 0]]

@@ -1,4 +1,4 @@
-"""Log-probabilities against scipy, samplers against the distributions they claim to draw from."""
+"""Log-probabilities against scipy, and samplers against the distributions they draw from."""
 
 import itertools
 
@@ -16,16 +16,16 @@ GRID = np.array(list(itertools.product(COUNTS, MEANS, THETAS)))
 
 
 def scipy_nb(x, mean, theta):
-    """The same distribution in scipy's parameters.
+    """Log-probability of the negative binomial, in scipy's parametrisation.
 
-    scipy itself loses digits at theta >= 1e6, where its p = theta / (theta + mean) is next to 1;
-    the Poisson with a first-order correction is exact to 1e-9 there.
+    scipy loses digits at theta >= 1e6, where p = theta / (theta + mean) is close to 1. Such values
+    are compared with :func:`mp_nb`.
     """
     return scipy.stats.nbinom.logpmf(x, theta, theta / (theta + mean))
 
 
 def mp_nb(x, mean, theta):
-    """Fifty-digit reference."""
+    """Log-probability of the negative binomial, computed with fifty digits."""
     mp = pytest.importorskip("mpmath").mp
     mp.dps = 50
     x, m, t = mp.mpf(float(x)), mp.mpf(float(mean)), mp.mpf(float(theta))
@@ -46,7 +46,7 @@ def test_nb_log_prob_matches_scipy():
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_nb_log_prob_holds_at_extremes(dtype, rtol):
-    """Errors stay at rounding of the terms, of order x ln x, even at theta = 1e8."""
+    """The error is at most rounding in terms of order x ln x, even at theta = 1e8."""
     x, mean, theta = (torch.tensor(v, dtype=dtype) for v in GRID.T)
     ours = nb_log_prob(x, mean, theta).double().numpy()
     exact = np.array([mp_nb(*row) for row in zip(x, mean, theta, strict=True)])
@@ -56,16 +56,16 @@ def test_nb_log_prob_holds_at_extremes(dtype, rtol):
 
 
 def test_nb_of_whole_cells_is_the_sum_over_genes():
-    """Also its gradients, and for a cell without counts."""
+    """Values and gradients, also for a cell without counts."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.rand(6, 40, generator=generator, dtype=torch.float64).exp() - 0.9
     x = torch.poisson(mean, generator=generator)
     x[2] = 0
     theta = torch.logspace(-2, 4, 40, dtype=torch.float64)
     results = []
-    for function in (nb_log_prob_of_cells, lambda *a: nb_log_prob(*a).sum(dim=1)):
+    for log_prob in (nb_log_prob_of_cells, lambda *a: nb_log_prob(*a).sum(dim=1)):
         m, t = mean.clone().requires_grad_(), theta.clone().requires_grad_()
-        value = function(x, m, t)
+        value = log_prob(x, m, t)
         value.sum().backward()
         results.append((value.detach(), m.grad, t.grad))
     for ours, expected in zip(*results, strict=True):
@@ -161,8 +161,8 @@ def test_sampler_moments_zeros_and_generator():
     assert (draws[:, 0] == 0).all()
     torch.testing.assert_close(draws.mean(0), mean[0], rtol=0.05, atol=0)
     torch.testing.assert_close(draws.var(0), mean[0] + mean[0] ** 2 / theta, rtol=0.1, atol=0)
-    again = sample_nb(mean, theta, torch.Generator().manual_seed(0))
-    assert torch.equal(draws, again)
+    repeated = sample_nb(mean, theta, torch.Generator().manual_seed(0))
+    assert torch.equal(draws, repeated)
 
 
 def test_zinb_sampler_inflates_zeros():
@@ -172,20 +172,20 @@ def test_zinb_sampler_inflates_zeros():
 
 
 def test_gradients_of_a_large_batch_repeat_to_the_bit():
-    """Regression: two threads summed dispersions' gradients in an order of their own each time.
+    """Regression: two threads summed the gradients of dispersions in no fixed order.
 
-    Only from some 32,000 counts a batch on, which small data never has.
+    It takes some 32,000 counts a batch, which small data never has.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.full((64, 2000), 1.0), generator)
     mean = torch.rand(x.shape, generator=generator) + 0.1
-    found, before = set(), torch.get_num_threads()
+    gradients, old_n_threads = set(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for _ in range(10):
             leaves = [mean.clone().requires_grad_(), torch.ones(2000, requires_grad=True)]
             nb_log_prob_of_cells(x, *leaves).sum().backward()
-            found.add(b"".join(leaf.grad.numpy().tobytes() for leaf in leaves))
+            gradients.add(b"".join(leaf.grad.numpy().tobytes() for leaf in leaves))
     finally:
-        torch.set_num_threads(before)
-    assert len(found) == 1
+        torch.set_num_threads(old_n_threads)
+    assert len(gradients) == 1

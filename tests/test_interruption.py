@@ -1,4 +1,4 @@
-"""Trainings that are stopped, killed or out of room, and go on: nothing lost, nothing half-written.
+"""Trainings that are stopped, killed or out of disk space: they resume, and no file is partial.
 
 ``python -m pytest -m slow tests/test_interruption.py`` kills the trainings thirty times.
 """
@@ -28,8 +28,8 @@ FILE = {
     "train_decoder.py": ("scDecoder", scDecoder),
     "train_encoder.py": ("bulkEncoder", BulkEncoder),
 }
-# What a stage needs of the stages before it.
-BEFORE = {
+# Files that a stage reads from the stages before it.
+INPUTS = {
     "train_gmvae.py": [],
     "train_decoder.py": ["scGMVAE_model.pt", "gmm_mu_c.pt", "gmm_var_c.pt"],
     "train_encoder.py": ["gmm_mu_c.pt", "gmm_var_c.pt", "scDecoder_model.pt"],
@@ -37,10 +37,10 @@ BEFORE = {
 
 
 def start_folder(tmp_path, trained, script):
-    """A folder of weights as a stage finds it."""
+    """A new folder of weights that holds what a stage reads from the stages before it."""
     weights = tmp_path / "weights"
     weights.mkdir()
-    for name in BEFORE[script]:
+    for name in INPUTS[script]:
         (weights / name).write_bytes((trained / name).read_bytes())
     return weights
 
@@ -48,11 +48,11 @@ def start_folder(tmp_path, trained, script):
 def same_weights(folder, other, script):
     """Whether a stage's files in two folders hold the same tensors and loss curve, to the bit."""
     name = FILE[script][0]
-    cards = [torch.load(where / f"{name}_model.pt", weights_only=True) for where in (folder, other)]
+    cards = [torch.load(path / f"{name}_model.pt", weights_only=True) for path in (folder, other)]
     states = [card["state"] for card in cards]
     same = states[0].keys() == states[1].keys()
     same = same and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    curves = [(where / f"{name}_loss.csv").read_text() for where in (folder, other)]
+    curves = [(path / f"{name}_loss.csv").read_text() for path in (folder, other)]
     same = same and curves[0] == curves[1]
     if script == "train_gmvae.py":
         K = cards[0]["config"]["n_types"]
@@ -66,17 +66,18 @@ def arguments(script, h5ad, weights):
 
 
 def left_behind(weights):
+    """Names of the temporary files and checkpoints in a folder."""
     return [p.name for p in weights.iterdir() if ".tmp" in p.name or "checkpoint" in p.name]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, h5ad):
-    """What the trainings of this process are compared with: whole ones of this process.
+def uninterrupted(tmp_path_factory, h5ad):
+    """Weights of uninterrupted trainings within this process.
 
-    Libraries that other tests have loaded (t-SNE's, say) change how it rounds; :func:`trained` is
-    for those that run as processes of their own.
+    Libraries that other tests load (such as t-SNE's) change how this process rounds. Trainings in
+    separate processes are compared with :func:`trained` instead.
     """
-    weights = tmp_path_factory.mktemp("unbroken")
+    weights = tmp_path_factory.mktemp("uninterrupted")
     train("--data", h5ad, "--weights", weights)
     return weights
 
@@ -85,14 +86,14 @@ def unbroken(tmp_path_factory, h5ad):
 
 
 def stop_at(monkeypatch, number, n):
-    """Send this process a signal while step ``n`` of a training (over all its epochs) is done."""
-    done = {"steps": 0}
+    """Send this process a signal during step ``n`` of a training, counted over all epochs."""
+    count = {"steps": 0}
     check = training.TrainingRun.check_loss
 
     def counted(self, loss):
         check(self, loss)
-        done["steps"] += 1
-        if done["steps"] == n:
+        count["steps"] += 1
+        if count["steps"] == n:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(training.TrainingRun, "check_loss", counted)
@@ -101,7 +102,7 @@ def stop_at(monkeypatch, number, n):
 @pytest.mark.parametrize(
     "script, number, steps",
     [
-        # 9 steps an epoch: within the first, at the end of one, as the mixture is fitted, at last.
+        # 9 steps an epoch: within one, at its end, around the fit of the mixture (180), at the end.
         ("train_gmvae.py", signal.SIGINT, (4, 9, 172, 187)),
         ("train_gmvae.py", signal.SIGTERM, (540,)),
         ("train_decoder.py", signal.SIGTERM, (1, 13, 300)),
@@ -109,31 +110,31 @@ def stop_at(monkeypatch, number, n):
     ],
 )
 def test_stopped_run_resumes_to_the_same_weights(
-    unbroken, h5ad, tmp_path, monkeypatch, script, number, steps
+    uninterrupted, h5ad, tmp_path, monkeypatch, script, number, steps
 ):
-    weights = start_folder(tmp_path, unbroken, script)
-    own, before = arguments(script, h5ad, weights), 0
+    weights = start_folder(tmp_path, uninterrupted, script)
+    flags, stopped_after = arguments(script, h5ad, weights), 0
     for step in steps:
         with monkeypatch.context() as patch:
-            stop_at(patch, number, step - before)
-            done = run_inside(script, *own, "--resume")
-        before = step
+            stop_at(patch, number, step - stopped_after)
+            done = run_inside(script, *flags, "--resume")
+        stopped_after = step
         assert done.returncode == 128 + number
-        last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith(f"interrupted ({signal.Signals(number).name}) at epoch ")
-        assert "--resume" in last and "Traceback" not in done.stderr
+        last_line = done.stderr.strip().splitlines()[-1]
+        assert last_line.startswith(f"interrupted ({signal.Signals(number).name}) at epoch ")
+        assert "--resume" in last_line and "Traceback" not in done.stderr
         assert left_behind(weights) == [f"{FILE[script][0]}_checkpoint.pt"]
         assert not (weights / f"{FILE[script][0]}_model.pt").exists()
-    done = run_inside(script, *own, "--resume")
+    done = run_inside(script, *flags, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "going on at epoch" in done.stdout
-    assert same_weights(weights, unbroken, script)
+    assert same_weights(weights, uninterrupted, script)
     assert left_behind(weights) == []
 
 
 @pytest.mark.parametrize("step", [3, 31, 100])
 def test_run_without_labels_resumes(h5ad, tmp_path, monkeypatch, step):
-    """The types that were found on the way are part of the checkpoint."""
+    """The checkpoint includes the cell types found so far."""
     flags = ["--data", h5ad, *TINY["train_gmvae.py"], "--epochs", 12, "--vae-epochs", 3]
     flags += ["--n-types", 3]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -143,25 +144,25 @@ def test_run_without_labels_resumes(h5ad, tmp_path, monkeypatch, step):
         assert run_inside("train_gmvae.py", *flags, "--weights", broken).returncode == 143
     assert run_inside("train_gmvae.py", *flags, "--weights", broken, "--resume").returncode == 0
     assert same_weights(broken, whole, "train_gmvae.py")
-    found = [(folder / "found_celltypes.csv").read_text() for folder in (whole, broken)]
-    assert found[0] == found[1]
+    tables = [(folder / "found_celltypes.csv").read_text() for folder in (whole, broken)]
+    assert tables[0] == tables[1]
 
 
-def test_signal_while_results_are_written_loses_nothing(unbroken, h5ad, tmp_path, monkeypatch):
-    """After the last step, until the last file is there, the checkpoint stays."""
-    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
-    own = arguments("train_decoder.py", h5ad, weights)
+def test_signal_while_results_are_written_loses_nothing(uninterrupted, h5ad, tmp_path, monkeypatch):
+    """The checkpoint is kept until the last output file is written."""
+    weights = start_folder(tmp_path, uninterrupted, "train_decoder.py")
+    flags = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         fit = scDecoder.fit_types
         patch.setattr(
             scDecoder, "fit_types", lambda *a, **k: (fit(*a, **k), os.kill(os.getpid(), 15))
         )
-        done = run_inside("train_decoder.py", *own)
+        done = run_inside("train_decoder.py", *flags)
     assert done.returncode == 143
     assert done.stderr.strip().splitlines()[-1].startswith("interrupted")
     assert left_behind(weights) == ["scDecoder_checkpoint.pt"]
-    assert run_inside("train_decoder.py", *own, "--resume").returncode == 0
-    assert same_weights(weights, unbroken, "train_decoder.py")
+    assert run_inside("train_decoder.py", *flags, "--resume").returncode == 0
+    assert same_weights(weights, uninterrupted, "train_decoder.py")
 
 
 def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
@@ -173,36 +174,37 @@ def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
 
 
 @pytest.fixture
-def stopped_decoder(unbroken, h5ad, tmp_path, monkeypatch):
-    """Flags of a run of stage 2 that was stopped at its 30th step, and its checkpoint."""
-    weights = start_folder(tmp_path, unbroken, "train_decoder.py")
-    own = arguments("train_decoder.py", h5ad, weights)
+def stopped_decoder(uninterrupted, h5ad, tmp_path, monkeypatch):
+    """Flags and checkpoint of a run of stage 2 that was stopped at its 30th step."""
+    weights = start_folder(tmp_path, uninterrupted, "train_decoder.py")
+    flags = arguments("train_decoder.py", h5ad, weights)
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, 30)
-        run_inside("train_decoder.py", *own)
-    return own, weights / "scDecoder_checkpoint.pt"
+        run_inside("train_decoder.py", *flags)
+    return flags, weights / "scDecoder_checkpoint.pt"
 
 
 def test_resume_is_of_the_same_run(stopped_decoder):
-    """Another setting or other data than the checkpoint's is an error, and leaves it untouched."""
-    own, checkpoint = stopped_decoder
+    """Resuming with another setting or other data is an error and keeps the checkpoint."""
+    flags, checkpoint = stopped_decoder
     weights = checkpoint.parent
     before = checkpoint.read_bytes()
     assert_one_line_error(
-        run_inside("train_decoder.py", *own, "--resume", "--lr", 0.5), checkpoint, "--lr", "0.5"
+        run_inside("train_decoder.py", *flags, "--resume", "--lr", 0.5), checkpoint, "--lr", "0.5"
     )
-    card = torch.load(weights / "gmm_mu_c.pt")
-    torch.save(card + 1e-6, weights / "gmm_mu_c.pt")
+    mixture_mean = torch.load(weights / "gmm_mu_c.pt")
+    torch.save(mixture_mean + 1e-6, weights / "gmm_mu_c.pt")
     assert_one_line_error(
-        run_inside("train_decoder.py", *own, "--resume"), checkpoint, "earlier weights"
+        run_inside("train_decoder.py", *flags, "--resume"), checkpoint, "earlier weights"
     )
     assert checkpoint.read_bytes() == before
-    done = run_inside("train_decoder.py", *own, "--epochs", 2)  # no --resume: said, then replaced
+    # Without --resume the checkpoint is overwritten, with a message.
+    done = run_inside("train_decoder.py", *flags, "--epochs", 2)
     assert "--resume would go on" in done.stdout and left_behind(weights) == []
 
 
 def broken_checkpoints(card):
-    """Ways in which a checkpoint can be unsound, each a changed copy of its content."""
+    """Copies of a checkpoint's content, each invalid in one way."""
     first = next(iter(card["model"]))
     moment = next(iter(card["optimizer"]["state"]))
     yield card | {"version": 99}
@@ -217,40 +219,40 @@ def broken_checkpoints(card):
     yield card | {"kept": [1]}
     yield card | {"schedule": card["schedule"] | {"step": 1}}
     state = card["optimizer"]["state"]
-    wrong = state | {moment: state[moment] | {"exp_avg": torch.zeros(7, 7)}}
-    yield card | {"optimizer": card["optimizer"] | {"state": wrong}}
+    wrong_shape = state | {moment: state[moment] | {"exp_avg": torch.zeros(7, 7)}}
+    yield card | {"optimizer": card["optimizer"] | {"state": wrong_shape}}
     yield {name: value for name, value in card.items() if name != "optimizer"}
     yield [1, 2, 3]
 
 
 def test_broken_checkpoints_end_in_one_line(stopped_decoder):
-    own, checkpoint = stopped_decoder
-    whole = checkpoint.read_bytes()
+    flags, checkpoint = stopped_decoder
+    content = checkpoint.read_bytes()
     for card in broken_checkpoints(torch.load(checkpoint, weights_only=True)):
         torch.save(card, checkpoint)
-        assert_one_line_error(run_inside("train_decoder.py", *own, "--resume"), checkpoint)
-    checkpoint.write_bytes(whole[: len(whole) // 2])
-    assert_one_line_error(run_inside("train_decoder.py", *own, "--resume"), checkpoint)
+        assert_one_line_error(run_inside("train_decoder.py", *flags, "--resume"), checkpoint)
+    checkpoint.write_bytes(content[: len(content) // 2])
+    assert_one_line_error(run_inside("train_decoder.py", *flags, "--resume"), checkpoint)
 
 
 # -------------------------------------------------------------------------------------- kills
 
 
 def kill_and_resume(script, h5ad, weights, n_kills, rng):
-    """Start a training, kill it after a random time, start it again, ...; then let it end.
+    """Kill a training at random times, resume it after each kill, and let the last run finish.
 
     Returns:
-        int: kills that met the process alive.
+        int: kills that hit a running process.
     """
     command = [sys.executable, str(ROOT / script), *map(str, arguments(script, h5ad, weights))]
     command += ["--resume", "--checkpoint-every", "0.2"]
     kills = 0
     while kills < n_kills:
-        # Output to nowhere: a full pipe would stop the process at a place of its own.
+        # The output is discarded: a full pipe would block the process.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         model = weights / f"{FILE[script][0]}_model.pt"
-        time.sleep(rng.uniform(0, 1.5))  # while it starts, or
-        if rng.random() < 0.85:  # while it trains and writes: wait for a file that is its own
+        time.sleep(rng.uniform(0, 1.5))  # during start-up, or
+        if rng.random() < 0.85:  # after its first checkpoint, in training and writing
             started = time.time()
             checkpoint = weights / f"{FILE[script][0]}_checkpoint.pt"
             before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
@@ -263,16 +265,16 @@ def kill_and_resume(script, h5ad, weights, n_kills, rng):
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-        if process.returncode == 0:  # it has ended before: once more from the beginning
+        if process.returncode == 0:  # finished before the kill: train once more
             model.unlink()
-        elif model.exists():  # killed between its last files: what is there is whole
+        elif model.exists():  # killed between its last files: this one must be complete
             load_model(model, FILE[script][1])
     run(script, *command[2:])
     return kills
 
 
 def test_killed_run_resumes_to_the_same_weights(trained, h5ad, tmp_path, script="train_gmvae.py"):
-    """Once; the others, and more often, in the next test."""
+    """One kill of one stage; the next test covers all stages with ten kills each."""
     weights = start_folder(tmp_path, trained, script)
     assert kill_and_resume(script, h5ad, weights, 1, np.random.default_rng(1)) == 1
     assert same_weights(weights, trained, script)
@@ -288,7 +290,7 @@ def test_ten_kills_at_random(trained, h5ad, tmp_path, script):
 
 
 def test_signal_ends_generation_and_leaves_no_file(trained, h5ad, tmp_path):
-    """A process of its own, stopped while it draws cells."""
+    """A separate process, stopped while it draws cells."""
     out = tmp_path / "cells.h5ad"
     bulk = tmp_path / "bulk.csv"
     bulk.write_text("gene,a,b\n" + "".join(f"GENE{i},{i},{60 - i}\n" for i in range(60)))
@@ -307,32 +309,32 @@ def test_signal_ends_generation_and_leaves_no_file(trained, h5ad, tmp_path):
     assert list(tmp_path.iterdir()) == [bulk]
 
 
-# --------------------------------------------------------------------- loss that goes astray
+# ---------------------------------------------------------------------------- diverging loss
 
 
 @pytest.mark.parametrize("script", ["train_gmvae.py", "train_encoder.py"])
 def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
-    unbroken, h5ad, tmp_path, monkeypatch, script
+    uninterrupted, h5ad, tmp_path, monkeypatch, script
 ):
-    """From step 40 on the loss is nan; the checkpoint before it goes on to the usual end."""
-    weights, calls = start_folder(tmp_path, unbroken, script), []
-    own = [*arguments(script, h5ad, weights), "--checkpoint-every", 0]
-    check = training.TrainingRun.check_loss
+    """The loss is nan from step 40 on; resuming from the checkpoint gives the same weights."""
+    weights, calls = start_folder(tmp_path, uninterrupted, script), []
+    flags = [*arguments(script, h5ad, weights), "--checkpoint-every", 0]
+    check_loss = training.TrainingRun.check_loss
 
-    def poisoned(self, loss):
+    def nan_from_step_40(self, loss):
         calls.append(1)
-        check(self, loss * torch.nan if len(calls) >= 40 else loss)
+        check_loss(self, loss * torch.nan if len(calls) >= 40 else loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainingRun, "check_loss", poisoned)
-        done = run_inside(script, *own)
+        patch.setattr(training.TrainingRun, "check_loss", nan_from_step_40)
+        done = run_inside(script, *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {FILE[script][0]} diverged at epoch ")
-    assert "step" in last and "checkpoint.pt" in last and "--lr" in last
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith(f"error: {FILE[script][0]} diverged at epoch ")
+    assert "step" in last_line and "checkpoint.pt" in last_line and "--lr" in last_line
     assert not (weights / f"{FILE[script][0]}_model.pt").exists()
-    assert run_inside(script, *own[:-2], "--resume").returncode == 0
-    assert same_weights(weights, unbroken, script)
+    assert run_inside(script, *flags[:-2], "--resume").returncode == 0
+    assert same_weights(weights, uninterrupted, script)
 
 
 @pytest.mark.parametrize("script", TINY)
@@ -345,20 +347,20 @@ def test_absurd_learning_rate_is_noticed(trained, h5ad, tmp_path, script):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """Even when the loss has not shown it yet; the older checkpoint stays as it was."""
+    """Even if the loss is still finite; the older checkpoint is kept."""
     model = torch.nn.Linear(3, 2)
     cfg = training_settings(tmp_path)
     optimizer, schedule = training.two_rate_optimizer(model, [], cfg, 10)
     rng = np.random.default_rng(0)
-    one = training.TrainingRun("linear", cfg, model, optimizer, schedule, rng, "data")
-    one.bar = training.tqdm(disable=True)
-    one.save()
-    before = one.checkpoint.path.read_bytes()
+    linear_run = training.TrainingRun("linear", cfg, model, optimizer, schedule, rng, "data")
+    linear_run.bar = training.tqdm(disable=True)
+    linear_run.save()
+    before = linear_run.checkpoint.path.read_bytes()
     with torch.no_grad():
         model.weight[0, 0] = torch.inf
     with pytest.raises(InputError, match="weights are not finite"):
-        one.save()
-    assert one.checkpoint.path.read_bytes() == before
+        linear_run.save()
+    assert linear_run.checkpoint.path.read_bytes() == before
 
 
 def training_settings(folder):
@@ -406,7 +408,7 @@ def test_every_step_of_a_write_may_fail(tmp_path, monkeypatch, step):
 
 
 def test_temporary_file_follows_no_link(tmp_path, monkeypatch):
-    """Somebody else's link under the name of our temporary file is not written through."""
+    """A link planted under the name of the temporary file is not written through."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     monkeypatch.setattr(writing.secrets, "token_hex", lambda n: "0" * 8)
@@ -426,19 +428,19 @@ def test_link_is_replaced_not_written_through(tmp_path):
 
 
 def test_left_over_temporary_files_are_removed_once_old(tmp_path, capsys):
-    old, young = tmp_path / ".a.0123abcd.tmp.txt", tmp_path / ".a.fedcba98.tmp.txt"
+    old, recent = tmp_path / ".a.0123abcd.tmp.txt", tmp_path / ".a.fedcba98.tmp.txt"
     other = tmp_path / ".b.0123abcd.tmp.txt"
-    for path in (old, young, other):
+    for path in (old, recent, other):
         path.write_text("x")
     for path in (old, other):
         os.utime(path, (time.time() - 2 * writing.OLD,) * 2)
     write_whole(tmp_path / "a.txt", lambda part: part.write_text("new"))
-    assert not old.exists() and young.exists() and other.exists()
+    assert not old.exists() and recent.exists() and other.exists()
     assert str(old) in capsys.readouterr().out
 
 
 def limited(command, n_bytes):
-    """Run a command none of whose files may become larger than this, as on a full disk."""
+    """Run a command with a limit on the size of its files, in place of a full disk."""
     return subprocess.run(
         list(map(str, command)),
         capture_output=True,
@@ -452,23 +454,23 @@ def limited(command, n_bytes):
 def test_full_disk_is_an_error_and_the_old_file_stays(trained, h5ad, tmp_path, script):
     weights = start_folder(tmp_path, trained, "train_decoder.py")
     out = weights / "scDecoder_model.pt"
-    own = arguments(script, h5ad, weights) if script in TINY else []
+    flags = arguments(script, h5ad, weights) if script in TINY else []
     if script == "bulk2sc.py":
         out = tmp_path / "cells.h5ad"
-        own = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--out", out]
+        flags = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--out", out]
     out.write_bytes(b"old")
     before = sorted(p.name for p in out.parent.iterdir())
-    done = limited([sys.executable, ROOT / script, *own], 8192)
+    done = limited([sys.executable, ROOT / script, *flags], 8192)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "could not be written" in last and "untouched" in last
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "could not be written" in error and "untouched" in error
     assert out.read_bytes() == b"old"
     assert sorted(p.name for p in out.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize("script", TINY)
 def test_folder_that_cannot_be_written_to_is_said_before_training(trained, h5ad, tmp_path, script):
-    """A file in the folder's place: permissions would not stop the superuser."""
+    """A file stands in the folder's place, as permissions would not stop the superuser."""
     (tmp_path / "file").write_text("")
     done = run_inside(script, "--data", h5ad, "--weights", tmp_path / "file")
     assert done.returncode == 1 and "it/s" not in done.stderr

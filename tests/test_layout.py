@@ -1,4 +1,4 @@
-"""Science at the root, plumbing below: who may import whom, and what --help may import."""
+"""Which layer may import which, and that --help answers before the slow imports."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ SCRIPTS = [
     *("annotate", "bulk2sc", "evaluate", "make_figures"),
     *("train_gmvae", "train_decoder", "train_encoder"),
 ]
-# Which layers a file may import from, by the folder that it lies in.
+# Layers that a file may import from, by the folder of the file.
 ALLOWED = {
     "": {"", "readers", "runtime"},
     "readers": {"readers", "runtime"},
@@ -21,7 +21,7 @@ ALLOWED = {
 
 
 def module_names():
-    """Every module of the project, by its dotted name -> path."""
+    """Dotted name -> path of every module of the project."""
     paths = [*ROOT.glob("*.py"), *ROOT.glob("readers/*.py"), *ROOT.glob("runtime/*.py")]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in paths}
 
@@ -55,10 +55,10 @@ def layer(name):
 
 def test_plumbing_never_imports_the_root():
     graph = project_imports(module_names())
-    assert len(graph["bulk2sc"]) > 5 and graph["readers.counts"]  # the imports are found at all
+    assert len(graph["bulk2sc"]) > 5 and graph["readers.counts"]  # imports are detected
     for name, imported in graph.items():
-        wrong = {other for other in imported if layer(other) not in ALLOWED[layer(name)]}
-        assert not wrong, f"{name} imports {wrong}"
+        forbidden = {other for other in imported if layer(other) not in ALLOWED[layer(name)]}
+        assert not forbidden, f"{name} imports {forbidden}"
 
 
 def test_no_import_goes_round_in_a_circle():
@@ -77,7 +77,7 @@ def test_no_import_goes_round_in_a_circle():
 
 
 def test_scripts_take_no_helper_from_a_script():
-    """A driver may import a script as a whole, to run its main."""
+    """A script may import another as a module, to run its main."""
     for name, path in module_names().items():
         for module, names in imports_of(path):
             assert module not in SCRIPTS or not names, f"{name}: {names} from {module}"
@@ -85,7 +85,7 @@ def test_scripts_take_no_helper_from_a_script():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_before_the_slow_imports(script):
-    """And shows what the script is for, an example, and the choices of its settings."""
+    """--help also shows an example and the choices of settings."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['{script}.py', '--help']\n"

@@ -1,4 +1,4 @@
-"""The smallest and the largest that people meet: each trains and generates, or ends in one line."""
+"""The smallest and largest inputs: each trains and generates, or ends in a one-line error."""
 
 import anndata
 import numpy as np
@@ -8,26 +8,26 @@ import scipy.sparse as sp
 from conftest import QUICK, assert_one_line_error, make_cells, run_inside, train
 
 
-def generate(folder, *more):
-    """Twenty cells from the weights in ``folder``; returns the finished process."""
+def generate(folder, *flags):
+    """Generate twenty cells from the weights in ``folder``. Returns the finished process."""
     return run_inside(
-        *("bulk2sc.py", "--weights", folder / "weights", "--out", folder / "made.h5ad"),
-        *("--n-cells", 20, *more),
+        *("bulk2sc.py", "--weights", folder / "weights", "--out", folder / "generated.h5ad"),
+        *("--n-cells", 20, *flags),
     )
 
 
 def train_and_generate(folder, cells, *flags):
-    """The three trainings on these cells, then twenty cells, checked for being counts."""
+    """Run the three trainings on these cells, then generate twenty cells and check them."""
     cells.write_h5ad(folder / "cells.h5ad")
-    where = ["--data", folder / "cells.h5ad", "--weights", folder / "weights"]
-    train(*where, *flags, settings=QUICK)
+    paths = ["--data", folder / "cells.h5ad", "--weights", folder / "weights"]
+    train(*paths, *flags, settings=QUICK)
     done = generate(folder, "--data", folder / "cells.h5ad", "--batch-size", 1)
     assert done.returncode == 0, done.stderr
-    made = anndata.read_h5ad(folder / "made.h5ad")
-    assert made.shape == (20, cells.n_vars) and made.X.dtype == np.int32
-    assert (made.X.data > 0).all() and np.isfinite(made.obsm["X_latent"]).all()
-    np.testing.assert_allclose(made.uns["proportions"].sum(axis=1), 1, rtol=1e-5)
-    return made, done
+    generated = anndata.read_h5ad(folder / "generated.h5ad")
+    assert generated.shape == (20, cells.n_vars) and generated.X.dtype == np.int32
+    assert (generated.X.data > 0).all() and np.isfinite(generated.obsm["X_latent"]).all()
+    np.testing.assert_allclose(generated.uns["proportions"].sum(axis=1), 1, rtol=1e-5)
+    return generated, done
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def train_and_generate(folder, cells, *flags):
 )
 def test_few_cells_or_types(tmp_path, n_per_type):
     cells = make_cells(n_per_type)
-    made, _ = train_and_generate(tmp_path, cells)
-    assert set(made.obs["cell_type"]) <= set(cells.obs["cell_type"])
+    generated, _ = train_and_generate(tmp_path, cells)
+    assert set(generated.obs["cell_type"]) <= set(cells.obs["cell_type"])
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -55,23 +55,23 @@ def test_cells_and_genes_without_counts(tmp_path, capsys):
     X = cells.X.toarray()
     X[:10], X[:, 5:9] = 0, 0
     cells.X = sp.csr_matrix(X)
-    made, done = train_and_generate(tmp_path, cells)
+    generated, done = train_and_generate(tmp_path, cells)
     assert "10 cells without a single count left out" in done.stdout
-    assert made.X[:, 5:9].mean() < 0.05
+    assert generated.X[:, 5:9].mean() < 0.05
 
 
 def test_the_largest_counts_there_are(tmp_path):
-    """2^31 - 1 is a count and trains; one more is an error that names it."""
+    """2^31 - 1 is accepted as a count; 2^31 is an error that names cell and gene."""
     cells = make_cells()
     X = cells.X.toarray().astype(np.int64)
-    X[3, 3] = X[4, 4] = X[4, 5] = 2**31 - 1  # a cell of twice 2^31 counts
+    X[3, 3] = X[4, 4] = X[4, 5] = 2**31 - 1  # one cell with nearly 2^32 counts
     cells.X = X
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    where = ["--data", tmp_path / "cells.h5ad", "--weights", tmp_path / "weights"]
-    train(*where, settings=QUICK)
+    paths = ["--data", tmp_path / "cells.h5ad", "--weights", tmp_path / "weights"]
+    train(*paths, settings=QUICK)
     X[3, 3] += 1
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    done = run_inside("train_gmvae.py", *where)
+    done = run_inside("train_gmvae.py", *paths)
     assert_one_line_error(done, "2147483648", cells.obs_names[3], "GENE3", "over 2147483647")
 
 
@@ -86,8 +86,8 @@ def test_odd_bulks(tmp_path, trained, values):
     (tmp_path / "bulk.csv").write_text("\n".join(lines))
     done = generate(tmp_path, "--bulk", tmp_path / "bulk.csv", "--calibrate")
     assert done.returncode == 0, done.stderr
-    made = anndata.read_h5ad(tmp_path / "made.h5ad")
-    assert made.n_obs == 20 and np.isfinite(made.uns["proportions"]).all()
+    generated = anndata.read_h5ad(tmp_path / "generated.h5ad")
+    assert generated.n_obs == 20 and np.isfinite(generated.uns["proportions"]).all()
 
 
 @pytest.mark.parametrize("value, words", [("1e-300", "empty"), ("1e16", "1e15"), ("inf", "inf")])
@@ -106,21 +106,21 @@ def test_no_cell_and_one_cell_of_a_bulk(tmp_path, trained, n):
     (tmp_path / "bulk.csv").write_text("\n".join(lines))
     done = generate(tmp_path, "--bulk", tmp_path / "bulk.csv", "--n-cells", n)
     assert done.returncode == 0, done.stderr
-    made = anndata.read_h5ad(tmp_path / "made.h5ad")
-    assert made.n_obs == 2 * n and list(made.obs["sample"]) == ["a", "b"] * n
+    generated = anndata.read_h5ad(tmp_path / "generated.h5ad")
+    assert generated.n_obs == 2 * n and list(generated.obs["sample"]) == ["a", "b"] * n
 
 
 def test_more_components_than_cells(tmp_path):
     cells = make_cells((3, 2, 2))
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    where = ["--data", tmp_path / "cells.h5ad", "--weights", tmp_path / "weights"]
-    done = run_inside("train_gmvae.py", *where, *QUICK["train_gmvae.py"], "--n-types", 50)
+    paths = ["--data", tmp_path / "cells.h5ad", "--weights", tmp_path / "weights"]
+    done = run_inside("train_gmvae.py", *paths, *QUICK["train_gmvae.py"], "--n-types", 50)
     assert done.returncode == 1
     assert "--n-types: found 50, expected at most" in done.stderr.strip().splitlines()[-1]
 
 
 def test_types_in_weights_that_the_data_lacks(tmp_path, trained):
-    """Generation needs no labels; a later training says which types there are and are known."""
+    """Generation needs no labels; stage 3 and evaluate.py refuse the mismatch in one line."""
     (tmp_path / "weights").symlink_to(trained)
     cells = make_cells()
     cells = cells[cells.obs["cell_type"] == "B cells"].copy()

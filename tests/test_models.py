@@ -25,7 +25,7 @@ from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model
 from train_encoder import encoder_losses
 
-G, K, D = 40, 3, 7  # all different, so that a mix-up of axes cannot pass
+G, K, D = 40, 3, 7  # all different, so that swapped axes fail
 
 
 def decoder(likelihood="nb"):
@@ -72,16 +72,16 @@ def test_kl_matches_torch_distributions():
     model.log_var.data.normal_()
     mean, var, codes = torch.randn(6, D), torch.rand(6, D) + 0.1, torch.tensor([0, 1, 2, 2, 1, 0])
     q = torch.distributions.Normal(mean, var.sqrt())
-    for given, prior in (
+    for labels, prior in (
         (codes, torch.distributions.Normal(model.mu[codes], model.var[codes].sqrt())),
         (None, torch.distributions.Normal(torch.zeros(6, D), torch.ones(6, D))),
     ):
         expected = torch.distributions.kl_divergence(q, prior).sum(1)
-        torch.testing.assert_close(model.kl(mean, var, given), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.kl(mean, var, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fitted_mixture_is_the_best_prior():
-    """The closed form must beat any nearby mixture in mean KL."""
+    """The closed form has a lower mean KL than nearby mixtures."""
     torch.manual_seed(0)
     model = scGMVAE(G, K, D, 16, "nb", 0.0)
     mean, var, codes = torch.randn(90, D) * 3, torch.rand(90, D), torch.arange(90) % K
@@ -136,8 +136,8 @@ def test_library_sizes_follow_their_own_cell_type():
     drawn = model.sample_library(codes, torch.Generator().manual_seed(0))
     for k in range(K):
         for q in (0.1, 0.5, 0.9):
-            ours, real = drawn[codes == k].quantile(q), library[codes == k].quantile(q)
-            assert ours.item() == pytest.approx(real.item(), rel=0.1)
+            sampled, real = drawn[codes == k].quantile(q), library[codes == k].quantile(q)
+            assert sampled.item() == pytest.approx(real.item(), rel=0.1)
     assert drawn.max() <= library.max() * 1.001 and drawn.min() >= library.min() * 0.999
 
 
@@ -151,18 +151,18 @@ def test_untrained_decoder_starts_at_the_mean_profile():
 
 
 def test_latents_are_drawn_in_the_shape_of_each_type():
-    """A rarer kind of cell inside a type is drawn as often as it is there."""
+    """A rare subpopulation of a type is drawn at its observed frequency."""
     torch.manual_seed(0)
     mean = torch.cat([0.5 * torch.randn(200, D), torch.randn(200, D), torch.randn(5, D)])
-    mean[:40, 0] += 4  # one in five of type 0 lies apart
+    mean[:40, 0] += 4  # a fifth of type 0 is a separate subpopulation
     var, codes = torch.full_like(mean, 0.05), torch.tensor([0] * 200 + [1] * 200 + [2] * 5)
     model = scDecoder(D, 32, G, K, "nb", 0.0, n_components=3)
     for k in range(K):
-        own = mean[codes == k]
-        model.mu[k], model.var[k] = own.mean(0), 0.05 + own.var(0, unbiased=False)
+        of_type = mean[codes == k]
+        model.mu[k], model.var[k] = of_type.mean(0), 0.05 + of_type.var(0, unbiased=False)
     model.fit_shape(mean, var, codes, seed=0)
 
-    # The moments of the shape are those of a standard normal, exactly.
+    # The shape has exactly the mean and variance of a standard normal.
     weight = model.shape_weight[:, :, None]
     first = (weight * model.shape_mean).sum(1)
     second = (weight * (model.shape_sd**2 + model.shape_mean**2)).sum(1)
@@ -171,14 +171,14 @@ def test_latents_are_drawn_in_the_shape_of_each_type():
     # Five cells are too few for more than one component.
     assert model.shape_weight[2].tolist() == [1, 0, 0]
 
-    # Drawn around what a bulk asks for, not around the type's own moments.
+    # The draws follow the moments of the bulk, not those of the type.
     n = 20_000
     mu, var = torch.full((n, D), 3.0), torch.full((n, D), 4.0)
     for k, expected in ((0, 0.2), (1, 0.115), (2, 0.115)):
         z = model.sample_latent(mu, var, torch.full((n,), k))
         torch.testing.assert_close(z.mean(0), torch.full((D,), 3.0), atol=0.08, rtol=0)
         torch.testing.assert_close(z.std(0), torch.full((D,), 2.0), atol=0.08, rtol=0)
-        # The rarer fifth lies around 1.9 sd; of a normal distribution 11.5 % lie beyond 1.2.
+        # The subpopulation lies around 1.9 sd; 11.5 % of a normal distribution lie beyond 1.2 sd.
         beyond = (z[:, 0] > 3 + 1.2 * 2).float().mean().item()
         assert beyond == pytest.approx(expected, abs=0.03)
 
@@ -208,7 +208,7 @@ def test_encoder_shapes_positive_variance_and_proportions():
 
 
 def fitted_encoder(seed=0):
-    """An encoder whose input is measured on bulks of three random cell types."""
+    """An encoder fitted to the input statistics of bulks of three random cell types."""
     generator = torch.Generator().manual_seed(seed)
     signature = torch.rand(K, G, generator=generator) ** 3 * torch.tensor([[1.0], [2.0], [0.5]])
     proportions = torch.distributions.Dirichlet(torch.ones(K)).sample((300,))
@@ -218,7 +218,7 @@ def fitted_encoder(seed=0):
 
 
 def test_encoder_ignores_the_scale_of_a_bulk():
-    """Regression: the published encoder read raw sums, so twice the cells was another bulk."""
+    """Regression: the published encoder took raw sums, so its output depended on depth."""
     model, signature = fitted_encoder()
     bulk = torch.rand(4, K) @ signature
     for a, b in zip(model(bulk), model(bulk * 1e4), strict=True):
@@ -226,35 +226,35 @@ def test_encoder_ignores_the_scale_of_a_bulk():
 
 
 def test_absent_genes_leave_the_others_as_they_were():
-    """Cutting genes from a bulk must read like those genes at their average, not like zeros."""
+    """Genes missing from a bulk count as average, not as zero."""
     model, signature = fitted_encoder()
     bulk = torch.rand(50, K) @ signature
     present = torch.ones(G)
-    present[signature.mean(dim=0).argsort()[-5:]] = 0  # the strongest: a third of all counts
+    present[signature.mean(dim=0).argsort()[-5:]] = 0  # highest expressed: a third of all counts
     whole = model.normalise(bulk, torch.ones(G))[:, present > 0]
     cut = model.normalise(bulk * present, present)[:, present > 0]
     assert ((cut / whole).mean(dim=0) - 1).abs().max() < 0.1
-    # What stands in the absent columns makes no difference.
+    # Values in the absent columns are ignored.
     for a, b in zip(model(bulk, present), model(bulk * present, present), strict=True):
         assert torch.equal(a, b)
 
 
 def test_untrained_encoder_solves_the_noise_free_mixture():
-    """Proportions of cells, whose types differ fourfold in mRNA; as scipy finds them."""
+    """Proportions of cells, whose types differ fourfold in mRNA, agree with scipy's NNLS."""
     model, signature = fitted_encoder()
     true = torch.distributions.Dirichlet(torch.ones(K)).sample((20,))
     bulk = true @ signature
     _, _, pi = model(bulk)
     torch.testing.assert_close(pi, true, rtol=0, atol=0.03)
     model.config["n_iterations"] = 5000
-    found = model.deconvolve(model.normalise(bulk, torch.ones(G)), torch.ones(G))
-    for b, ours in zip(bulk, found, strict=True):
+    estimates = model.deconvolve(model.normalise(bulk, torch.ones(G)), torch.ones(G))
+    for b, estimate in zip(bulk, estimates, strict=True):
         exact = scipy.optimize.nnls(signature.T.double().numpy(), b.double().numpy())[0]
-        np.testing.assert_allclose(ours.detach(), exact / exact.sum(), atol=2e-3)
+        np.testing.assert_allclose(estimate.detach(), exact / exact.sum(), atol=2e-3)
 
 
 def test_deconvolution_stands_gene_wise_factors():
-    """Another platform multiplies each gene; least squares follow the few strongest genes."""
+    """A platform effect scales each gene; least squares follow the few highest expressed ones."""
     rng = np.random.default_rng(0)
     n_genes = 300
     signature = rng.lognormal(0, 1.5, (K, n_genes))
@@ -262,16 +262,18 @@ def test_deconvolution_stands_gene_wise_factors():
     true = rng.dirichlet(np.ones(K), 50)
     bulk = true @ signature * rng.lognormal(0, 0.8, n_genes)
     model.fit_input(torch.tensor(true @ signature).float(), torch.tensor(signature).float())
-    one = torch.ones(n_genes)
+    all_genes = torch.ones(n_genes)
     with torch.no_grad():
-        ours = model.deconvolve(model.normalise(torch.tensor(bulk).float(), one), one).numpy()
+        estimate = model.deconvolve(
+            model.normalise(torch.tensor(bulk).float(), all_genes), all_genes
+        ).numpy()
     least_squares = np.stack([scipy.optimize.nnls(signature.T, b)[0] for b in bulk])
     least_squares /= least_squares.sum(axis=1, keepdims=True)
-    assert np.abs(ours - true).mean() < 0.5 * np.abs(least_squares - true).mean()
+    assert np.abs(estimate - true).mean() < 0.5 * np.abs(least_squares - true).mean()
 
 
 def test_halves_of_the_genes_tell_how_sure_the_proportions_are():
-    """Noise-free bulks hardly depend on the genes read, noisy ones do, and pi stays the same."""
+    """Halves of the genes agree on noise-free bulks, not on noisy ones; pi does not change."""
     model, signature = fitted_encoder()
     true = torch.distributions.Dirichlet(torch.ones(K)).sample((50,))
     clean = (true @ signature).numpy()
@@ -283,48 +285,50 @@ def test_halves_of_the_genes_tell_how_sure_the_proportions_are():
         assert torch.equal(pi, encode_bulks(model, X, present, "cpu")[2])
         spread.append(sd.mean().item())
     assert 5 * spread[0] < spread[1]
-    # The errors are as large as said, within a factor of two.
+    # The sd matches the true error within a factor of two.
     error = (pi - true).square().mean().sqrt().item()
     assert 0.5 < error / sd.square().mean().sqrt().item() < 2
 
 
-# A reference of three types, 400 genes, and bulks of it.
+# Profiles of three types (K, 400), and bulks mixed from them (30, 400).
 PROFILES = np.random.default_rng(0).lognormal(5, 1.5, (K, 400))
 MIXED = np.random.default_rng(1).dirichlet(np.ones(K), 30) @ PROFILES
 ALL = np.ones(400, bool)
 
 
 def test_fit_tells_a_missing_type_from_another_platform():
+    """A platform effect lowers the correlation; a missing type leaves a part unexplained."""
     rng = np.random.default_rng(2)
     noise = rng.lognormal(0, 0.5, 400) * rng.lognormal(0, 0.1, MIXED.shape)
-    foreign = np.where(rng.random(400) < 0.1, 20, 0.1) * PROFILES.mean(axis=0)  # its own markers
+    # A type that the reference lacks.
+    missing_type = np.where(rng.random(400) < 0.1, 20, 0.1) * PROFILES.mean(axis=0)
     bulks = {
         "same": MIXED * rng.lognormal(0, 0.1, MIXED.shape),
         "platform": MIXED * noise,
-        "missing": (MIXED + foreign) * noise,
+        "missing": (MIXED + missing_type) * noise,
         "shuffled": rng.permuted(MIXED, axis=1),
     }
-    read = {name: bulk_fit(bulk, MIXED, ALL) for name, bulk in bulks.items()}
-    correlation, unexplained = ({n: r[i].mean() for n, r in read.items()} for i in (0, 1))
+    fits = {name: bulk_fit(bulk, MIXED, ALL) for name, bulk in bulks.items()}
+    correlation, unexplained = ({n: r[i].mean() for n, r in fits.items()} for i in (0, 1))
     assert correlation["same"] > 0.95 > correlation["platform"] > 0.7 > 0.3
     assert abs(correlation["shuffled"]) < 0.3
     assert max(abs(unexplained["same"]), abs(unexplained["platform"])) < 0.02
     assert unexplained["missing"] > 0.04
-    # One number: in standard deviations of what is usual, the worse of the two.
-    usual = {"correlation": [0.9, 0.1], "unexplained": [0.0, 0.01]}
-    assert misfit(0.5, 0.0, usual) == pytest.approx(4) == misfit(0.9, 0.04, usual)
-    # Neither scale nor genes that the bulk lacks matter.
-    part = np.arange(400) < 300
-    empty = np.where(part, MIXED * noise * 1e3, 7.0)
-    again = bulk_fit(empty, MIXED, part)
-    np.testing.assert_allclose(again, bulk_fit(empty[:, :300], MIXED[:, :300], part[:300]))
+    # The misfit is the worse of the two, in standard deviations of the reference.
+    reference = {"correlation": [0.9, 0.1], "unexplained": [0.0, 0.01]}
+    assert misfit(0.5, 0.0, reference) == pytest.approx(4) == misfit(0.9, 0.04, reference)
+    # Neither the scale nor the values of unmeasured genes matter.
+    measured = np.arange(400) < 300
+    masked = np.where(measured, MIXED * noise * 1e3, 7.0)
+    fit = bulk_fit(masked, MIXED, measured)
+    np.testing.assert_allclose(fit, bulk_fit(masked[:, :300], MIXED[:, :300], measured[:300]))
     assert np.isnan(bulk_fit(MIXED, MIXED, np.arange(400) < 5)[0]).all()  # too few genes
 
 
 def test_calibration_turns_the_expected_sum_into_the_bulk():
     rng = np.random.default_rng(3)
     bulk = MIXED * rng.lognormal(0, 0.5, 400)
-    bulk[:, 0], bulk[:, 1], bulk[:, 2] = 0, MIXED[:, 1] * 30, 5.0  # lost; too strong; not measured
+    bulk[:, 0], bulk[:, 1], bulk[:, 2] = 0, MIXED[:, 1] * 30, 5.0  # lost; too high; not measured
     present = np.arange(400) != 2
     factor = calibration(bulk, MIXED, present)
     assert factor.dtype == np.float32 and np.abs(factor).max() == pytest.approx(np.log(30))
@@ -339,15 +343,15 @@ def test_sum_agreement_is_of_each_sample_with_its_own_cells():
     sample = np.repeat([0, 1, 2], [40, 60, 0])
     cells = sp.csr_matrix(rng.poisson(MIXED[sample] / 200))
     sums = np.zeros((3, 400))
-    for at in (slice(0, 25), slice(25, 100)):  # as they come, block by block
-        add_to_sums(sums, cells[at], sample[at])
-    found = sum_agreement(MIXED[:3] * 7, sums, ALL)
-    log = [
+    for rows in (slice(0, 25), slice(25, 100)):  # added up block by block
+        add_to_sums(sums, cells[rows], sample[rows])
+    agreement = sum_agreement(MIXED[:3] * 7, sums, ALL)
+    log_cpm = [
         np.log2(x / x.sum() * 1e6 + 1)
         for x in (MIXED[1], np.asarray(cells[40:].sum(axis=0)).ravel())
     ]
-    assert found[1] == pytest.approx(np.corrcoef(*log)[0, 1])
-    assert found[1] > 0.9 and np.isnan(found[2])  # the third has no cells
+    assert agreement[1] == pytest.approx(np.corrcoef(*log_cpm)[0, 1])
+    assert agreement[1] > 0.9 and np.isnan(agreement[2])  # the third has no cells
 
 
 def test_log_factor_scales_genes_and_keeps_the_library_size():
@@ -362,33 +366,33 @@ def test_log_factor_scales_genes_and_keeps_the_library_size():
 
 
 def test_means_and_dispersions_of_each_type_are_those_of_its_cells():
-    """Two types whose genes have the same mean, ten times as dispersed in one as in the other."""
+    """Two types with the same means, and dispersions theta that differ tenfold."""
     rng = np.random.default_rng(5)
     codes = np.repeat([0, 1], 3000)
     rate = np.linspace(2, 30, G) * 10 / G
     theta = np.where(codes == 0, 2.0, 20.0)[:, None]
     X = sp.csr_matrix(rng.poisson(rate * rng.gamma(theta, 1 / theta, (6000, G))).astype(np.int32))
-    torch.manual_seed(1)  # of some random networks, a thousand draws of z tell the mean badly
+    torch.manual_seed(1)  # with some random weights, a thousand draws of z give a poor mean
     model = decoder()
     library, codes = torch.from_numpy(np.asarray(X.sum(1)).ravel()), torch.from_numpy(codes)
     model.fit_library(library, codes)
     model.fit_types(X, codes)
     for k in (0, 1):
-        wanted = torch.full((3000,), k)
-        made, _ = decode_cells(
-            model, model.mu[wanted], model.var[wanted], wanted, torch.Generator()
+        type_codes = torch.full((3000,), k)
+        generated, _ = decode_cells(
+            model, model.mu[type_codes], model.var[type_codes], type_codes, torch.Generator()
         )
-        real, made = (x.toarray().astype(float) for x in (X[codes.numpy() == k], made))
-        np.testing.assert_allclose(made.mean(0), real.mean(0), rtol=0.15)
-        assert made.var(0).mean() / real.var(0).mean() == pytest.approx(1, abs=0.25)
+        real, generated = (x.toarray().astype(float) for x in (X[codes.numpy() == k], generated))
+        np.testing.assert_allclose(generated.mean(0), real.mean(0), rtol=0.15)
+        assert generated.var(0).mean() / real.var(0).mean() == pytest.approx(1, abs=0.25)
     ratio = model.type_log_theta[1] - model.type_log_theta[0]
     assert ratio.median().item() > math.log(3)
-    # A type without cells keeps what the network and its dispersions say.
+    # A type without cells keeps the network's means and dispersions.
     assert model.type_fitted.tolist() == [1, 1, 0]
     z, size, third = torch.randn(5, D), torch.full((5,), 300.0), torch.full((5,), 2)
     draws = [
-        make(torch.Generator().manual_seed(1))
-        for make in (
+        sample(torch.Generator().manual_seed(1))
+        for sample in (
             lambda g: model.sample_cells(z, size, third, g),
             lambda g: model.sample(z, size, g),
         )
@@ -403,8 +407,8 @@ def test_type_means_are_those_of_drawn_cells(likelihood):
     model.fit_library(torch.linspace(500, 2000, 90), torch.arange(90) % K)
     model.mu.normal_()
     k = torch.full((6000,), 1)
-    made, _ = decode_cells(model, model.mu[k], model.var[k], k, torch.Generator())
-    drawn, expected = np.asarray(made.mean(axis=0)).ravel(), model.type_means(4000)[1].numpy()
+    generated, _ = decode_cells(model, model.mu[k], model.var[k], k, torch.Generator())
+    drawn, expected = np.asarray(generated.mean(axis=0)).ravel(), model.type_means(4000)[1].numpy()
     np.testing.assert_allclose(drawn.sum(), expected.sum(), rtol=0.03)
     np.testing.assert_allclose(drawn, expected, rtol=0.2, atol=0.2)
 
@@ -415,7 +419,7 @@ def test_each_encoder_loss_answers_to_its_own_head_alone():
     exact = [target[0].expand(5, K, D), target[1].expand(5, K, D), target[2]]
     assert all(loss == 0 for loss in encoder_losses(exact, target).values())
     for i, name in enumerate(("mu", "var", "pi")):
-        moved = [value + 0.5 * (i == at) for at, value in enumerate(exact)]
+        moved = [value + 0.5 * (i == j) for j, value in enumerate(exact)]
         losses = encoder_losses(moved, target)
         expected = {"mu": 0.0, "var": 0.0, "pi": 0.0}
         expected[name] = 0.25 if name == "pi" else 0.75  # 0.5 squared, plus 0.5
@@ -448,21 +452,21 @@ def test_saved_model_rebuilds_itself(tmp_path, make):
         parameter.data.normal_()
     card = save(tmp_path / "model.pt", model)
     torch.load(tmp_path / "model.pt", weights_only=True)  # plain tensors, numbers and strings
-    again, read = load_model(tmp_path / "model.pt", type(model))
+    loaded, loaded_card = load_model(tmp_path / "model.pt", type(model))
     for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
-    assert {k: read[k] for k in card} == card and read["seed"] == 5
-    assert not again.training
+        assert torch.equal(value, loaded.state_dict()[name])
+    assert {k: loaded_card[k] for k in card} == card and loaded_card["seed"] == 5
+    assert not loaded.training
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]  # no temporary file left
 
 
 def test_loaded_decoder_draws_the_same_cells(tmp_path):
     model = decoder()
     save(tmp_path / "m.pt", model)
-    again, _ = load_model(tmp_path / "m.pt", scDecoder)
+    loaded, _ = load_model(tmp_path / "m.pt", scDecoder)
     draws = [
         m.sample(torch.ones(5, D), torch.full((5,), 300.0), torch.Generator().manual_seed(1))
-        for m in (model, again)
+        for m in (model, loaded)
     ]
     assert torch.equal(*draws)
 
@@ -473,8 +477,8 @@ def test_unusable_weights_are_one_line_errors(tmp_path):
         load_model(path, scDecoder)
     save(path, decoder())
     whole = path.read_bytes()
-    for part in (0, 10, len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:part])
+    for length in (0, 10, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
         with pytest.raises(InputError, match="not a readable weights file"):
             load_model(path, scDecoder)
     path.write_bytes(whole)
@@ -511,14 +515,14 @@ def test_mixture_in_autocell_layout_and_as_k_by_d(tmp_path):
     mu, var = torch.randn(K, D), torch.rand(K, D) + 0.1
     save_mixture(tmp_path, mu, var)
     assert torch.load(tmp_path / "gmm_mu_c.pt", weights_only=True).shape == (1, D, K)
-    for read, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
-        torch.testing.assert_close(read, written)
-    # As autoCell saves it: a parameter, on whatever device
+    for loaded, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
+        torch.testing.assert_close(loaded, written)
+    # As autoCell saves it: a parameter
     torch.save(torch.nn.Parameter(mu.T[None]), tmp_path / "gmm_mu_c.pt")
     torch.save(var, tmp_path / "gmm_var_c.pt")
-    for read, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
-        torch.testing.assert_close(read, written)
-        assert not read.requires_grad
+    for loaded, written in zip(load_mixture(tmp_path, K), (mu, var), strict=True):
+        torch.testing.assert_close(loaded, written)
+        assert not loaded.requires_grad
 
 
 @pytest.mark.parametrize(

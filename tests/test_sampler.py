@@ -1,4 +1,4 @@
-"""The sampler of new cells against scipy's distributions."""
+"""The sampler of counts against scipy's distributions."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ THETAS = 10.0 ** np.arange(-4, 5)
 
 
 def draw(mean, theta, n_cells, seed=0, **options):
-    """Counts (n_cells, G) with these means and dispersions (G), CSR."""
+    """Counts (n_cells, G) in CSR, of these means and dispersions (G)."""
     factor = torch.from_numpy(np.log(mean)).float()[None]
     theta = torch.from_numpy(np.broadcast_to(theta, mean.shape).copy()).float()[None]
     hidden, weight = torch.zeros(n_cells, 1), torch.zeros(len(mean), 1)
@@ -25,25 +25,25 @@ def negative_binomial(mean, theta):
     return scipy.stats.nbinom(theta, theta / (theta + mean))
 
 
-def chi_square(counts, reference, least=20):
-    """p-value of counts against a scipy distribution, in bins that expect ``least`` or more."""
+def chi_square(counts, reference, min_expected=20):
+    """p-value of counts against a scipy distribution; each bin expects ``min_expected`` or more."""
     n, k = len(counts), np.arange(int(min(reference.ppf(1 - 1e-9), 1e6)) + 1)
-    below = np.concatenate([[0], n * reference.cdf(k)])  # expected below edge k
+    expected_below = np.concatenate([[0], n * reference.cdf(k)])  # expected number below k
     edges = [0]
     while edges[-1] < len(k):
-        edge = np.searchsorted(below, below[edges[-1]] + least)
-        if edge > len(k) or n - below[edge] < least:
+        edge = np.searchsorted(expected_below, expected_below[edges[-1]] + min_expected)
+        if edge > len(k) or n - expected_below[edge] < min_expected:
             break
         edges.append(edge)
-    expected = np.diff(np.append(below[edges], n))
-    found = np.histogram(counts, np.append(edges, np.inf))[0]
-    if len(expected) < 2:  # hardly ever a count: how many there are
+    expected = np.diff(np.append(expected_below[edges], n))
+    observed = np.histogram(counts, np.append(edges, np.inf))[0]
+    if len(expected) < 2:  # nearly all zeros: test the number of the others
         return scipy.stats.binomtest(int((counts > 0).sum()), n, reference.sf(0)).pvalue
-    return scipy.stats.chisquare(found, expected * found.sum() / expected.sum()).pvalue
+    return scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
 
 
-def problem(n_cells=300, n_genes=1001, n_types=3, n_hidden=16, seed=0):
-    """A random decoder's last layer: arguments of sample_csr up to library."""
+def decoder_inputs(n_cells=300, n_genes=1001, n_types=3, n_hidden=16, seed=0):
+    """Arguments of sample_csr up to library, for a decoder's last layer of random weights."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_cells, n_hidden, generator=g).relu()
     weight = 0.1 * torch.randn(n_genes, n_hidden, generator=g)
@@ -65,9 +65,9 @@ def test_distribution_over_means_and_dispersions():
     p = np.array(p)
     worst = np.argmin(p)
     assert p[worst] > 1e-5, (mean[worst], theta[worst], p[worst])
-    # Tests that count rare events have few distinct p-values; the others' are uniform.
-    many = mean * theta / (theta + mean) > 0.01
-    assert scipy.stats.kstest(p[many], "uniform").pvalue > 1e-3
+    # Rare counts give few distinct p-values; all other p-values must be uniform.
+    not_rare = mean * theta / (theta + mean) > 0.01
+    assert scipy.stats.kstest(p[not_rare], "uniform").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("theta", [0.01, 1.0, 1e4])
@@ -86,7 +86,7 @@ def test_mean_and_variance_of_large_means(theta):
 def test_small_means_have_counts_as_often_as_they_should(mean):
     n_genes, n_cells = 100_000, 4000
     means = np.full(n_genes, mean)
-    means[0] = 10.0  # a library is at least one count
+    means[0] = 10.0  # a library size is at least one count
     n = (n_genes - 1) * n_cells
     total = draw(means, 1.0, n_cells)[:, 1:].nnz
     expected = scipy.stats.poisson(n * negative_binomial(mean, 1.0).sf(0))
@@ -121,61 +121,63 @@ def test_totals_of_cells_and_of_genes_vary_as_independent_counts_do():
 
 
 def test_means_are_library_times_softmax():
-    hidden, weight, factor, theta, codes, library = problem(n_cells=2, n_genes=203)
+    hidden, weight, factor, theta, codes, library = decoder_inputs(n_cells=2, n_genes=203)
     copies = 20_000
     args = (v.repeat_interleave(copies, dim=0) for v in (codes, library))
     X = sample_csr(hidden.repeat_interleave(copies, dim=0), weight, factor, theta, *args, 11)
     logits = hidden @ weight.T + factor[codes]
     mean = (library[:, None] * logits.softmax(dim=1)).double().numpy()
     sd = np.sqrt((mean + mean**2 / theta[codes].double().numpy()) / copies)
-    found = np.stack([np.asarray(X[i * copies : (i + 1) * copies].mean(axis=0)) for i in (0, 1)])
-    often = mean * copies > 50
-    assert np.abs((found.squeeze() - mean) / sd)[often].max() < 5
+    means = np.stack([np.asarray(X[i * copies : (i + 1) * copies].mean(axis=0)) for i in (0, 1)])
+    well_expressed = mean * copies > 50
+    assert np.abs((means.squeeze() - mean) / sd)[well_expressed].max() < 5
 
 
 def test_extra_factor_of_a_sample_is_added_to_that_of_the_type():
-    hidden, weight, factor, theta, codes, library = problem()
+    hidden, weight, factor, theta, codes, library = decoder_inputs()
     extra = torch.randn(2, factor.shape[1])
     sample = torch.arange(len(codes)) % 2
     X = sample_csr(hidden, weight, factor, theta, codes, library, 1, extra=extra, sample=sample)
-    both = (factor[:, None] + extra[None]).flatten(0, 1)  # type and sample as one
+    combined = (factor[:, None] + extra[None]).flatten(0, 1)  # type and sample as one
     pair = 2 * codes + sample
-    Y = sample_csr(hidden, weight, both, theta.repeat_interleave(2, dim=0), pair, library, 1)
-    assert (X != Y).nnz <= 3  # sums in another order: a rounding may decide
+    Y = sample_csr(hidden, weight, combined, theta.repeat_interleave(2, dim=0), pair, library, 1)
+    assert (X != Y).nnz <= 3  # another order of summation rounds differently
 
 
 @pytest.mark.parametrize("n_genes", [1, 7, 8, 31, 765, 2000])
 def test_same_cells_for_any_number_of_threads_and_any_block(n_genes):
-    args = problem(n_genes=n_genes)
+    args = decoder_inputs(n_genes=n_genes)
     X = sample_csr(*args, 4, n_threads=1)
     for n_threads, block in ((2, 512), (2, 50), (3, 37)):
         Y = sample_csr(*args, 4, n_threads=n_threads, block=block)
-        # Only the matrix product may round otherwise for another number of rows.
+        # Only the matrix product may round differently for another number of rows.
         assert (X != Y).nnz <= 2
-    again = sample_csr(*args, 4, n_threads=2)
-    assert np.array_equal(X.data, again.data) and np.array_equal(X.indices, again.indices)
+    repeated = sample_csr(*args, 4, n_threads=2)
+    assert np.array_equal(X.data, repeated.data) and np.array_equal(X.indices, repeated.indices)
     assert n_genes < 5 or (sample_csr(*args, 5) != X).nnz > 0
-    part = [v[100:] if i in (0, 4, 5) else v for i, v in enumerate(args)]
-    assert (X[100:] != sample_csr(*part, 4, first=100)).nnz <= 2
+    from_100 = [v[100:] if i in (0, 4, 5) else v for i, v in enumerate(args)]
+    assert (X[100:] != sample_csr(*from_100, 4, first=100)).nnz <= 2
 
 
 def test_rows_are_canonical_and_integer():
-    X = sample_csr(*problem(), 0)
+    X = sample_csr(*decoder_inputs(), 0)
     assert X.data.dtype == X.indices.dtype == np.int32
     assert (X.data > 0).all()
     X.has_sorted_indices = X.has_canonical_format = None
     for row in range(X.shape[0]):
-        own = X.indices[X.indptr[row] : X.indptr[row + 1]]
-        assert (np.diff(own) > 0).all() and (own < X.shape[1]).all()
+        columns = X.indices[X.indptr[row] : X.indptr[row + 1]]
+        assert (np.diff(columns) > 0).all() and (columns < X.shape[1]).all()
     assert (
-        sample_csr(*(v[:0] if i in (0, 4, 5) else v for i, v in enumerate(problem())), 0).shape[0]
+        sample_csr(
+            *(v[:0] if i in (0, 4, 5) else v for i, v in enumerate(decoder_inputs())), 0
+        ).shape[0]
         == 0
     )
 
 
 def test_extreme_logits_stay_finite():
-    hidden, weight, factor, theta, codes, library = problem()
-    factor[:, 0] = 500.0  # takes all counts; the others' softmax underflows
+    hidden, weight, factor, theta, codes, library = decoder_inputs()
+    factor[:, 0] = 500.0  # takes all counts; the softmax of the others underflows
     factor[:, 1] = -500.0
     X = sample_csr(hidden, weight, factor, theta, codes, library, 0)
     assert X.nnz == X[:, 0].nnz and X[:, 0].max() < 1e6
@@ -189,11 +191,11 @@ def test_dropout_keeps_each_count_with_its_probability():
     args += (torch.zeros(n_cells, dtype=torch.long), torch.full((n_cells,), 2.0 * n_genes))
     X = sample_csr(*args, 0)
     Y = sample_csr(*args, 0, dropout=(weight, bias))
-    assert ((Y != 0).multiply(X) != Y).nnz == 0  # what is kept is as it was
+    assert ((Y != 0).multiply(X) != Y).nnz == 0  # kept counts are unchanged
     keep = torch.sigmoid(-(hidden[0] @ weight.T + bias)).double().numpy()
     n = np.asarray((X > 0).sum(axis=0)).ravel()
-    found = np.asarray((Y > 0).sum(axis=0)).ravel()
-    assert np.abs((found - n * keep) / np.sqrt(n * keep * (1 - keep) + 1)).max() < 5
+    n_kept = np.asarray((Y > 0).sum(axis=0)).ravel()
+    assert np.abs((n_kept - n * keep) / np.sqrt(n * keep * (1 - keep) + 1)).max() < 5
 
 
 @pytest.mark.parametrize("rate", [0.01, 3.0, 9.9, 10.1, 80.0, 5000.0])

@@ -1,4 +1,4 @@
-"""The real scripts in a subprocess: the whole pipeline, its defects of old, and bad input."""
+"""The real scripts: the whole pipeline, regressions of the published code, and bad input."""
 
 import shutil
 
@@ -43,7 +43,7 @@ def generate(out, *arguments):
     return anndata.read_h5ad(out)
 
 
-# ---------------------------------------------------------------------------- the whole way
+# --------------------------------------------------------------------------- whole pipeline
 
 
 def test_trainings_write_what_they_say(trained):
@@ -57,12 +57,12 @@ def test_trainings_write_what_they_say(trained):
         assert card(trained, model)["cell_types"] == CELL_TYPES
     for model, epochs in (("scGMVAE", 60), ("scDecoder", 60)):
         curve = pd.read_csv(trained / f"{model}_loss.csv")
-        assert curve["epoch"].tolist() == list(range(1, epochs + 1))  # not one too many
+        assert curve["epoch"].tolist() == list(range(1, epochs + 1))  # no extra epoch
         assert curve["reconstruction"].iloc[-1] < curve["reconstruction"].iloc[0]
 
 
 def test_encoder_reports_three_losses_close_to_zero(trained):
-    """mu and var start at the mixture's own moments; pi at a deconvolution, near its end."""
+    """mu and var start at the moments of the mixture, pi at a nearly converged deconvolution."""
     curve = pd.read_csv(trained / "bulkEncoder_loss.csv")
     for name in ("mu", "var", "held_out_mu", "held_out_var"):
         assert curve[name].iloc[-1] < 0.1
@@ -94,7 +94,7 @@ def test_generated_file(trained, h5ad, tmp_path):
 
 
 def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
-    """save -> load -> identical output, through the files and processes a user has."""
+    """Two processes with the same weights and seed generate identical cells."""
     a, b, c = (
         generate(tmp_path / f"{i}.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 40,
                  "--batch-size", 30, "--seed", seed)
@@ -106,8 +106,8 @@ def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
 
 
 def test_training_repeats_to_the_bit(h5ad, trained, tmp_path):
-    for script, settings in TINY.items():
-        run(script, "--data", h5ad, "--weights", tmp_path, *settings)
+    for script, flags in TINY.items():
+        run(script, "--data", h5ad, "--weights", tmp_path, *flags)
     for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
         first, second = card(trained, model)["state"], card(tmp_path, model)["state"]
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -136,7 +136,7 @@ def test_batch_size_is_used(trained, h5ad, tmp_path):
 
 
 def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path):
-    """Samples of one pure type each come back as that type; names are kept."""
+    """A sample of a single cell type yields cells of that type; sample names are kept."""
     cells = make_cells()
     table = pd.DataFrame(
         {t: cells[cells.obs["cell_type"] == t].X.sum(axis=0).A1 for t in CELL_TYPES},
@@ -151,15 +151,15 @@ def test_bulk_file_gives_n_cells_per_sample_of_its_composition(trained, tmp_path
     assert list(out.uns["samples"]) == list(table.columns)
     counts = pd.crosstab(out.obs["sample"], out.obs["cell_type"])
     assert (np.diag(counts.loc[table.columns, CELL_TYPES]) > 50).all(), counts
-    again = generate(
+    repeated = generate(
         tmp_path / "h.h5ad", "--bulk", tmp_path / "bulk.tsv", "--weights", trained, "--n-cells", 70
     )
-    assert (out.X != again.X).nnz == 0
+    assert (out.X != repeated.X).nnz == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 10_000])
 def test_cells_that_come_in_chunks_keep_their_bulk_and_type(trained, tmp_path, monkeypatch, chunk):
-    """Whatever the chunk, each cell stands under its own sample and cell type."""
+    """Each cell has the right sample and cell type, whatever the chunk size."""
     monkeypatch.setattr(generation, "CHUNK", chunk)
     cells = make_cells()
     pure = [cells[cells.obs["cell_type"] == t].X.sum(axis=0).A1 for t in CELL_TYPES]
@@ -173,44 +173,44 @@ def test_cells_that_come_in_chunks_keep_their_bulk_and_type(trained, tmp_path, m
     X = out.X[:]
     assert X.format == "csr" and X.shape == (300, 60) and X.dtype == np.int32
     X.check_format(full_check=True)
-    for name, own in zip(CELL_TYPES, pure, strict=True):  # counts are those of the type they say
-        made = X[(out.obs["cell_type"] == name).to_numpy()].sum(axis=0).A1
-        assert np.corrcoef(np.log1p(made), np.log1p(own))[0, 1] > 0.9
+    for name, bulk in zip(CELL_TYPES, pure, strict=True):  # counts match the label
+        generated = X[(out.obs["cell_type"] == name).to_numpy()].sum(axis=0).A1
+        assert np.corrcoef(np.log1p(generated), np.log1p(bulk))[0, 1] > 0.9
     out.file.close()
 
 
 def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
-    """A table and a picture of the bulks given, the same numbers as in the file of cells."""
+    """proportions.csv and .png are written with --bulk, and agree with the file of cells."""
     table = pd.DataFrame({"007": make_cells()[:40].X.sum(axis=0).A1, "b$1": 1}, index=GENES)
     table.to_csv(tmp_path / "bulk.csv")
-    out = tmp_path / "made" / "g.h5ad"
+    out = tmp_path / "generated" / "g.h5ad"
     cells = generate(out, "--bulk", tmp_path / "bulk.csv", "--weights", trained, "--n-cells", 3)
-    read = pd.read_csv(out.parent / "proportions.csv", dtype={"sample": str})
+    written = pd.read_csv(out.parent / "proportions.csv", dtype={"sample": str})
     fit = ["correlation", "unexplained", "misfit", "agreement"]
-    assert list(read) == ["sample", *CELL_TYPES, *(f"sd {t}" for t in CELL_TYPES), *fit]
-    assert list(read["sample"]) == ["007", "b$1"]
+    assert list(written) == ["sample", *CELL_TYPES, *(f"sd {t}" for t in CELL_TYPES), *fit]
+    assert list(written["sample"]) == ["007", "b$1"]
     pi, sd = (cells.uns[name] for name in ("proportions", "proportions_sd"))
     assert pi.shape == sd.shape == (2, 3) and (pi[0] != pi[1]).all()
-    values = read.drop(columns=["sample", *fit]).to_numpy(np.float32)
+    values = written.drop(columns=["sample", *fit]).to_numpy(np.float32)
     np.testing.assert_array_equal(values, np.hstack([pi, sd]))
     assert list(cells.uns["fit"].index) == ["007", "b$1"]
-    np.testing.assert_allclose(cells.uns["fit"][fit], read[fit])
+    np.testing.assert_allclose(cells.uns["fit"][fit], written[fit])
     misfit = cells.obs.groupby("sample", observed=True)["misfit"]
     assert (misfit.nunique() == 1).all()
-    np.testing.assert_allclose(misfit.first()[["007", "b$1"]], read["misfit"])
+    np.testing.assert_allclose(misfit.first()[["007", "b$1"]], written["misfit"])
     assert matplotlib.image.imread(out.parent / "proportions.png").std() > 0.01
 
     names = {"g.h5ad", "proportions.csv", "proportions.png"}
     assert {p.name for p in out.parent.iterdir()} == names  # no temporary file left
-    where = ["--data", h5ad, "--weights", trained, "--out", tmp_path / "batches" / "g.h5ad"]
-    batches = generate(where[-1], *where[:-2], "--n-cells", 5, "--batch-size", 20)
+    flags = ["--data", h5ad, "--weights", trained, "--out", tmp_path / "batches" / "g.h5ad"]
+    batches = generate(flags[-1], *flags[:-2], "--n-cells", 5, "--batch-size", 20)
     assert batches.uns["proportions"].shape == (5, 3) and "fit" not in batches.uns
     assert [p.name for p in (tmp_path / "batches").iterdir()] == ["g.h5ad"]
 
 
 @pytest.mark.parametrize("n", [1, 60, 61, 300])
 def test_picture_of_proportions_shows_each_type_as_wide_as_it_is(tmp_path, n):
-    """The pixels of each colour, in bars of any number; names may hold what TeX would read."""
+    """Pixels of each colour, for any number of bars; names may hold TeX markup."""
     types = ["a", "_b", "c$d$", "T cells $x^$"]
     proportions = np.tile([0.1, 0.2, 0.3, 0.4], (n, 1))
     write_proportions(tmp_path / "p.png", proportions, ["$s^$"] * n, types)
@@ -232,7 +232,7 @@ def test_colours_of_cell_types_are_stable_and_differ():
 
 
 def test_bulk_by_ensembl_ids_gives_the_cells_of_its_symbols(trained, tmp_path):
-    """The encoder's file brings the reference's ids; one without them still reads symbols."""
+    """The encoder's file holds the reference's ids; a file without them matches symbols only."""
     cells, files = make_cells(), [tmp_path / "symbols.csv", tmp_path / "ids.tsv"]
     assert card(trained, "bulkEncoder")["gene_ids"] == list(cells.var["gene_ids"])
     table = pd.DataFrame({"1": cells.X[:50].sum(axis=0).A1, "2": cells.X[50:].sum(axis=0).A1})
@@ -247,23 +247,23 @@ def test_bulk_by_ensembl_ids_gives_the_cells_of_its_symbols(trained, tmp_path):
 
     shutil.copytree(trained, tmp_path / "w")
     for model in ("scDecoder", "bulkEncoder"):
-        older = torch.load(tmp_path / "w" / f"{model}_model.pt", weights_only=True)
-        del older["gene_ids"]
-        torch.save(older, tmp_path / "w" / f"{model}_model.pt")
-    settings = ["--weights", tmp_path / "w", "--n-cells", 5, "--out", tmp_path / "g.h5ad"]
-    done = run_inside("bulk2sc.py", "--bulk", files[0], *settings)
+        without_ids = torch.load(tmp_path / "w" / f"{model}_model.pt", weights_only=True)
+        del without_ids["gene_ids"]
+        torch.save(without_ids, tmp_path / "w" / f"{model}_model.pt")
+    flags = ["--weights", tmp_path / "w", "--n-cells", 5, "--out", tmp_path / "g.h5ad"]
+    done = run_inside("bulk2sc.py", "--bulk", files[0], *flags)
     assert "2 bulk samples x 60 genes; 60 of the model's 60 genes found" in done.stdout
     assert (anndata.read_h5ad(tmp_path / "g.h5ad").X != out[0].X).nnz == 0
-    done = run_inside("bulk2sc.py", "--bulk", files[1], *settings)
+    done = run_inside("bulk2sc.py", "--bulk", files[1], *flags)
     assert_one_line_error(done, files[1], "ENSG00000000000.3", "no ids")
 
 
 def test_bulks_that_do_not_belong_are_warned_of(trained, tmp_path):
-    """Gene-shuffled bulks are; sums of the reference's own cells are not."""
+    """Gene-shuffled bulks raise a warning; sums of the reference's cells do not."""
     rng = np.random.default_rng(0)
     cells = make_cells()
-    own = {f"own {i}": cells.X[rng.permutation(90)[:60]].sum(axis=0).A1 for i in range(4)}
-    table = pd.DataFrame(own, index=cells.var_names)
+    sums = {f"own {i}": cells.X[rng.permutation(90)[:60]].sum(axis=0).A1 for i in range(4)}
+    table = pd.DataFrame(sums, index=cells.var_names)
     table["strange 1"], table["strange 2"] = (rng.permutation(table["own 0"]) for _ in range(2))
     table.to_csv(tmp_path / "bulk.csv")
     done = run(
@@ -271,13 +271,13 @@ def test_bulks_that_do_not_belong_are_warned_of(trained, tmp_path):
         "--n-cells", 2, "--out", tmp_path / "g.h5ad",
     )  # fmt: skip
     fit = pd.read_csv(tmp_path / "proportions.csv", index_col="sample")
-    assert (fit.loc[list(own), "misfit"] < 3).all(), fit
+    assert (fit.loc[list(sums), "misfit"] < 3).all(), fit
     assert (fit.loc[["strange 1", "strange 2"], "misfit"] > MISFIT).all(), fit
     assert "2 of 6 samples (strange 1, strange 2) are not" in done.stderr
 
 
 def test_calibrated_cells_add_up_to_their_bulk(trained, tmp_path):
-    """Of a platform that sees each gene with another factor."""
+    """Even on a platform that scales each gene by a different factor."""
     rng = np.random.default_rng(0)
     cells = make_cells()
     bulk = cells.X.sum(axis=0).A1 * rng.lognormal(0, 0.5, cells.n_vars)
@@ -313,10 +313,10 @@ def test_generated_cells_vary_within_a_type(trained, h5ad, tmp_path):
 def test_labels_follow_their_cells_however_the_data_is_ordered(trained, h5ad):
     """Regression: batch positions indexed unshuffled labels while the loader shuffled."""
     cells = anndata.read_h5ad(h5ad)
-    model, read = load_model(trained / "scGMVAE_model.pt", scGMVAE)
-    mean, _ = model.encode(torch.from_numpy(cells[:, read["genes"]].X.toarray()).float())
+    model, metadata = load_model(trained / "scGMVAE_model.pt", scGMVAE)
+    mean, _ = model.encode(torch.from_numpy(cells[:, metadata["genes"]].X.toarray()).float())
     codes = cells.obs["cell_type"].map(CELL_TYPES.index).to_numpy()
-    # Were labels shuffled against cells, the three components would coincide.
+    # If labels were shuffled against cells, the three components would coincide.
     nearest = torch.cdist(mean, model.mu).argmin(dim=1).numpy()
     assert (nearest == codes).mean() > 0.9
 
@@ -326,8 +326,8 @@ def test_more_than_ten_types_given_as_numbers(tmp_path):
     cells = make_cells(n_per_type=(12,) * 12, n_genes=72)
     cells.obs["leiden"] = cells.obs["cell_type"].str.removeprefix("type ")
     cells.write_h5ad(tmp_path / "a.h5ad")
-    where = ["--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w"]
-    train(*where, settings=QUICK)
+    flags = ["--data", tmp_path / "a.h5ad", "--labels", "leiden", "--weights", tmp_path / "w"]
+    train(*flags, settings=QUICK)
     for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
         assert card(tmp_path / "w", model)["cell_types"] == [str(i) for i in range(12)]
     out = generate(tmp_path / "g.h5ad", "--data", tmp_path / "a.h5ad", "--weights", tmp_path / "w",
@@ -338,8 +338,8 @@ def test_more_than_ten_types_given_as_numbers(tmp_path):
 def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
     folder = write_10x(tmp_path / "10x", make_cells(), "old")
     labels = write_labels(tmp_path / "labels.csv", make_cells(), header=False)
-    for script, settings in QUICK.items():
-        run(script, "--data", folder, "--labels", labels, "--weights", tmp_path / "w", *settings)
+    for script, flags in QUICK.items():
+        run(script, "--data", folder, "--labels", labels, "--weights", tmp_path / "w", *flags)
     out = generate(tmp_path / "g.h5ad", "--data", folder, "--weights", tmp_path / "w",
                    "--n-cells", 5, "--batch-size", 20)  # fmt: skip
     assert out.n_obs == 5
@@ -352,11 +352,11 @@ def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
 
 
 def test_nothing_held_out(tmp_path, h5ad):
-    """All cells train, no held-out loss is read, and evaluate.py says why it cannot measure."""
-    where = ["--data", h5ad, "--weights", tmp_path]
-    train(*where, settings=QUICK, train_gmvae=["--held-out", 0])
+    """All cells are trained on, and evaluate.py reports why it cannot run."""
+    flags = ["--data", h5ad, "--weights", tmp_path]
+    train(*flags, settings=QUICK, train_gmvae=["--held-out", 0])
     assert card(tmp_path, "bulkEncoder")["held_out"] == []
-    assert_one_line_error(run_inside("evaluate.py", *where), "no cells were held out")
+    assert_one_line_error(run_inside("evaluate.py", *flags), "no cells were held out")
 
 
 # ------------------------------------------------------------------------- autoCell and names
@@ -366,13 +366,13 @@ def test_nothing_held_out(tmp_path, h5ad):
     "arguments", [[], ["--pairing", "prior", "--loss", "mse_l1"], ["--loss", "zinb"]]
 )
 def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
-    """autoCell leaves two files, 1 x D x K, and D need not be K."""
+    """autoCell saves two files of shape (1, D, K); D need not equal K."""
     for name, low in (("gmm_mu_c.pt", 0.0), ("gmm_var_c.pt", 0.5)):
         torch.save(torch.rand(1, 4, 3) + low, tmp_path / name)
-    where = ["--data", h5ad, "--weights", tmp_path]
-    done = run_inside("train_decoder.py", *where, *QUICK["train_decoder.py"], *arguments)
+    flags = ["--data", h5ad, "--weights", tmp_path]
+    done = run_inside("train_decoder.py", *flags, *QUICK["train_decoder.py"], *arguments)
     assert "components taken as cell types: 0 = B cells; " in done.stdout
-    done = run_inside("train_encoder.py", *where, *QUICK["train_encoder.py"])
+    done = run_inside("train_encoder.py", *flags, *QUICK["train_encoder.py"])
     assert done.returncode == 0, done.stderr
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 30,
                    "--batch-size", 20)  # fmt: skip
@@ -384,15 +384,15 @@ def test_decoder_from_autocell_files_alone(tmp_path, h5ad, arguments):
 def test_posterior_pairing_needs_the_gmvae(tmp_path, h5ad):
     for name in ("gmm_mu_c.pt", "gmm_var_c.pt"):
         torch.save(torch.rand(1, 4, 3) + 0.5, tmp_path / name)
-    where = ["--data", h5ad, "--weights", tmp_path]
-    done = run_inside("train_decoder.py", *where, "--pairing", "posterior")
+    flags = ["--data", h5ad, "--weights", tmp_path]
+    done = run_inside("train_decoder.py", *flags, "--pairing", "posterior")
     assert_one_line_error(done, "scGMVAE_model.pt", "train_gmvae.py")
 
 
 def test_zinb_from_end_to_end(tmp_path, h5ad):
     zinb = ["--loss", "zinb"]
-    where = ["--data", h5ad, "--weights", tmp_path]
-    train(*where, settings=QUICK, train_gmvae=zinb, train_decoder=zinb)
+    flags = ["--data", h5ad, "--weights", tmp_path]
+    train(*flags, settings=QUICK, train_gmvae=zinb, train_decoder=zinb)
     out = generate(tmp_path / "g.h5ad", "--data", h5ad, "--weights", tmp_path, "--n-cells", 20,
                    "--batch-size", 20)  # fmt: skip
     assert out.X.sum() > 0
@@ -449,11 +449,11 @@ def test_no_shared_genes(trained, tmp_path):
     cells.var_names = [f"MOUSE{i}" for i in range(cells.n_vars)]
     cells.write_h5ad(tmp_path / "m.h5ad")
     out = tmp_path / "g.h5ad"
-    where = ["--weights", trained, "--out", out]
-    done = run_inside("bulk2sc.py", "--data", tmp_path / "m.h5ad", *where)
+    flags = ["--weights", trained, "--out", out]
+    done = run_inside("bulk2sc.py", "--data", tmp_path / "m.h5ad", *flags)
     assert_one_line_error(done, "m.h5ad", "none of its 60 genes")
     pd.DataFrame({"s1": [1, 2]}, index=["MOUSE1", "MOUSE2"]).to_csv(tmp_path / "bulk.csv")
-    done = run_inside("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", *where)
+    done = run_inside("bulk2sc.py", "--bulk", tmp_path / "bulk.csv", *flags)
     assert_one_line_error(done, "bulk.csv", "MOUSE1")
     assert not out.exists()
 
@@ -479,7 +479,7 @@ def test_truncated_weights(trained, h5ad, tmp_path, name):
 
 
 def test_weights_of_another_dataset(trained, h5ad, tmp_path):
-    """Other cell types, other cells, or parts of two runs: each is said, none is generated from."""
+    """Weights of other cell types, of other cells, or of two runs are one-line errors."""
     cells = make_cells()
     cells.obs["cell_type"] = cells.obs["cell_type"].replace("B cells", "A new name")
     cells.write_h5ad(tmp_path / "types.h5ad")
@@ -554,9 +554,9 @@ def test_command_line_that_cannot_be_parsed_is_one_line(arguments, words):
 def test_unknown_flag_is_an_error_and_help_lists_all(script):
     done = run_inside(script, "--no-such-flag", 1)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    shown = run(script, "--help").stdout
+    help_text = run(script, "--help").stdout
     for name in ("--data", "--labels", "--weights", "--seed", "--device"):
-        assert name in shown
+        assert name in help_text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
