@@ -6,22 +6,43 @@ Each sample is the sum of the counts of generated cells. Writes bulk_pbmc_simula
 bulk_pbmc_simulated_proportions.csv to --out.
 """
 
-import gzip
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
-import tyro
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generation import decode_cells  # noqa: E402
-from models import scDecoder  # noqa: E402
-from runtime.weights import load_model  # noqa: E402
+from runtime.script import parse_args, run_script
+
+
+@dataclass
+class Settings:
+    """Simulate bulk samples of known composition with the decoder of weights/pbmc1k.
+
+    Example: python examples/simulate_bulk.py --n-cells 500 --out my_folder
+    """
+
+    n_cells: int = 2000
+    """Cells in each sample."""
+    seed: int = 0
+    """Of latents, library sizes and counts."""
+    out: Path = ROOT / "examples"
+    """Folder for both tables."""
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import torch
+
+from generation import decode_cells
+from models import scDecoder
+from runtime.weights import load_model
 
 WEIGHTS = ROOT / "weights" / "pbmc1k" / "scDecoder_model.pt"
 # Cell types of each sample in per cent of its cells.
@@ -38,16 +59,6 @@ COMPOSITION = pd.DataFrame(
     },
     index=pd.Index(["balanced", "monocyte_rich", "lymphocyte_rich", "b_cell_rich"], name="sample"),
 )
-
-
-@dataclass
-class Settings:
-    n_cells: int = 2000
-    """Cells in each sample."""
-    seed: int = 0
-    """Of latents, library sizes and counts."""
-    out: Path = ROOT / "examples"
-    """Folder for both tables."""
 
 
 def simulate_bulk(decoder, n_per_type, generator):
@@ -77,4 +88,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run_script(main, settings)

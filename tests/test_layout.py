@@ -83,7 +83,7 @@ def test_scripts_take_no_helper_from_a_script():
             assert module not in SCRIPTS or not names, f"{name}: {names} from {module}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "benchmarks/benchmark", "examples/simulate_bulk"])
 def test_help_answers_before_the_slow_imports(script):
     """--help also shows an example and the choices of settings."""
     code = (
