@@ -161,7 +161,14 @@ class Checkpoint:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+            AttributeError,
+        ) as e:
             raise InputError(
                 f"{self.path}: its parts do not fit together, expected a whole checkpoint"
             ) from e

@@ -19,6 +19,7 @@ MADE_BY = {
     "BulkEncoder": "train_encoder.py",
 }
 
+MAX_VALUE, MAX_LOG = 1e15, 80  # of a weight, and of one that an exponential is taken of
 MIXTURE_FILES = ("gmm_mu_c.pt", "gmm_var_c.pt")
 
 
@@ -158,7 +159,10 @@ def check_values(model):
         ValueError: names the tensor.
     """
     state = model.state_dict()
-    sound = {name: bool(torch.isfinite(value).all()) for name, value in state.items()}
+    # Up to MAX_VALUE products of weights stay finite in float32, and up to MAX_LOG exponentials do.
+    sound = {name: bool((value.abs() < MAX_VALUE).all()) for name, value in state.items()}
+    for name in (n for n in state if n.endswith("log_theta")):
+        sound[name] &= bool((state[name].abs() < MAX_LOG).all())
     for name in ("var", "scale"):  # a σ_k² or spread of zero is none
         if name in state:
             sound[name] &= bool((state[name] > 0).all())

@@ -221,6 +221,8 @@ def broken_checkpoints(card):
     state = card["optimizer"]["state"]
     wrong_shape = state | {moment: state[moment] | {"exp_avg": torch.zeros(7, 7)}}
     yield card | {"optimizer": card["optimizer"] | {"state": wrong_shape}}
+    unknown_parameter = state | {999: state[moment]}
+    yield card | {"optimizer": card["optimizer"] | {"state": unknown_parameter}}
     yield {name: value for name, value in card.items() if name != "optimizer"}
     yield [1, 2, 3]
 

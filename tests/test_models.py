@@ -491,6 +491,9 @@ def test_unusable_weights_are_one_line_errors(tmp_path):
         ("gene_ids", ["ENSG0"], "do not fit together"),
         ("config", card["config"] | {"n_genes": G + 1}, "do not fit together"),
         ("state", card["state"] | {"out.bias": torch.full((G,), torch.nan)}, "not finite"),
+        # Finite, but means and counts drawn from them are not.
+        ("state", card["state"] | {"out.bias": torch.full((G,), 1e20)}, "out of range"),
+        ("state", card["state"] | {"type_log_theta": torch.full((K, G), 99.0)}, "out of range"),
     ):
         torch.save(card | {key: value}, path)
         with pytest.raises(InputError, match=words):
