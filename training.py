@@ -124,8 +124,10 @@ class TrainingRun:
         SignalHandler.deferred = self.receive_signal
         self.check_processes()
         self.group.broadcast(*self.model.state_dict().values())
-        yield from range(first, last + 1)
-        self.bar.close()
+        try:
+            yield from range(first, last + 1)
+        finally:
+            self.bar.close()  # so that an error message starts on a line of its own
         if self.group.rank == 0:
             self.save()  # training is done, whatever happens while the results are written
         self.barrier()  # learn of a signal that came after the last step

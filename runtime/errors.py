@@ -4,13 +4,9 @@
 class InputError(Exception):
     """Something the user gave cannot be used; the message is the one line the user sees."""
 
-    status = 1  # exit status of the program
-
 
 class UsageError(InputError):
     """The command line itself cannot be parsed."""
-
-    status = 2
 
 
 def plain(text):

@@ -97,9 +97,11 @@ def errors_in_one_line():
     try:
         with catch_signals():
             yield
-    except InputError as error:
+    except UsageError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(2)
+    except InputError as error:  # printed on exit, when a progress bar has ended its line
+        sys.exit(f"error: {plain(error)}")
     except OSError as error:  # no such file, no permission, disk full, in the system's own words
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {plain(where)}{plain(error.strerror or error)}")
