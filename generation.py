@@ -11,16 +11,31 @@ D latent dimensions.
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from data import align_genes, apply_split, library_size
+from data import align_genes, apply_split, batch_bulks, library_size, load_cells
 from models import BulkEncoder, scDecoder
+from readers.bulk import read_bulk
 from runtime.errors import InputError
 from runtime.weights import check_cell_types, check_mixture, load_model
 
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
 MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which users are warned
+
+
+def load_models(folder, device):
+    """The Bulk Encoder and scDecoder of a folder of weights, and what their files say besides.
+
+    Returns:
+        encoder, its card, decoder, its card.
+    """
+    encoder_file, decoder_file = folder / "bulkEncoder_model.pt", folder / "scDecoder_model.pt"
+    encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
+    decoder, decoder_card = load_model(decoder_file, scDecoder, device)
+    check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
+    return encoder, encoder_card, decoder, decoder_card
 
 
 def load_weights(weights, cells, cell_types, device, fewest=2):
@@ -99,6 +114,35 @@ def encode_bulks(encoder, X, present, device, n_halves=0):
         parts.append((mu, var, pi, sd))
     mu, var, pi, sd = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, var, pi, sd if n_halves else None
+
+
+def encode_batches(cfg, encoder, genes, device, rng):
+    """Sum batches of reference cells into --n-cells bulks and encode them, CHUNK at a time.
+
+    Args:
+        genes: the encoder's (G). rng: NumPy generator.
+
+    Returns:
+        iterator of mu, var (B, K, D) and pi (B, K). The reference is read at once, so that errors
+        come before anything is written.
+    """
+    cells = load_cells(cfg, need_labels=False)
+    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    if cfg.batch_size > cells.n_obs:
+        raise InputError(
+            f"--batch-size: found {cfg.batch_size}, expected at most the {cells.n_obs} cells of "
+            f"{cfg.data}"
+        )
+    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
+
+    def encode():
+        first = 0
+        for bulk, _ in batch_bulks(X, cfg.batch_size, cfg.n_cells, rng, CHUNK):
+            check_filled(bulk, range(first, first + len(bulk)), cfg.data)
+            yield encode_bulks(encoder, sp.csr_matrix(bulk), present, device)[:3]
+            first += len(bulk)
+
+    return encode()
 
 
 # --------------------------------------------------------------------------------- to cells
@@ -272,3 +316,52 @@ def sum_agreement(bulk, sums, present):
     logs = (log_cpm(part, present, pseudocount=1) for part in (bulk, sums))
     with np.errstate(invalid="ignore"):  # a sample without cells reads nan
         return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])
+
+
+# ------------------------------------------------------------------------- samples of a table
+
+
+class BulkSamples:
+    """The samples of --bulk, encoded, and how the reference's cell types add up to them.
+
+    Attributes:
+        names: of the samples (S). bulk: (S, G) in the decoder's genes. measured: mask (G).
+        encoded: mu, var (S, K, D) and pi (S, K). sd: of pi (S, K). expected: (S, G), the sum that
+            pi makes. sums: (S, G), of the cells generated so far. fit: a row for each sample.
+    """
+
+    def __init__(self, path, encoder, encoder_card, decoder, decoder_card):
+        # In all genes of the decoder: those that the encoder does not read still show the fit.
+        genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
+        bulk, self.measured, self.names = read_bulk(path, genes, decoder_card.get("gene_ids"))
+        X, _ = align_genes(bulk, genes, encoder_genes, path, report=False)
+        present = self.measured[pd.Index(genes).get_indexer(encoder_genes)]
+        n_genes = len(encoder_genes)
+        print(f"{path}: {present.sum():,} of the {n_genes:,} genes the Bulk Encoder reads")
+        check_filled(X, self.names, path)
+        *self.encoded, sd = encode_bulks(encoder, X, present, encoder.mu.device, n_halves=20)
+        self.bulk, self.sd = bulk.toarray(), sd.cpu().numpy()
+        self.expected = expected_bulk(decoder, self.encoded[2])
+        self.sums = np.zeros(self.bulk.shape)
+        self.fit = pd.DataFrame(index=self.names)
+        correlation, unexplained = bulk_fit(self.bulk, self.expected, self.measured)
+        self.fit["correlation"], self.fit["unexplained"] = correlation, unexplained
+        reference = encoder_card.get("fit")
+        self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
+
+    @property
+    def proportions(self):
+        """pi (S, K) as a numpy array, float64."""
+        return self.encoded[2].cpu().numpy().astype(np.float64)
+
+    def add(self, cells):
+        """Add generated Cells to the sums of their samples."""
+        add_to_sums(self.sums, cells.counts, cells.bulk)
+
+    def compare_sums(self):
+        """Add to ``fit`` how well the generated cells of each sample add up to it."""
+        self.fit["agreement"] = sum_agreement(self.bulk, self.sums, self.measured)
+
+    def log_factor(self):
+        """What --calibrate adds to the logarithm of each gene's mean, (S, G) float32."""
+        return torch.from_numpy(calibration(self.bulk, self.expected, self.measured))

@@ -1,4 +1,4 @@
-"""What the three training loops share: optimiser, epochs, batches, and how a run survives.
+"""What the three training loops share: optimiser, epochs, batches and the sums of their losses.
 
 A loop reads as any torch loop does, with :class:`TrainingRun` around its steps:
 
@@ -14,13 +14,11 @@ A loop reads as any torch loop does, with :class:`TrainingRun` around its steps:
     run.remove_checkpoint()
 
 Checkpoints are written every ``--checkpoint-every`` seconds and on Ctrl-C or SIGTERM, and
-``--resume`` continues from them (:mod:`runtime.checkpoint`). ``torchrun`` trains with several
+``--resume`` continues from them (:mod:`runtime.resumable`). ``torchrun`` trains with several
 processes (:mod:`runtime.processes`).
 """
 
 import math
-import signal
-import time
 
 import numpy as np
 import torch
@@ -28,12 +26,7 @@ from tqdm import tqdm
 
 from models import Dropout
 from readers.backed import BackedCounts
-from readers.fingerprint import digest
-from runtime.checkpoint import Checkpoint, Progress
-from runtime.errors import InputError
-from runtime.processes import ProcessGroup
-from runtime.signals import SignalHandler, Stopped
-from runtime.writing import check_writable
+from runtime.resumable import ResumableRun
 
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 READ_EVERY = 20  # steps on a GPU, which must wait for its queue whenever a loss is read
@@ -66,73 +59,24 @@ def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
     return optimizer, schedule
 
 
-class TrainingRun:
-    """One training: its epochs and batches, its loss curve, and when to save or stop.
+class TrainingRun(ResumableRun):
+    """The epochs, batches and losses of one training."""
 
-    Attributes:
-        progress: epoch, step, sums of losses, loss curve; what the checkpoint keeps.
-        group: the processes that train together.
-        checkpoint: its file.
-    """
-
-    def __init__(self, name, cfg, model, optimizer, schedule, rng, made_from):
-        """Start a run, or with ``cfg.resume`` continue the one in the checkpoint.
-
-        Args:
-            name: of the model, for file and progress bar. cfg: a TrainingSettings. rng: the NumPy
-                generator of the loop. made_from: digest of data and earlier stages.
-
-        Raises:
-            InputError: the checkpoint is broken, or of other settings or data.
-            OSError: the folder of weights cannot be written to.
-        """
-        self.name, self.cfg, self.model, self.rng, self.made_from = name, cfg, model, rng, made_from
-        self.device = next(model.parameters()).device
-        self.group = ProcessGroup(self.device)
-        self.progress = Progress(rng_of_epoch=rng.bit_generator.state)
-        self.checkpoint = Checkpoint(name, cfg, made_from, model, optimizer, schedule, rng)
-        self.resumed, self.signal, self.last_saved = False, None, "none"
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.read_every = READ_EVERY if self.device.type == "cuda" else 1
-        self.pending = []  # losses of the latest steps, not read yet
-        if self.group.rank == 0:
-            check_writable(cfg.weights)  # rather now than after minutes of training
-        path = self.checkpoint.path
-        if cfg.resume and path.exists():
-            self.progress, self.resumed = self.checkpoint.load(), True
-            self.last_saved = f"{path} of {self.position}"
-            print(f"{path}: going on at {self.position}")
-        elif cfg.resume:
-            print(f"{path}: no such checkpoint, so the run starts from the beginning")
-        elif path.exists():
-            print(
-                f"{path}: a checkpoint of an interrupted run, which this run will replace; "
-                "--resume would go on with it"
-            )
-
-    @property
-    def position(self):
-        """How far the run is, in words."""
-        epoch = min(self.progress.epoch, self.cfg.epochs)
-        return f"epoch {epoch} of {self.cfg.epochs}, step {self.progress.step}"
 
     def epochs(self):
         """The epochs still to do, with a progress bar; signals take effect between steps."""
         first, last = self.progress.epoch, self.cfg.epochs
-        self.save_time = time.monotonic()
         hidden = self.group.rank > 0
         self.bar = tqdm(total=last, initial=first - 1, desc=self.name, unit="epoch", disable=hidden)
-        SignalHandler.deferred = self.receive_signal
-        self.check_processes()
-        self.group.broadcast(*self.model.state_dict().values())
         try:
+            self.begin()
             yield from range(first, last + 1)
         finally:
             self.bar.close()  # so that an error message starts on a line of its own
-        if self.group.rank == 0:
-            self.save()  # training is done, whatever happens while the results are written
-        self.barrier()  # learn of a signal that came after the last step
-        self.save_if_due()
-        SignalHandler.deferred = None
+        self.end()
 
     def batches(self, rows, n_batches, X):
         """The batches of this epoch that are still to do, in an order drawn for the epoch.
@@ -204,15 +148,6 @@ class TrainingRun:
         if not math.isfinite(loss) or loss > DIVERGED * (self.progress.first_loss + 1):
             self.raise_diverged(f"the loss is {loss:g}")
 
-    def raise_diverged(self, what):
-        """Raise the error that says where the run stopped, and what is left of it."""
-        self.bar.close()
-        raise InputError(
-            f"{self.name} diverged at {self.position}: {what}, expected a finite loss of about "
-            f"{self.progress.first_loss or 0:.3g} or less; last good checkpoint: "
-            f"{self.last_saved}; try a lower --lr than {self.cfg.lr:g}"
-        )
-
     def end_epoch(self, row=None, **postfix):
         """The epoch is done. row: its losses for the curve. postfix: texts for the progress bar."""
         self.read_losses()
@@ -223,65 +158,3 @@ class TrainingRun:
         self.bar.set_postfix(postfix, refresh=False)
         self.bar.update()
         self.save_if_due()
-
-    def receive_signal(self, number):
-        """Stop after this step; at the second signal, stop at once."""
-        if self.group.size > 1:  # torchrun repeats a Ctrl-C, and ends all processes after 30 s
-            self.group.local_signal = number
-            return
-        if self.signal is not None:
-            raise Stopped(number)
-        self.signal = number
-
-    def save_if_due(self):
-        """Save when it is time; when a signal has come, save and stop. The first process saves.
-
-        Raises:
-            Stopped: a signal has come.
-        """
-        if self.pending:  # not before these losses are known to be sound
-            return
-        if self.signal is None:
-            due = time.monotonic() - self.save_time >= self.cfg.checkpoint_every
-            if due and self.group.rank == 0:
-                self.save()
-            return
-        if self.group.rank == 0:
-            self.save()
-        self.barrier()  # the first process to end makes torchrun end all
-        self.bar.close()
-        raise Stopped(
-            self.signal,
-            f"interrupted ({signal.Signals(self.signal).name}) at {self.position}: saved "
-            f"{self.checkpoint.path}; the same command with --resume goes on from there",
-        )
-
-    def save(self):
-        """Write the checkpoint.
-
-        Raises:
-            InputError: weights or moments are not finite; the older checkpoint stays.
-        """
-        if not self.checkpoint.is_finite():
-            self.raise_diverged("weights are not finite")
-        self.checkpoint.save(self.progress)
-        self.save_time = time.monotonic()
-        self.last_saved = f"{self.checkpoint.path} of {self.position}"
-
-    def barrier(self):
-        """Wait for all processes, and see any signal that one of them received."""
-        self.group.barrier()
-        self.read_losses()
-
-    def check_processes(self):
-        """Raise InputError if the processes found different data or checkpoints."""
-        position = (self.progress.epoch, self.progress.step, self.resumed)
-        if not self.group.is_same(int(digest(self.made_from, *position)[:15], 16)):
-            raise InputError(
-                f"{self.checkpoint.path}: the processes found different data or checkpoints, "
-                "expected the same; do all see the same folders?"
-            )
-
-    def remove_checkpoint(self):
-        """Delete the checkpoint: all results are written."""
-        self.checkpoint.remove()
