@@ -182,10 +182,10 @@ def main(cfg):
             first += len(bulks[2])
         if samples is not None:
             samples.compare_sums()
-        cells = table.to_anndata(names, cell_types, cfg, samples)
-        file.write_tables(cells)
+        tables = table.to_anndata(names, cell_types, cfg, samples)
+        file.write_tables(tables)
 
-    print_cell_types(cells)
+    print_cell_types(tables)
     if samples is not None:  # without --bulk every cell has a bulk of its own: no table to read
         write_samples(cfg, samples, cell_types)
     print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} bulks")
