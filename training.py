@@ -139,7 +139,7 @@ class TrainingRun(ResumableRun):
             if sums:
                 self.progress.total = self.progress.total + np.array(sums)
         self.pending = []
-        self.signal = self.group.read_signal() or self.signal
+        self.update_signal()
 
     def check_loss(self, loss):
         """Raise InputError if a loss is not finite, or DIVERGED times the first one."""

@@ -98,7 +98,13 @@ class ResumableRun:
     def barrier(self):
         """Wait for all processes, and see any signal that one of them received."""
         self.group.barrier()
-        self.signal = self.group.read_signal() or self.signal
+        self.update_signal()
+
+    def update_signal(self):
+        """See whether any process received a signal; one process alone is told by its handler."""
+        received = self.group.read_signal()
+        if received is not None:  # else the handler may just be setting the attribute
+            self.signal = received
 
     def save_if_due(self):
         """Save when it is time; when a signal has come, save and stop. The first process saves.

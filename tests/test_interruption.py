@@ -348,6 +348,29 @@ def test_absurd_learning_rate_is_noticed(trained, h5ad, tmp_path, script):
     assert not (weights / f"{FILE[script][0]}_model.pt").exists()
 
 
+def test_reading_losses_never_overwrites_a_signal(tmp_path):
+    """Its handler may run at any moment; assigning None again would lose the signal."""
+    assigned = []
+
+    class Run(training.TrainingRun):
+        def __setattr__(self, name, value):
+            assigned.append(name)
+            super().__setattr__(name, value)
+
+    model = torch.nn.Linear(3, 2)
+    cfg = training_settings(tmp_path)
+    optimizer, schedule = training.two_rate_optimizer(model, [], cfg, 10)
+    run = Run("linear", cfg, model, optimizer, schedule, np.random.default_rng(0), "data")
+    assert "signal" in assigned
+    assigned.clear()
+    run.read_losses()
+    run.barrier()
+    assert assigned and "signal" not in assigned
+    run.group.signal_counts = torch.eye(65)[15]  # of another process
+    run.read_losses()
+    assert run.signal == 15
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """Even if the loss is still finite; the older checkpoint is kept."""
     model = torch.nn.Linear(3, 2)
