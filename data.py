@@ -18,7 +18,7 @@ from readers.backed import BackedCounts, read_backed
 from readers.counts import EMBEDDED, check_names, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels
 from runtime.errors import InputError, one_line, some
-from runtime.script import flag
+from runtime.script import check_choices, flag
 
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
@@ -41,6 +41,7 @@ class DatasetSettings:
     """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
     def __post_init__(self):
+        check_choices(self)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
 

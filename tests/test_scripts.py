@@ -27,6 +27,7 @@ from conftest import (
 from generation import MISFIT
 from models import scGMVAE
 from plotting import type_colors, write_proportions
+from runtime.errors import InputError
 from runtime.weights import load_model
 
 TRAININGS = list(TINY)
@@ -548,6 +549,18 @@ def test_command_line_that_cannot_be_parsed_is_one_line(arguments, words):
     done = run_inside("bulk2sc.py", *arguments)
     assert_one_line_error(done, *words)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("train_gmvae", "loss"), ("train_decoder", "loss"), ("train_decoder", "pairing")],
+)
+def test_choices_hold_for_edited_settings_too(script, name):
+    """The dataclass may be edited, or filled by another program; no command line checks it then."""
+    import importlib
+
+    with pytest.raises(InputError, match=f"^--{name}: found none, expected "):
+        importlib.import_module(script).Settings(**{name: "none"})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
