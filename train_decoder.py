@@ -77,14 +77,13 @@ from data import (
     mean_counts,
 )
 from models import encode_cells, mean_profile, scDecoder, scGMVAE
-from plotting import write_losses
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
 from runtime.device import in_batches, pick_device, seed_everything, to_dense
 from runtime.errors import some
 from runtime.processes import distributed
-from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
+from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
 from training import TrainingRun, two_rate_optimizer
 
 # ------------------------------------------------------------------ mixture files from elsewhere
@@ -325,8 +324,7 @@ def main(cfg):
     model.eval()
     if by_posterior:
         model.fit_types(cells[train].X, codes[train], seed=cfg.seed)
-    write_results(
-        run,
+    run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
@@ -335,15 +333,6 @@ def main(cfg):
         pairing="posterior" if by_posterior else "prior",
         components=order,  # which component of the mixture files each type is
     )
-
-
-def write_results(run, **card):
-    """Write the model with its card, and the loss curves; then remove the checkpoint."""
-    cfg = run.cfg
-    card |= {"epoch": cfg.epochs, "made_from": run.made_from}
-    save_model(cfg.weights / "scDecoder_model.pt", run.model, cfg, **card)
-    write_losses(cfg.weights / "scDecoder", run.progress.curve)
-    run.remove_checkpoint()
     print(
         f"wrote scDecoder_model.pt and scDecoder_loss.csv/.png to {cfg.weights}: "
         f"reconstruction {run.progress.curve[-1]['reconstruction']:.1f} per cell"

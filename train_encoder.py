@@ -90,13 +90,12 @@ from data import (
 )
 from generation import bulk_fit, encode_bulks, expected_bulk
 from models import BulkEncoder, scDecoder
-from plotting import write_losses
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
 from runtime.device import pick_device, seed_everything
 from runtime.processes import distributed
-from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model, save_model
+from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
 from training import TrainingRun, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much: standard
@@ -381,8 +380,7 @@ def main(cfg):
     if run.group.rank:  # the first process writes what all have trained
         return
     measured_on = cells[held_out if held_out.any() else ~held_out]
-    write_results(
-        run,
+    run.save_results(
         genes=genes,
         gene_ids=list(cells.var.loc[genes, "gene_ids"]),  # by which bulks may name them
         cell_types=cell_types,
@@ -390,15 +388,6 @@ def main(cfg):
         held_out_fraction=fraction,
         fit=reference_fit(model, decoder, measured_on, genes, rng),
     )
-
-
-def write_results(run, **card):
-    """Write the model with its card, and the loss curves; then remove the checkpoint."""
-    cfg = run.cfg
-    card |= {"epoch": cfg.epochs, "made_from": run.made_from}
-    save_model(cfg.weights / "bulkEncoder_model.pt", run.model, cfg, **card)
-    write_losses(cfg.weights / "bulkEncoder", run.progress.curve)
-    run.remove_checkpoint()
     last = run.progress.curve[-1]
     losses = {n: v for n, v in last.items() if n != "epoch" and v is not None}
     print(

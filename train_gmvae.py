@@ -83,14 +83,13 @@ import torch
 
 from data import align_genes, choose_genes, choose_held_out, codes_of, load_cells
 from models import encode_cells, mean_profile, scGMVAE
-from plotting import write_losses
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels
 from runtime.checkpoint import already_finished
 from runtime.device import in_batches, pick_device, seed_everything, to_dense
 from runtime.processes import distributed
-from runtime.weights import save_mixture, save_model
+from runtime.weights import save_mixture
 from runtime.writing import write_whole
 from training import TrainingRun, two_rate_optimizer
 
@@ -126,7 +125,7 @@ class LabelledTypes:
         """Set the mixture to the posteriors (n, D) of the training cells, indices ``train`` (n)."""
         model.fit_mixture(mean, var, torch.as_tensor(self.codes[train], device=mean.device))
 
-    def settle(self, model, train, mean, var):
+    def settle(self, model, train, X, batch_size):
         """Nothing to settle: all types of the labels stay."""
 
     def save(self, folder, barcodes):
@@ -170,15 +169,17 @@ class FoundTypes(LabelledTypes):
         log_weight = torch.tensor([*np.log(weight), *unused], device=mean.device)
         self.log_weight = log_weight.float()
 
-    def settle(self, model, train, mean, var):
+    def settle(self, model, train, X, batch_size):
         """Give each cell its likeliest type, name the types, and drop those without training cells.
 
         Args:
             model: scGMVAE, which keeps the components of these types, in their order.
-            train: indices of the training cells. mean, var: posteriors of all cells (N, D).
+            train: indices of the training cells. X: counts of all cells (N x G).
+            batch_size: cells that are encoded at a time.
         """
         if self.log_weight is None:  # every epoch was the plain VAE's
-            self.find(train, mean[torch.from_numpy(train)])
+            self.find(train, encode_cells(model, X, batch_size, train)[0])
+        mean, var = encode_cells(model, X, batch_size)  # (N, D) each
         responsibility = model.mixture_kl(mean, var, self.log_weight.to(mean.device))[1]  # (N, K)
         likeliest = responsibility[torch.from_numpy(train)].argmax(dim=1)
         size = torch.bincount(likeliest, minlength=len(self.log_weight))
@@ -385,22 +386,17 @@ def main(cfg):
 
     if run.group.rank:  # the first process writes what all have trained
         return
-    types.settle(model, train, *encode_cells(model, X, cfg.batch_size))
+    types.settle(model, train, X, cfg.batch_size)
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
     types.fit_mixture(model, train, *encode_cells(model, X, cfg.batch_size, train))
-    write_results(run, types, cells, genes=genes, held_out=list(cells.obs_names[held_out]),
-                  held_out_fraction=fraction)  # fmt: skip
-
-
-def write_results(run, types, cells, **card):
-    """Write the model, the mixture, found types and loss curves; then remove the checkpoint."""
-    cfg, model = run.cfg, run.model
-    card |= {"cell_types": types.names, "epoch": cfg.epochs, "made_from": run.made_from}
-    save_model(cfg.weights / "scGMVAE_model.pt", model, cfg, **card)
     save_mixture(cfg.weights, model.mu, model.var)
     types.save(cfg.weights, cells.obs_names)
-    write_losses(cfg.weights / "scGMVAE", run.progress.curve)
-    run.remove_checkpoint()
+    run.save_results(
+        genes=genes,
+        cell_types=types.names,
+        held_out=list(cells.obs_names[held_out]),
+        held_out_fraction=fraction,
+    )
     last = run.progress.curve[-1]
     print(
         f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "

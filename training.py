@@ -11,7 +11,7 @@ A loop reads as any torch loop does, with :class:`TrainingRun` around its steps:
             optimizer.step()
             schedule.step()
         run.end_epoch({"epoch": epoch, "loss": ...})
-    run.remove_checkpoint()
+    run.save_results(genes=genes, ...)
 
 Checkpoints are written every ``--checkpoint-every`` seconds and on Ctrl-C or SIGTERM, and
 ``--resume`` continues from them (:mod:`runtime.resumable`). ``torchrun`` trains with several
@@ -25,8 +25,10 @@ import torch
 from tqdm import tqdm
 
 from models import Dropout
+from plotting import write_losses
 from readers.backed import BackedCounts
 from runtime.resumable import ResumableRun
+from runtime.weights import save_model
 
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 READ_EVERY = 20  # steps on a GPU, which must wait for its queue whenever a loss is read
@@ -158,3 +160,14 @@ class TrainingRun(ResumableRun):
         self.bar.set_postfix(postfix, refresh=False)
         self.bar.update()
         self.save_if_due()
+
+    def save_results(self, **card):
+        """Write the model with its ``card`` and the loss curves, then remove the checkpoint.
+
+        card: what the model's file should know besides, see :func:`runtime.weights.save_model`.
+        """
+        card |= {"epoch": self.cfg.epochs, "made_from": self.made_from}
+        path = self.cfg.weights / f"{self.name}_model.pt"
+        save_model(path, self.model, self.cfg, **card)
+        write_losses(self.cfg.weights / self.name, self.progress.curve)
+        self.remove_checkpoint()
