@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from readers.backed import BackedCounts, read_backed
 from readers.counts import EMBEDDED, check_names, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels
+from readers.samples import read_samples
 from runtime.errors import InputError, one_line, some
 from runtime.script import check_choices, flag
 
@@ -33,6 +34,9 @@ class DatasetSettings:
     labels: str | None = None
     """Cell types: a barcode,cell_type csv or a column of .obs. Default: barcode_to_celltype.csv
     beside the data, the column cell_type, or the embedded dataset's own labels."""
+    samples: str | None = None
+    """Biological sample of each cell (donor x condition): a column of .obs or a barcode,sample csv.
+    Default: all cells are of one sample."""
     weights: Path = Path("weights")
     """Folder the models are read from and written to."""
     seed: int = 0
@@ -53,8 +57,14 @@ class TrainingSettings(DatasetSettings):
     n_genes: int = 2000
     """Highly variable genes that scGMVAE and the Bulk Encoder read (scDecoder writes all genes)."""
     held_out: float | None = None
-    """Fraction of the cells of each type kept out of all training. Chosen once, by the first
-    training (0.2 if not given), saved with the models, and read back by the later ones."""
+    """Fraction of the cells of each type kept out of all training; with --samples, fraction of the
+    donors. Chosen once, by the first training (0.2 if not given), saved with the models, and read
+    back by the later ones."""
+    donors: str | None = None
+    """Donor of each cell, given as --samples is: samples of one donor are held out together.
+    Default: each sample is a donor of its own."""
+    held_out_donors: tuple[str, ...] = ()
+    """Donors kept out of all training, by name, in place of a fraction of them."""
     epochs: int = 1
     batch_size: int = 128
     lr: float = 1e-3
@@ -86,6 +96,11 @@ class TrainingSettings(DatasetSettings):
                 )
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
+        for name in ("donors", "held_out_donors"):
+            if getattr(self, name) and self.samples is None:
+                raise InputError(f"{flag(name)}: found no --samples, expected samples of donors")
+        if self.held_out_donors and self.held_out is not None:
+            raise InputError("--held-out-donors: found --held-out as well, expected one of them")
 
 
 # ---------------------------------------------------------------------------- reading counts
@@ -145,10 +160,58 @@ def load_cells(settings, need_labels=True, found=True):
     if adata.n_obs == 0:
         raise InputError(f"{settings.data}: every count is zero, expected raw counts")
     adata.uns["source"] = str(settings.data)
+    samples = read_samples(adata, settings)  # before columns of .obs are written
     if need_labels:
-        return label_cells(adata, settings, settings.weights if found else None)
-    print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+        adata = label_cells(adata, settings, settings.weights if found else None)
+    else:
+        print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    return adata if samples is None else add_samples(adata, samples, settings)
+
+
+def add_samples(adata, samples, settings):
+    """Keep the cells that have a sample, in ``.obs["sample"]``; the others are counted.
+
+    Args:
+        adata: AnnData or BackedCells. samples: of :func:`readers.samples.read_samples`, with a row
+            for each of its cells, and maybe others.
+
+    Returns:
+        adata with categorical columns ``sample`` and ``donor``, and ``condition`` where known.
+
+    Raises:
+        InputError: no cell is left.
+    """
+    samples = samples.loc[adata.obs_names]
+    known = samples["sample"].notna().to_numpy()
+    if not known.any():
+        raise InputError(f"--samples {settings.samples}: found no labelled cell with a sample")
+    if not known.all():
+        print(
+            f"{settings.samples}: {np.sum(~known):,} of {adata.n_obs:,} cells have no sample and "
+            "are left out"
+        )
+        adata, samples = adata[known].copy(), samples[known]
+        if "cell_type" in adata.obs:  # a type may have lost all of its cells
+            left = natural_order(adata.obs["cell_type"].astype(str))
+            adata.obs["cell_type"] = adata.obs["cell_type"].cat.set_categories(left)
+    for column in samples:
+        names = natural_order(samples[column])
+        check_names(names, settings.samples, column)
+        adata.obs[column] = pd.Categorical(samples[column], categories=names)
+    n = {column: f"{samples[column].nunique():,} {column}s" for column in samples}
+    print(f"{settings.data}: {', '.join(n.values())}")
     return adata
+
+
+def samples_of(adata):
+    """Codes (N,) int64 of the biological sample of each cell and their names (S strings).
+
+    Without samples, all cells are of one.
+    """
+    if "sample" not in adata.obs:
+        return np.zeros(adata.n_obs, np.int64), ["all cells"]
+    sample = adata.obs["sample"].cat
+    return sample.codes.to_numpy().astype(np.int64), list(sample.categories)
 
 
 def label_cells(adata, settings, weights):
@@ -190,6 +253,19 @@ def codes_of(adata):
     """Cell-type codes (N,) int64 and the names they stand for (K strings)."""
     cell_type = adata.obs["cell_type"].cat
     return cell_type.codes.to_numpy().astype(np.int64), list(cell_type.categories)
+
+
+def donors_of(adata):
+    """Code of the donor of each biological sample (S,)."""
+    sample, donor = (adata.obs[name].cat.codes.to_numpy() for name in ("sample", "donor"))
+    donors = np.zeros(len(adata.obs["sample"].cat.categories), np.int64)
+    donors[sample] = donor
+    return donors
+
+
+def sample_names(adata):
+    """Sample and donor of each cell, two lists (N); none without samples. For digests."""
+    return [list(adata.obs[name].astype(str)) for name in ("sample", "donor") if name in adata.obs]
 
 
 # ------------------------------------------------------------------ genes, split, pseudobulks
@@ -318,6 +394,38 @@ def choose_marker_genes(adata, codes, n_genes):
     return list(adata.var_names[np.sort(best)])
 
 
+def choose_state_genes(adata, codes, sample, n_genes):
+    """Names of the ``n_genes`` genes that differ most between samples inside the cell types.
+
+        F_g = Σ_sk n_sk ( (m_skg - m_kg)² - v_skg / n_sk ) / Σ_sk n_sk (v_skg + 0.02)
+
+    over samples s and types k with two cells or more, with m and v the mean and variance of log1p
+    counts per 10,000; what sampled cells alone would differ by is taken off. ``PROTOCOL_GENES`` are
+    not among them. Give it training cells only.
+
+    Args:
+        codes, sample: type and sample of each cell (N).
+    """
+    log = log_normalise(adata.X)
+    above, below = np.zeros(adata.n_vars), np.zeros(adata.n_vars)
+    for k in np.unique(codes):
+        of_type = np.flatnonzero(codes == k)
+        mean = np.asarray(log[of_type].mean(axis=0)).ravel()
+        for s in np.unique(sample[of_type]):
+            part = log[of_type[sample[of_type] == s]]
+            if (n := part.shape[0]) < 2:
+                continue
+            m = np.asarray(part.mean(axis=0)).ravel()
+            v = np.asarray(part.multiply(part).mean(axis=0)).ravel() - m**2
+            above += n * (m - mean) ** 2 - v
+            below += n * (v + 0.02)
+    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
+    usable = np.array([not any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
+    F = np.where(usable, above / np.maximum(below, 1e-9), -np.inf)
+    best = np.argsort(-F, kind="stable")[:n_genes]
+    return list(adata.var_names[np.sort(best[F[best] > 0])])
+
+
 def split_cells(codes, held_out, seed):
     """Boolean mask (N) of held-out cells: a fraction of each type, never a type's last cell."""
     rng = np.random.default_rng(seed)
@@ -343,26 +451,77 @@ def apply_split(adata, held_out_barcodes, where):
     return adata.obs_names.isin(held_out_barcodes)
 
 
+def split_donors(cells, codes, settings):
+    """Boolean mask (N) of the cells of held-out donors: those named, else a fraction of them.
+
+    Of several donors at least one is held out unless the fraction is 0, and never all.
+
+    Args:
+        cells: with ``.obs["donor"]``. codes: cell types (N). settings: with ``held_out``,
+            ``held_out_donors`` and ``seed``.
+
+    Raises:
+        InputError: a name is no donor's, or no cell (of some type) would be left for training.
+    """
+    donor = cells.obs["donor"].astype(str).to_numpy()
+    donors = natural_order(donor)
+    chosen = list(settings.held_out_donors)
+    if unknown := [name for name in chosen if name not in donors]:
+        raise InputError(
+            f"--held-out-donors: found {some(unknown)}, expected names of donors, which are "
+            f"{some(donors, 12)}"
+        )
+    if not chosen:
+        fraction = 0.2 if settings.held_out is None else settings.held_out
+        n = min(max(round(fraction * len(donors)), int(fraction > 0)), len(donors) - 1)
+        chosen = np.random.default_rng(settings.seed).permutation(donors)[:n]
+    mask = np.isin(donor, chosen)
+    n_types = len(cells.obs["cell_type"].cat.categories) if "cell_type" in cells.obs else 1
+    empty = np.flatnonzero(np.bincount(codes[~mask], minlength=n_types) == 0)
+    if len(empty):
+        which = cells.obs["cell_type"].cat.categories[empty[0]] if n_types > 1 else "any type"
+        raise InputError(
+            f"--held-out-donors: every cell of {which} is of the held-out donors "
+            f"({some(chosen)}), expected some of each cell type for training"
+        )
+    print(f"held out: {len(chosen)} of {len(donors)} donors ({some(sorted(chosen), 12)})")
+    return mask
+
+
 def choose_held_out(cells, codes, settings, card=None, where=None):
-    """Mask (N) of held-out cells and the fraction: as an earlier stage saved it, else drawn now.
+    """Mask (N) of held-out cells and their fraction: as an earlier stage saved it, or drawn now.
+
+    With several donors whole donors are held out (:func:`split_donors`), else a fraction of the
+    cells of each type.
 
     Args:
         cells: AnnData (N cells). codes: cell types (N). settings: with ``held_out`` and ``seed``.
         card: what an earlier stage's file says besides its weights, or None. where: that file.
 
     Raises:
-        InputError: the file belongs to other cells, or ``--held-out`` contradicts it.
+        InputError: the file belongs to other cells, or the settings contradict it.
     """
+    by_donor = "donor" in cells.obs and cells.obs["donor"].nunique() > 1
     if card is None:
+        if by_donor:
+            mask = split_donors(cells, codes, settings)
+            return mask, float(mask.mean())
         fraction = 0.2 if settings.held_out is None else settings.held_out
         return split_cells(codes, fraction, settings.seed), fraction
     fraction = card["held_out_fraction"]
-    if settings.held_out not in (None, fraction):
+    if settings.held_out not in (None, fraction) and not by_donor:
         raise InputError(
             f"--held-out {settings.held_out:g}: {where} was trained with {fraction:g} of the cells "
             "held out; expected the same, or none given, or stage 1 trained again"
         )
-    return apply_split(cells, card["held_out"], where), fraction
+    mask = apply_split(cells, card["held_out"], where)
+    asked = by_donor and (settings.held_out_donors or settings.held_out is not None)
+    if asked and (split_donors(cells, codes, settings) != mask).any():
+        raise InputError(
+            f"{where} was trained with other donors held out; expected the same, or none given, "
+            "or stage 1 trained again"
+        )
+    return mask, fraction
 
 
 def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):

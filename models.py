@@ -572,9 +572,17 @@ class BulkEncoder(nn.Module):
     and the mixture initial moments. The network learns corrections:
 
         π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
+
+    A reference of several samples also teaches how their states show in a bulk: in how far genes
+    lie off what the first proportions explain (:meth:`fit_state`). With R such directions,
+
+        t = A (ln((p + ε) / (q + ε)) - c)
+        μ̂_k = μ_k + σ_k Σ_r t_r M_rk,   ln σ̂_k² = ln σ_k² + Σ_r t_r V_rk
+
+    for a bulk's fractions p and q = π_first S, and the network corrects that in the same way.
     """
 
-    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=100):
+    def __init__(self, n_genes, n_types, n_latent, n_hidden, dropout, n_iterations=100, n_state=0):
         super().__init__()
         self.config = dict(
             n_genes=n_genes,
@@ -584,6 +592,9 @@ class BulkEncoder(nn.Module):
             dropout=dropout,
             n_iterations=n_iterations,
         )
+        if n_state:  # files of references without samples stay as they were
+            self.config["n_state"] = n_state
+        self.n_state = n_state
         self.hidden = hidden_layers([n_genes, n_hidden], dropout)
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
@@ -600,6 +611,13 @@ class BulkEncoder(nn.Module):
         self.register_buffer("profile", torch.full((n_genes,), 1 / n_genes))
         self.register_buffer("center", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
+        if n_state:
+            shape = (n_state, n_types, n_latent)
+            self.register_buffer("state_center", torch.zeros(n_genes))
+            self.register_buffer("state_weight", torch.zeros(n_genes, n_state))  # Aᵀ
+            self.register_buffer("state_share", torch.full((n_genes, n_state), 1 / n_genes))
+            self.register_buffer("state_mu", torch.zeros(shape))
+            self.register_buffer("state_log_var", torch.zeros(shape))
 
     @torch.no_grad()
     def fit_input(self, bulk, signature):
@@ -631,6 +649,27 @@ class BulkEncoder(nn.Module):
         total = (bulk * present).sum(dim=1, keepdim=True)
         return bulk * present / total * share
 
+    @property
+    def floor(self):
+        """ε: a fiftieth of the mean gene, as ratios of genes with hardly any counts are noise."""
+        return 0.02 / len(self.profile)
+
+    def ratio_to(self, expected, fractions, present):
+        """ln((p + ε) / (q + ε)) of fractions p (S, G) to q, expected (S, G) on any scale."""
+        q = self.normalise(expected, present)
+        ratio = torch.log((fractions + self.floor) / (q + self.floor)) * present
+        return ratio.clamp(-4, 4)
+
+    def state(self, ratio, present):
+        """t (S, R), where bulks stand along the directions in which the reference's samples differ.
+
+        Genes that are not present would pull t to 0, so it is divided by the share of it that the
+        others usually carry. ratio: of :meth:`log_ratio` (S, G). present: (G).
+        """
+        share = present @ self.state_share  # (R)
+        t = ((ratio - self.state_center) * present) @ self.state_weight
+        return t / share.clamp(min=0.25)
+
     def deconvolve(self, fractions, present, signature=None):
         """Proportions of cells under gene-wise multiplicative noise, by multiplicative updates.
 
@@ -650,8 +689,7 @@ class BulkEncoder(nn.Module):
         Returns:
             (S, K), rows summing to 1.
         """
-        # Ratios of genes with hardly any counts are noise, hence ε: a fiftieth of the mean gene.
-        floor = 0.02 / fractions.shape[1]
+        floor = self.floor
         weight = self.log_weight.exp() * present  # (G,)
         S = self.signature if signature is None else signature  # (K, G)
         p = fractions + floor  # (S, G)
@@ -679,11 +717,15 @@ class BulkEncoder(nn.Module):
         # An absent gene counts as average, and no gene goes far beyond what training has seen.
         h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
         shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
-        mu = self.mu + self.mu_head(h).view(shape)
+        first = self.deconvolve(fractions, present, signature)  # (S, K)
+        mu, log_var = self.mu, self.var_head(h).view(shape)
+        if self.n_state:
+            S = self.signature if signature is None else signature  # (K, G)
+            ratio = self.ratio_to(first.detach() @ S, fractions, present)  # (S, G)
+            t = self.state(ratio, present)  # (S, R)
+            mu = mu + self.var.sqrt() * torch.einsum("sr,rkd->skd", t, self.state_mu)
+            log_var = log_var + torch.einsum("sr,rkd->skd", t, self.state_log_var)
+        mu = mu + self.mu_head(h).view(shape)
         # Regression: unconstrained, a negative variance became NaN under the square root.
-        var = self.var * torch.exp(self.var_head(h).view(shape).clamp(-5, 5))
-        first = torch.log(self.deconvolve(fractions, present, signature) + 1e-3)
-        return mu, var, torch.softmax(first + self.pi_head(h), dim=-1)
-
-
-# ---------------------------------------------------------------------------- files of weights
+        var = self.var * torch.exp(log_var.clamp(-5, 5))
+        return mu, var, torch.softmax(torch.log(first + 1e-3) + self.pi_head(h), dim=-1)

@@ -6,6 +6,11 @@ Reads gmm_mu_c.pt, gmm_var_c.pt and scDecoder_model.pt from --weights, and draws
 Dirichlet proportions from training cells. Bulks of a quarter of the cells are deconvolved with the
 mean profiles of the other three, as a bulk of other cells will be. Writes bulkEncoder_model.pt and
 the loss curves there.
+
+    python train_encoder.py --samples sample --donors donor    # a reference of many samples
+
+With samples a pseudobulk comes from one sample or a mixture of two, and the encoder answers with
+the moments of that sample's cells (:mod:`moments`) instead of the cell type's.
 """
 
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ from runtime.errors import InputError
 from runtime.script import flag, lead_with, parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "epochs", "batch_size", "lr")
+@lead_with("data", "labels", "samples", "donors", "weights", "epochs", "batch_size", "lr")
 @dataclass
 class Settings(TrainingSettings):
     """Stage 3: train the Bulk Encoder, from a bulk profile to proportions and mixture.
@@ -25,6 +30,8 @@ class Settings(TrainingSettings):
 
     n_genes: int = 1000
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
+    n_state_genes: int = 500
+    """With --samples, further genes: those that differ most between the samples inside a type."""
     epochs: int = 600
     """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
@@ -71,10 +78,14 @@ class Settings(TrainingSettings):
             raise InputError(f"--folds: found {self.folds}, expected 1 or more")
         if self.n_hidden < 1:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 1 or more")
+        if self.n_state_genes < 0:
+            raise InputError(f"--n-state-genes: found {self.n_state_genes}, expected 0 or more")
 
 
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
+import sys
 
 import numpy as np
 import torch
@@ -83,84 +94,38 @@ from data import (
     align_genes,
     choose_held_out,
     choose_marker_genes,
+    choose_state_genes,
     codes_of,
+    donors_of,
     draw_pseudobulks,
     load_cells,
     mean_counts,
+    sample_names,
+    samples_of,
 )
 from generation import bulk_fit, encode_bulks, expected_bulk
-from models import BulkEncoder, scDecoder
+from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
+from moments import SampleMoments, read_samples_card, sample_moments
+from pseudobulks import BulkCells, concatenate, make_folds, simulate_bulks
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
 from runtime.device import pick_device, seed_everything
+from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
+from states import fit_states, group_bulks
 from training import TrainingRun, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much: standard
 # deviation of the log-ratio of a gene. Training at this noise would only shrink every answer to the
 # mean, but a bulk that differs no more than this counts as one of this tissue.
 PLATFORM_SD = 1.5
-
-# ------------------------------------------------------------------------------- pseudobulks
-
-
-def draw_proportions(n, present, reference, rng):
-    """Expected cell-type proportions (n x K) of training bulks, from sparse to even.
-
-    A third each: Dirichlet(1), which covers the simplex evenly; Dirichlet(0.3), a few types
-    dominate; and Dirichlet around the reference's own composition.
-
-    Args:
-        n: number of bulks. present: mask of the types that have cells (K). reference: their
-            proportions in the reference (K).
-    """
-    K = len(present)
-    alphas = np.stack([np.ones(K), np.full(K, 0.3), 10 * reference + 0.1])[:, present]
-    proportions = np.zeros((n, K))
-    for i, kind in enumerate(rng.integers(3, size=n)):
-        proportions[i, present] = rng.dirichlet(alphas[kind])
-    return proportions
-
-
-def log_uniform(low, high, size, rng):
-    """Numbers drawn evenly on a log scale."""
-    return np.exp(rng.uniform(np.log(low), np.log(high), size))
-
-
-def simulate_bulks(X, codes, n_types, cfg, rng, clean=False):
-    """Draw a batch of bulks: composition, cells, platform factor and sequencing depth all vary.
-
-    Args:
-        X: counts (N x G), CSR. codes: cell types (N).
-        clean: no small pools of cells and no platform factors, as held-out bulks are drawn.
-
-    Returns:
-        bulk (B, G) float32 counts and the proportions of the cells in it (B, K) float32.
-    """
-    reference = np.bincount(codes, minlength=n_types) / len(codes)
-    proportions = draw_proportions(cfg.batch_size, reference > 0, reference, rng)
-    n_cells = log_uniform(cfg.min_cells, cfg.max_cells, cfg.batch_size, rng).astype(int)
-    pool = log_uniform(cfg.min_pool, cfg.max_pool, cfg.batch_size, rng).astype(int)
-    bulk, pi = draw_pseudobulks(X, codes, proportions, n_cells, rng, None if clean else pool)
-    if not clean:
-        sd = rng.uniform(0, cfg.noise, (cfg.batch_size, 1))
-        bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
-        bulk *= rng.random(bulk.shape) >= rng.uniform(0, cfg.lost, (cfg.batch_size, 1))
-    bulk += 1e-9  # so that a bulk without any expressed gene of the model becomes a flat one
-    depth = log_uniform(3e4, 3e6, (cfg.batch_size, 1), rng)
-    counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)
-    return counts.astype(np.float32), pi
-
-
-def split_folds(codes, n_folds, rng):
-    """Fold of each cell (N): every type is spread evenly over the folds."""
-    fold = np.zeros(len(codes), int)
-    for k in np.unique(codes):
-        in_type = rng.permutation(np.flatnonzero(codes == k))
-        fold[in_type] = (np.arange(len(in_type)) + rng.integers(n_folds)) % n_folds
-    return fold
+# How states show in a bulk is learned from bulks of any platform, so that a bulk of another one
+# reads as unchanged rather than as some state.
+STATE_NOISE = 1.0
+N_STATE_BULKS = 2000  # from which it is learned
+FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
 
 
 def reference_fit(model, decoder, cells, genes, rng, n=200):
@@ -201,7 +166,7 @@ def reference_fit(model, decoder, cells, genes, rng, n=200):
 # ---------------------------------------------------------------------------------- training
 
 
-def encoder_losses(predicted, target, n=None):
+def encoder_losses(predicted, target, n=None, known=None):
     """The three losses, each a mean over all entries.
 
         L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
@@ -209,12 +174,15 @@ def encoder_losses(predicted, target, n=None):
     Regression: the published variance loss added the L1 of mu.
 
     Args:
-        predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) and pi (B, K).
+        predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) or (B, K, D), pi (B, K).
         n: bulks of the whole batch, if these are a part of it; their share of its mean is returned.
+        known: mask of the types whose moments count (B, K); all if None.
     """
     mu, var, pi = (p - t for p, t in zip(predicted, target, strict=True))
 
     def mean(error):
+        if known is not None and error.dim() == 3:
+            return error[known].mean()
         return error.sum() / ((len(error) if n is None else n) * error.shape[1:].numel())
 
     return {
@@ -241,92 +209,181 @@ def read_mixture(cfg, cell_types):
     return mu, var, decoder, card
 
 
-def start_model(X, codes, mu, var, cfg, rng):
+def read_samples(cfg, cells, codes, held_out):
+    """What the encoder is to answer for each biological sample, as stage 1 found it.
+
+    Args:
+        cells: AnnData or backed (N). codes: their types (N). held_out: mask (N).
+
+    Returns:
+        sample of each cell (N), SampleMoments (S, K, D) of the training cells, shrunk, and of the
+        held-out cells, raw; None three times without samples.
+
+    Raises:
+        InputError: stage 1 was trained without these samples.
+    """
+    if "sample" not in cells.obs:
+        return None, None, None
+    path = cfg.weights / "scGMVAE_model.pt"
+    gmvae, card = load_model(path, scGMVAE)
+    if "samples" not in card:
+        raise InputError(f"{path}: trained without --samples, expected stage 1 trained with them")
+    sample, names = samples_of(cells)
+    known, moments = read_samples_card(card["samples"])
+    trained = {names[s] for s in np.unique(sample[~held_out])}
+    if trained != set(known):
+        raise InputError(
+            f"{path}: trained on {len(known)} samples ({some(known)}), found {len(trained)} in "
+            f"--samples {cfg.samples} ({some(sorted(trained))}); expected the same"
+        )
+    order = [known.index(name) if name in known else -1 for name in names]  # (S)
+    # A held-out sample is never drawn from in training, so any numbers will do for it.
+    moments = SampleMoments(*(part[order] for part in vars(moments).values()))
+    rows = np.flatnonzero(held_out)
+    if len(rows) == 0:
+        return sample, moments, None
+    X, _ = align_genes(cells.X, cells.var_names, card["genes"], cfg.data)
+    mean, var = (part.numpy() for part in encode_cells(gmvae, X, 256, rows))
+    shape = moments.mu.shape[:2]
+    return sample, moments, sample_moments(mean, var, codes[rows], sample[rows], shape)
+
+
+def choose_encoder_genes(cells, codes, sample, cfg):
+    """Names of the encoder's genes, in the data's order: of types and, with samples, of states.
+
+    cells: training cells. codes, sample: their types and samples (N); sample None without.
+    """
+    genes = choose_marker_genes(cells, codes, cfg.n_genes)
+    if sample is None:
+        return genes
+    genes = {*genes, *choose_state_genes(cells, codes, sample, cfg.n_state_genes)}
+    return [name for name in cells.var_names if name in genes]
+
+
+def start_model(cells, mu, var, cfg, rng):
     """A Bulk Encoder that answers with the mixture and the deconvolution, not trained yet.
 
     Args:
-        X: counts of the training cells (N x G), float32. codes: types (N). mu, var: (K, D).
+        cells: BulkCells, the training cells (N). mu, var: (K, D).
+
+    Returns:
+        the model, and the mean counts of the cells of each type (K, G).
     """
-    n_types = len(mu)
-    signature = mean_counts(X, codes, n_types)  # (K, G)
-    model = BulkEncoder(X.shape[1], n_types, mu.shape[1], cfg.n_hidden, cfg.dropout)
+    signature = mean_counts(cells.X, cells.codes, len(mu))  # (K, G)
+    model = BulkEncoder(cells.X.shape[1], *mu.shape, cfg.n_hidden, cfg.dropout)
     model.mu.copy_(mu)
     model.var.copy_(var)
-    bulks = [simulate_bulks(X, codes, n_types, cfg, rng)[0] for _ in range(20)]
-    bulks = torch.from_numpy(np.concatenate(bulks))
-    model.fit_input(bulks, torch.from_numpy(signature).float())
+    bulks = concatenate([simulate_bulks(cells, cfg, rng) for _ in range(20)])
+    model.fit_input(torch.from_numpy(bulks.counts), torch.from_numpy(signature).float())
     return model, signature
 
 
-def make_folds(X, codes, model, signature, cfg, rng):
-    """Folds of the training cells: counts, types, and the mean counts of all other cells.
+@torch.no_grad()
+def add_states(model, folds, donor, cfg, rng):
+    """The same model with what the samples teach of states (:mod:`states`), if it can be told.
 
     Args:
-        X: counts (N x G). codes: types (N). signature: mean counts of all cells (K x G).
-
-    Returns:
-        list of ``(X, codes, means)``: (n x G), (n), (K, G) on the model's device.
+        folds: of :func:`pseudobulks.make_folds`. donor: code of each sample's donor (S).
     """
-    fold = split_folds(codes, cfg.folds, rng)
-    folds = []
-    for i in range(cfg.folds):
-        inside, outside = fold == i, (fold != i) | (cfg.folds == 1)
-        means = mean_counts(X[np.flatnonzero(outside)], codes[outside], len(signature))
-        lost = np.bincount(codes[outside], minlength=len(signature)) == 0
-        means[lost] = signature[lost]  # a type whose only cell is in this fold
-        means = model.scale_signature(torch.from_numpy(means).float()).to(model.mu.device)
-        if inside.any():
-            folds.append((X[np.flatnonzero(inside)], codes[inside], means))
-    return folds
+    ratios, mu, log_var, shares = [], [], [], []
+    present = torch.ones_like(model.profile)
+    for i in range(-(-N_STATE_BULKS // cfg.batch_size)):
+        cells, means = folds[i % len(folds)]
+        bulks = simulate_bulks(cells, cfg, rng, noise=STATE_NOISE)
+        fractions = model.normalise(torch.from_numpy(bulks.counts), present)
+        first = model.deconvolve(fractions, present, means)  # (B, K)
+        ratios.append(model.ratio_to(first @ means, fractions, present).numpy())
+        mu.append((bulks.mu - model.mu.numpy()) / model.var.sqrt().numpy())
+        log_var.append(np.log(bulks.var / model.var.numpy()))
+        shares.append(bulks.share)
+    parts = (np.concatenate(part).astype(np.float64) for part in (ratios, mu, log_var))
+    groups = group_bulks(np.concatenate(shares), donor, rng)
+    states, left = fit_states(*parts, groups)
+    if states is None:
+        why = "of one donor" if np.isnan(left) else "whose states a bulk of another does not tell"
+        print(f"samples {why}: the encoder answers with the cell types' moments")
+        return model
+    print(
+        f"{states.weight.shape[1]} directions in which samples differ; in bulks of donors left out "
+        f"{left:.0%} of the squared error of mu remains"
+    )
+    state, config = model.state_dict(), model.config | {"n_state": states.weight.shape[1]}
+    model = BulkEncoder(**config)
+    model.load_state_dict(state, strict=False)
+    states.copy_to(model)
+    return model
 
 
-def batch_losses(model, bulk, proportions, signature=None, part=slice(None)):
+def batch_losses(model, bulks, signature=None, part=slice(None)):
     """The three losses of a part of a batch of bulks, as its share of the mean over the batch.
 
     Args:
-        bulk: (B, G). proportions: true ones (B, K). signature: mean counts to deconvolve with
-            (K, G), by default the model's.
+        bulks: Bulks (B). signature: mean counts to deconvolve with (K, G), by default the model's.
     """
-    device = model.mu.device
-    predicted = model(torch.from_numpy(bulk[part]).to(device), signature=signature)
-    target = (model.mu, model.var, torch.from_numpy(proportions[part]).to(device))
-    return encoder_losses(predicted, target, len(bulk))
+    counts = torch.from_numpy(bulks.counts[part]).to(model.mu.device)
+    predicted = model(counts, signature=signature)
+    return encoder_losses(predicted, bulks.target(model, part), len(bulks.counts))
 
 
 @torch.no_grad()
-def held_out_losses(model, bulks):
-    """The three losses on held-out bulks and their proportions, in eval mode; None without any."""
+def held_out_losses(model, test):
+    """The three losses on held-out bulks (TestBulks), in eval mode; None without any."""
     names = ("mu", "var", "pi")
-    if bulks is None:
+    if test is None:
         return {f"held_out_{name}": None for name in names}
     model.eval()
-    losses = batch_losses(model, *bulks)
-    return {f"held_out_{name}": losses[name].item() for name in names}
+    predicted = model(torch.from_numpy(test.bulks.counts).to(model.mu.device))
+    losses = encoder_losses(predicted, test.bulks.target(model), known=test.known)
+    return {f"held_out_{name}": losses[name].item() for name in names} | test.beside
 
 
-def simulate_test_bulks(X, codes, held_out, cfg, rng):
-    """Four batches of bulks of held-out cells and their proportions, the same at every epoch."""
-    cells, n_types = np.flatnonzero(held_out), codes.max() + 1
-    batches = [
-        simulate_bulks(X[cells], codes[cells], n_types, cfg, rng, clean=True) for _ in range(4)
-    ]
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+@dataclass
+class TestBulks:
+    """Bulks of held-out cells, the same at every epoch."""
+
+    bulks: object
+    """Bulks (B)."""
+    known: torch.Tensor | None
+    """Mask of the types whose raw moments can be compared with (B, K); None without samples."""
+    beside: dict
+    """With samples, losses of the constant answer, and of the true moments against the raw ones."""
 
 
-def train_model(run, optimizer, schedule, folds, test_bulks, rng):
+def simulate_test_bulks(model, cells, cfg, rng):
+    """Four batches of bulks of held-out cells; those of a sample are of that sample alone.
+
+    cells: BulkCells, held out, with raw moments if they are of samples.
+    """
+    bulks = concatenate([simulate_bulks(cells, cfg, rng, clean=True) for _ in range(4)])
+    if cells.sample is None:
+        return TestBulks(bulks, None, {})
+    n_cells = cells.moments.n_cells[bulks.share.argmax(axis=1)]  # (B, K)
+    known = torch.from_numpy(n_cells >= min(FEWEST_CELLS, cells.moments.n_cells.max()))
+    target = bulks.target(model)
+    shape = (len(bulks.counts), *model.mu.shape)
+    constant = (model.mu.expand(shape), model.var.expand(shape), target[2].mean(dim=0))
+    losses = encoder_losses(constant, target, known=known)
+    beside = {f"constant_{name}": value.item() for name, value in losses.items()}
+    # The mean of n cells is off by N(0, σ²/n), whose squared and absolute sizes are in closed form.
+    error2 = target[1] / torch.from_numpy(np.maximum(n_cells, 1))[:, :, None]
+    noise = (error2 + (2 / np.pi * error2).sqrt())[known].mean()
+    return TestBulks(bulks, known, beside | {"noise_mu": noise.item()})
+
+
+def train_model(run, optimizer, schedule, folds, test, rng):
     """The training loop: a fresh batch of pseudobulks at every epoch, of each fold in turn.
 
     Args:
-        folds: as :func:`make_folds` gives them. test_bulks: held-out bulks and their proportions,
-            or None. rng: NumPy generator.
+        folds: as :func:`pseudobulks.make_folds` gives them. test: TestBulks, or None. rng: NumPy
+            generator.
     """
     cfg, model = run.cfg, run.model
     for epoch in run.epochs():
         model.train()
-        X, codes, means = folds[epoch % len(folds)]
+        cells, means = folds[epoch % len(folds)]
         # Every process draws all bulks, because each draw depends on the ones before it.
-        bulk, proportions = simulate_bulks(X, codes, len(means), cfg, rng)  # (B, G), (B, K)
-        losses = batch_losses(model, bulk, proportions, means, run.part(cfg.batch_size))
+        bulks = simulate_bulks(cells, cfg, rng)  # (B, G), (B, K)
+        losses = batch_losses(model, bulks, means, run.part(cfg.batch_size))
         # Squared errors of proportions are a hundred times smaller by their very scale.
         loss = losses["mu"] + losses["var"] + 100 * losses["pi"]
         optimizer.zero_grad()
@@ -338,8 +395,26 @@ def train_model(run, optimizer, schedule, folds, test_bulks, rng):
         totals = dict(zip(losses, run.progress.total.tolist(), strict=True))  # of the whole batch
         row = None
         if epoch % 25 == 0 or epoch == cfg.epochs:
-            row = {"epoch": epoch} | totals | held_out_losses(model, test_bulks)
+            row = {"epoch": epoch} | totals | held_out_losses(model, test)
         run.end_epoch(row, **{name: f"{value:.4f}" for name, value in totals.items()})
+
+
+def report_constant(losses):
+    """Print the held-out losses beside the constant answer's, and which head does not beat it."""
+    if "constant_mu" not in losses:
+        return
+    for name in ("mu", "var", "pi"):
+        loss, constant = losses[f"held_out_{name}"], losses[f"constant_{name}"]
+        noise = f", sampling noise of the target {losses['noise_mu']:.4f}" if name == "mu" else ""
+        print(
+            f"held-out {name}: {loss:.4f}, constant answer {constant:.4f} "
+            f"({loss / constant - 1:+.0%}){noise}"
+        )
+        if loss >= constant:
+            print(
+                f"warning: the {name} head does not beat the constant answer on held-out samples",
+                file=sys.stderr,
+            )
 
 
 @distributed
@@ -352,29 +427,38 @@ def main(cfg):
     held_out, fraction = choose_held_out(
         cells, codes, cfg, card, cfg.weights / "scDecoder_model.pt"
     )
+    sample, moments, raw_moments = read_samples(cfg, cells, codes, held_out)
     made_from = digest(
         *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
-        *(mu, var, decoder.state_dict()),
+        *(mu, var, decoder.state_dict(), *sample_names(cells)),
     )
     held_out_names = list(cells.obs_names[held_out])
     cells, rows = sample_in_memory(cells, codes, rng, "pseudobulks")
     codes, held_out = codes[rows], held_out[rows]
-    genes = choose_marker_genes(cells[~held_out], codes[~held_out], cfg.n_genes)
+    sample = None if sample is None else sample[rows]
+    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    sample_of_train = None if sample is None else sample[train]
+    genes = choose_encoder_genes(cells[~held_out], codes[train], sample_of_train, cfg)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     X = X.astype(np.float32)  # once, rather than at every step
-    X_train, codes_train = X[np.flatnonzero(~held_out)], codes[~held_out]
+    every = BulkCells(X, codes, len(cell_types), sample, moments)
+    training, testing = every.take(train), every.take(test)
+    testing.moments, testing.mixed = raw_moments, False
     print(
-        f"pseudobulks of {len(codes_train):,} training cells, {len(genes):,} genes; "
-        f"{held_out.sum():,} cells held out"
+        f"pseudobulks of {len(train):,} training cells, {len(genes):,} genes; "
+        f"{len(test):,} cells held out"
     )
     if already_finished(cfg, cfg.weights / "bulkEncoder_model.pt", BulkEncoder, made_from):
         return
 
-    model, signature = start_model(X_train, codes_train, mu, var, cfg, rng)
+    model, signature = start_model(training, mu, var, cfg, rng)
+    folds = make_folds(training, model, signature, cfg.folds, rng)
+    if sample is not None:
+        model = add_states(model, folds, donors_of(cells), cfg, rng)
     model = model.to(device)
+    folds = [(part, means.to(device)) for part, means in folds]
     optimizer, schedule = two_rate_optimizer(model, [], cfg, cfg.epochs)
-    folds = make_folds(X_train, codes_train, model, signature, cfg, rng)
-    test_bulks = None if not held_out.any() else simulate_test_bulks(X, codes, held_out, cfg, rng)
+    test_bulks = simulate_test_bulks(model, testing, cfg, rng) if len(test) else None
     run = TrainingRun("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
     train_model(run, optimizer, schedule, folds, test_bulks, rng)
     if run.group.rank:  # the first process writes what all have trained
@@ -389,7 +473,9 @@ def main(cfg):
         fit=reference_fit(model, decoder, measured_on, genes, rng),
     )
     last = run.progress.curve[-1]
-    losses = {n: v for n, v in last.items() if n != "epoch" and v is not None}
+    report_constant(last)
+    names = ("mu", "var", "pi", "held_out_mu", "held_out_var", "held_out_pi")
+    losses = {name: last[name] for name in names if last[name] is not None}
     print(
         f"wrote bulkEncoder_model.pt and bulkEncoder_loss.csv/.png to {cfg.weights}: "
         + ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in losses.items())

@@ -19,7 +19,7 @@ from runtime.errors import InputError
 from runtime.script import lead_with, parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "n_types", "held_out", "epochs", "batch_size", "lr")
+@lead_with("data", "labels", "samples", "donors", "weights", "n_types", "held_out", "epochs")
 @dataclass
 class Settings(TrainingSettings):
     """Stage 1: train scGMVAE, the latent space of cells and its Gaussian mixture of cell types.
@@ -81,8 +81,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data import align_genes, choose_genes, choose_held_out, codes_of, load_cells
+from data import (
+    align_genes,
+    choose_genes,
+    choose_held_out,
+    codes_of,
+    load_cells,
+    sample_names,
+    samples_of,
+)
 from models import encode_cells, mean_profile, scGMVAE
+from moments import describe_samples, sample_moments, shrink_moments
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels
@@ -334,6 +343,26 @@ def start_model(X, train, n_types, cfg, device):
     return model, *two_rate_optimizer(model, fast, cfg, n_steps, fused=False)
 
 
+def moments_of_samples(cells, codes, train, posterior, model):
+    """What the model's file keeps of the training samples: the moments of each type, shrunk.
+
+    Args:
+        cells: AnnData (N). codes: their types (N). train: indices of the training cells (n).
+        posterior: mean and variance of their z (n, D). model: scGMVAE with the final mixture.
+
+    Returns:
+        dict with ``samples`` (:func:`moments.describe_samples`); empty without samples.
+    """
+    if "sample" not in cells.obs:
+        return {}
+    sample, names = samples_of(cells)
+    mean, var = (part.detach().cpu().numpy() for part in posterior)
+    shape = len(names), len(model.mu)
+    raw = sample_moments(mean, var, codes[train], sample[train], shape)
+    mu, var = (part.detach().cpu().double().numpy() for part in (model.mu, model.var))
+    return {"samples": describe_samples(names, shrink_moments(raw, mu, var))}
+
+
 def n_batches(train, cfg):
     """Batches of an epoch, the last one smaller."""
     return -(-len(train) // cfg.batch_size)
@@ -355,7 +384,7 @@ def main(cfg):
         )
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
     names = list(cells.obs_names), list(cells.var_names)
-    made_from = digest(cells.X, *names, types.codes, types.names)
+    made_from = digest(cells.X, *names, types.codes, types.names, *sample_names(cells))
     model_file = cfg.weights / "scGMVAE_model.pt"
     if already_finished(cfg, model_file, scGMVAE, made_from):
         return
@@ -388,7 +417,8 @@ def main(cfg):
         return
     types.settle(model, train, X, cfg.batch_size)
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
-    types.fit_mixture(model, train, *encode_cells(model, X, cfg.batch_size, train))
+    posterior = encode_cells(model, X, cfg.batch_size, train)
+    types.fit_mixture(model, train, *posterior)
     save_mixture(cfg.weights, model.mu, model.var)
     types.save(cfg.weights, cells.obs_names)
     run.save_results(
@@ -396,6 +426,7 @@ def main(cfg):
         cell_types=types.names,
         held_out=list(cells.obs_names[held_out]),
         held_out_fraction=fraction,
+        **moments_of_samples(cells, types.codes, train, posterior, model),
     )
     last = run.progress.curve[-1]
     print(

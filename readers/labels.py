@@ -1,4 +1,4 @@
-"""Cell-type labels: a csv by barcode or a column of ``.obs``."""
+"""Labels of cells, from a csv by barcode or a column of ``.obs``: type, sample, donor."""
 
 import re
 from decimal import Decimal
@@ -45,12 +45,12 @@ def clean_label(label):
     return None if label.lower() in NO_LABEL else label
 
 
-def read_label_csv(path, barcodes):
+def read_label_csv(path, barcodes, column="cell_type"):
     """Read ``barcode,cell_type`` with or without a header line.
 
     Args:
-        path: the csv; more columns are allowed if its header names ``barcode`` and ``cell_type``.
-        barcodes: of the data (N).
+        path: the csv; more columns are allowed if its header names ``barcode`` and the column.
+        barcodes: of the data (N). column: what the csv gives of each cell.
 
     Returns:
         Series of labels (N, str), indexed by the data's barcodes; missing where there is none.
@@ -58,13 +58,13 @@ def read_label_csv(path, barcodes):
     Raises:
         InputError: no barcode of the file is in the data, or one has two different labels.
     """
-    table = select_label_columns(read_table(path, header=None), path).drop_duplicates()
+    table = select_label_columns(read_table(path, header=None), path, column).drop_duplicates()
     repeated = table["barcode"][table["barcode"].duplicated()].unique()
     if len(repeated):
         raise InputError(
             f"{path}: {len(repeated)} barcodes have two different labels ({some(repeated)})"
         )
-    labels = table.set_index("barcode")["cell_type"]
+    labels = table.set_index("barcode")[column]
     labelled = pd.Index(barcodes).isin(labels.index)  # (N)
     if not labelled.any():
         raise InputError(
@@ -79,8 +79,8 @@ def read_label_csv(path, barcodes):
     return labels.reindex(barcodes)
 
 
-def select_label_columns(table, path):
-    """The columns ``barcode`` and ``cell_type`` of a table, without its header.
+def select_label_columns(table, path, column="cell_type"):
+    """The columns ``barcode`` and ``cell_type`` (or another) of a table, without its header.
 
     Args:
         table: the file, its header, if any, in the first row. path: for the message.
@@ -89,8 +89,8 @@ def select_label_columns(table, path):
         InputError: it is not clear which columns these are.
     """
     header = [str(name).strip().lower() for name in table.iloc[0]]
-    if "barcode" in header and "cell_type" in header:
-        table = table.iloc[1:, [header.index("barcode"), header.index("cell_type")]]
+    if "barcode" in header and column in header:
+        table = table.iloc[1:, [header.index("barcode"), header.index(column)]]
     elif table.shape[1] == 2:
         # Another header is taken for a row; it labels nothing, as no cell has such a barcode.
         has_header = header[0] in ("barcode", "barcodes", "cell", "cell_id", "index", "")
@@ -98,9 +98,9 @@ def select_label_columns(table, path):
     else:
         raise InputError(
             f"{path}: found {table.shape[1]} columns ({some(header)}), expected two, or a header "
-            "with barcode and cell_type"
+            f"with barcode and {column}"
         )
-    return table.set_axis(["barcode", "cell_type"], axis=1)
+    return table.set_axis(["barcode", column], axis=1)
 
 
 def read_labels(adata, data, labels, weights=None):
@@ -127,13 +127,28 @@ def read_labels(adata, data, labels, weights=None):
         labels = default_labels(adata, data)
     if labels is None:
         return None
-    if labels in adata.obs:
-        series = adata.obs[labels].astype(object)
-    elif Path(labels).is_file():
-        series = read_label_csv(Path(labels), adata.obs_names)
+    return read_column(adata, labels, "--labels", "cell_type")
+
+
+def read_column(adata, source, setting, column):
+    """Read a text for each cell (N, str or None), a Series in the order of ``adata.obs_names``.
+
+    Args:
+        adata: AnnData or BackedCells. source: a column of ``.obs`` or a csv by barcode. setting:
+            the flag that names it, for the message. column: of the csv, if it has a header.
+
+    Raises:
+        InputError: the source is neither a file nor a column of ``.obs``.
+    """
+    if source in adata.obs:
+        series = adata.obs[source].astype(object)
+    elif Path(source).is_file():
+        series = read_label_csv(Path(source), adata.obs_names, column)
     else:
         columns = f"has {some(adata.obs.columns, 8)}" if len(adata.obs.columns) else "is empty"
-        raise InputError(f"--labels {labels}: neither a file nor a column of .obs, which {columns}")
+        raise InputError(
+            f"{setting} {source}: neither a file nor a column of .obs, which {columns}"
+        )
     return series.map(clean_label).astype(object)
 
 

@@ -132,6 +132,7 @@ def check_card(card, model_class):
         if not is_plain_tensor(value) or (value.shape, value.dtype) != shape_and_dtype:
             raise ValueError(f"tensor {name}")
     names, K = card["genes"], config["n_types"]
+    check_samples(card.get("samples"), (K, config.get("n_latent")))
     fraction, fit = card["held_out_fraction"], card.get("fit", {})
     sound = {
         "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
@@ -150,6 +151,27 @@ def check_card(card, model_class):
     }
     if wrong := [name for name, good in sound.items() if not good]:
         raise ValueError(", ".join(wrong))
+
+
+def check_samples(samples, shape):
+    """Check what a file says of the reference's samples, if anything; shape: ``(K, D)``.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not fit together.
+    """
+    if samples is None:
+        return
+    S = len(samples["names"])
+    if not is_list_of_names(samples["names"]) or len(set(samples["names"])) != S:
+        raise ValueError("names of samples")
+    for name, expected in (("n_cells", (S, shape[0])), ("mu", (S, *shape)), ("var", (S, *shape))):
+        value = samples[name]
+        if not is_plain_tensor(value) or tuple(value.shape) != expected:
+            raise ValueError(f"samples: {name}")
+        if value.dtype != torch.float32 or not (value.abs() < MAX_VALUE).all():
+            raise ValueError(f"samples: {name} not finite or out of range")
+    if (samples["n_cells"] < 0).any() or not (samples["var"] > 0).all():
+        raise ValueError("samples: numbers of cells or variances out of range")
 
 
 def check_values(model):

@@ -1,0 +1,204 @@
+"""Pseudobulks that the Bulk Encoder trains on: sums of cells of known types and samples.
+
+Notation in shape comments: N cells, B bulks of a batch, G genes, K cell types, S samples.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from data import draw_pseudobulks, mean_counts
+from moments import SampleMoments, mix_moments
+
+
+def draw_proportions(n, present, reference, rng):
+    """Expected cell-type proportions (n x K) of training bulks, from sparse to even.
+
+    A third each: Dirichlet(1), which covers the simplex evenly; Dirichlet(0.3), a few types
+    dominate; and Dirichlet around the reference's own composition.
+
+    Args:
+        n: number of bulks. present: mask of the types that have cells (K). reference: their
+            proportions in the reference (K).
+    """
+    K = len(present)
+    alphas = np.stack([np.ones(K), np.full(K, 0.3), 10 * reference + 0.1])[:, present]
+    proportions = np.zeros((n, K))
+    for i, kind in enumerate(rng.integers(3, size=n)):
+        proportions[i, present] = rng.dirichlet(alphas[kind])
+    return proportions
+
+
+def log_uniform(low, high, size, rng):
+    """Numbers drawn evenly on a log scale."""
+    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+
+
+@dataclass
+class BulkCells:
+    """Cells that pseudobulks are drawn from, and what the encoder is to answer for each sample."""
+
+    X: sp.csr_matrix
+    """Counts (N x G), float32."""
+    codes: np.ndarray
+    """Cell types (N)."""
+    n_types: int
+    sample: np.ndarray | None = None
+    """Biological samples (N); None if the reference is of one."""
+    moments: SampleMoments | None = None
+    """Of the S samples."""
+    mixed: bool = True
+    """Whether half of the bulks are mixtures of two samples."""
+
+    def take(self, rows):
+        """The same with some of the cells."""
+        sample = None if self.sample is None else self.sample[rows]
+        return dataclasses.replace(self, X=self.X[rows], codes=self.codes[rows], sample=sample)
+
+
+@dataclass
+class Bulks:
+    """Pseudobulks and what the encoder should say of them."""
+
+    counts: np.ndarray
+    """(B, G) float32."""
+    pi: np.ndarray
+    """Proportions of the cells in them (B, K) float32."""
+    share: np.ndarray | None = None
+    """Of each biological sample among the cells of a bulk (B, S); None without samples."""
+    mu: np.ndarray | None = None
+    """Moments of z in the cells they are drawn from (B, K, D) float32; None without samples, where
+    they are the mixture's."""
+    var: np.ndarray | None = None
+
+    def target(self, model, part=slice(None)):
+        """mu, var and pi of these bulks or a part of them, as tensors where the model is."""
+        device = model.mu.device
+        if self.mu is None:
+            return model.mu, model.var, torch.from_numpy(self.pi[part]).to(device)
+        return [torch.from_numpy(v[part]).to(device) for v in (self.mu, self.var, self.pi)]
+
+
+def draw_samples(cells, n, rng):
+    """Share of each biological sample in each of n bulks (n x S): one sample, or two of them."""
+    S = len(cells.moments.mu)
+    filled = np.unique(cells.sample)  # samples that have cells here
+    share = np.zeros((n, S))
+    for i in range(n):
+        pair = rng.permutation(filled)[:2]
+        part = rng.random() if cells.mixed and len(pair) > 1 and rng.random() < 0.5 else 1.0
+        share[i, pair[0]] = part
+        if part < 1:
+            share[i, pair[1]] = 1 - part
+    return share
+
+
+def draw_from_samples(cells, share, n_cells, pool, rng):
+    """Sum cells of the samples of each bulk; each sample has a composition of its own.
+
+    Args:
+        cells: BulkCells. share: of the samples (B x S). n_cells, pool: as
+            :func:`data.draw_pseudobulks` takes them (B).
+
+    Returns:
+        bulk (B, G) and a Bulks without counts.
+    """
+    (B, S), K = share.shape, cells.n_types
+    group = cells.sample * K + cells.codes
+    reference = np.bincount(group, minlength=S * K).reshape(S, K)
+    proportions = np.zeros((B, S, K))
+    for i, s in zip(*np.nonzero(share), strict=True):
+        present = reference[s] > 0
+        proportions[i, s] = share[i, s] * draw_proportions(
+            1, present, reference[s] / reference[s].sum(), rng
+        )
+    proportions /= proportions.sum(axis=(1, 2), keepdims=True)
+    bulk, drawn = draw_pseudobulks(
+        cells.X, group, proportions.reshape(B, S * K), n_cells, rng, pool
+    )
+    drawn = drawn.reshape(B, S, K)
+    pi, of_sample = drawn.sum(axis=1), drawn.sum(axis=2)
+    # A type that the bulk lacks has the moments that the bulk's samples have of it.
+    weight = np.where(pi[:, None] > 0, drawn, of_sample[:, :, None])
+    mu, var = mix_moments(weight / weight.sum(axis=1, keepdims=True), cells.moments)
+    return bulk, Bulks(None, pi, of_sample, mu.astype(np.float32), var.astype(np.float32))
+
+
+def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
+    """Draw a batch of bulks: composition, cells, platform factor and sequencing depth all vary.
+
+    Args:
+        cells: BulkCells. clean: no small pools of cells and no platform factors, as held-out bulks
+            are drawn. noise: largest sd of the platform factor, default ``cfg.noise``.
+
+    Returns:
+        Bulks.
+    """
+    B, K = cfg.batch_size, cells.n_types
+    if cells.sample is None:
+        reference = np.bincount(cells.codes, minlength=K) / len(cells.codes)
+        proportions = draw_proportions(B, reference > 0, reference, rng)
+    else:
+        share = draw_samples(cells, B, rng)
+    n_cells = log_uniform(cfg.min_cells, cfg.max_cells, B, rng).astype(int)
+    pool = log_uniform(cfg.min_pool, cfg.max_pool, B, rng).astype(int)
+    pool = None if clean else pool
+    if cells.sample is None:
+        bulk, pi = draw_pseudobulks(cells.X, cells.codes, proportions, n_cells, rng, pool)
+        bulks = Bulks(None, pi)
+    else:
+        bulk, bulks = draw_from_samples(cells, share, n_cells, pool, rng)
+    if not clean:
+        sd = rng.uniform(0, cfg.noise if noise is None else noise, (B, 1))
+        bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
+        bulk *= rng.random(bulk.shape) >= rng.uniform(0, cfg.lost, (B, 1))
+    bulk += 1e-9  # so that a bulk without any expressed gene of the model becomes a flat one
+    depth = log_uniform(3e4, 3e6, (B, 1), rng)
+    counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)
+    bulks.counts = counts.astype(np.float32)
+    return bulks
+
+
+def concatenate(batches):
+    """One Bulks of many."""
+    return Bulks(
+        *(
+            None if parts[0] is None else np.concatenate(parts)
+            for parts in zip(*(dataclasses.astuple(b) for b in batches), strict=True)
+        )
+    )
+
+
+def split_folds(codes, n_folds, rng):
+    """Fold of each cell (N): every type is spread evenly over the folds."""
+    fold = np.zeros(len(codes), int)
+    for k in np.unique(codes):
+        in_type = rng.permutation(np.flatnonzero(codes == k))
+        fold[in_type] = (np.arange(len(in_type)) + rng.integers(n_folds)) % n_folds
+    return fold
+
+
+def make_folds(cells, model, signature, n_folds, rng):
+    """Folds of the training cells, each with the mean counts of all other cells.
+
+    Args:
+        cells: BulkCells (N). signature: mean counts of all of them (K x G).
+
+    Returns:
+        list of ``(BulkCells, means)``: n cells, (K, G) on the model's device.
+    """
+    fold = split_folds(cells.codes, n_folds, rng)
+    folds = []
+    for i in range(n_folds):
+        inside, outside = fold == i, (fold != i) | (n_folds == 1)
+        codes = cells.codes[outside]
+        means = mean_counts(cells.X[np.flatnonzero(outside)], codes, len(signature))
+        lost = np.bincount(codes, minlength=len(signature)) == 0
+        means[lost] = signature[lost]  # a type whose only cell is in this fold
+        means = model.scale_signature(torch.from_numpy(means).float()).to(model.mu.device)
+        if inside.any():
+            folds.append((cells.take(np.flatnonzero(inside)), means))
+    return folds
