@@ -11,13 +11,14 @@ proportions.png beside it (see README, "The output").
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data import DatasetSettings
 from runtime.errors import InputError
 from runtime.script import lead_with, parse_args, plain_settings, run_script
 
 
-@lead_with("bulk", "n_cells", "out", "weights", "calibrate", "data", "batch_size")
+@lead_with("bulk", "n_cells", "out", "weights", "calibrate", "platform", "data", "batch_size")
 @dataclass
 class Settings(DatasetSettings):
     """Generate single cells from bulk RNA-seq samples.
@@ -32,9 +33,14 @@ class Settings(DatasetSettings):
     """Cells to generate: for each bulk sample with --bulk, in all without it."""
     batch_size: int = 100
     """Reference cells that make one bulk, when there is no --bulk."""
-    calibrate: bool = False
-    """Scale each gene's mean so that the cells of a sample add up to its bulk (needs --bulk). The
-    factors include the platform's: leave it off for cells like the reference's."""
+    calibrate: Literal["auto", "none", "uniform", "types"] = "auto"
+    """What generated cells take of their bulk beyond proportions and states (needs --bulk). types:
+    what a gene differs by is allotted to the cell types and to the platform; uniform: one factor
+    per gene for all types, so that cells add up to their bulk, the platform's part included; none;
+    auto: types if the reference was of several samples, else none."""
+    platform: Literal["cohort", "none"] = "cohort"
+    """For --calibrate types. cohort: what all bulks share against the reference is the platform's,
+    and is left out. none: the bulks are of the reference's own platform, so nothing is left out."""
     out: Path = Path("generated.h5ad")
     """The file of generated cells; proportions of --bulk are written to the same folder."""
 
@@ -44,7 +50,7 @@ class Settings(DatasetSettings):
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
         if self.batch_size < 1:
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
-        if self.calibrate and self.bulk is None:
+        if self.calibrate != "auto" and self.bulk is None:
             raise InputError("--calibrate: found no --bulk, expected bulk samples to add up to")
         if self.out.suffix != ".h5ad":
             raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
@@ -61,6 +67,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from expression import expression_table
 from generation import (
     MISFIT,
     BulkSamples,
@@ -152,6 +159,24 @@ def write_samples(cfg, samples, cell_types):
     print(f"wrote proportions.csv and proportions.png to {folder}")
 
 
+def how_to_calibrate(cfg, encoder):
+    """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none."""
+    if cfg.calibrate != "auto":
+        return cfg.calibrate, cfg.platform
+    if not encoder.n_state:
+        return "none", cfg.platform
+    print(f"--calibrate types, --platform {cfg.platform}: the reference was of several samples")
+    return "types", cfg.platform
+
+
+def write_expression(cfg, samples, expression, card):
+    """Write what each type is expected to express in each sample, beside --out."""
+    path = cfg.out.with_name(f"{cfg.out.stem}.expression.h5ad")
+    table = expression_table(samples.names, samples.proportions, expression, card)
+    write_whole(path, lambda part: table.write_h5ad(part, compression="gzip"))
+    print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
+
+
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -165,8 +190,8 @@ def main(cfg):
     else:
         samples = BulkSamples(cfg.bulk, encoder, encoder_card, decoder, card)
         names, per_bulk, encoded = samples.names, cfg.n_cells, [samples.encoded]
-        if cfg.calibrate:
-            log_factor = samples.log_factor().to(device)
+        expression = samples.estimate_expression(*how_to_calibrate(cfg, encoder))
+        log_factor = expression.log_factor
 
     table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
     bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
@@ -188,6 +213,7 @@ def main(cfg):
     print_cell_types(tables)
     if samples is not None:  # without --bulk every cell has a bulk of its own: no table to read
         write_samples(cfg, samples, cell_types)
+        write_expression(cfg, samples, expression, card)
     print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} bulks")
 
 

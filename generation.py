@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 
 from data import align_genes, apply_split, batch_bulks, library_size, load_cells
+from expression import calibration, estimate_expression, expected_bulk
 from models import BulkEncoder, scDecoder
 from readers.bulk import read_bulk
 from runtime.errors import InputError
@@ -171,17 +172,19 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
     Args:
         encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them.
         per_bulk: cells of each bulk. generator: torch Generator on their device.
-        log_factor: (S, G), see :func:`calibration`. first: index of the first bulk.
+        log_factor: (S, G) or (S, K, G), see :class:`expression.Expression`. first: index of the
+            first bulk.
 
     Yields:
         Cells, CHUNK at a time.
     """
     mu, var, pi = encoded
     cell_type = draw_types(pi, per_bulk, generator)  # (S * per_bulk)
+    tilt = decoder.tilt_shape(mu, var) if len(mu) else None
     for i in range(0, len(cell_type), CHUNK):
         k = cell_type[i : i + CHUNK]  # (B)
         bulk = torch.arange(i, i + len(k), device=k.device) // per_bulk  # (B)
-        X, z = decode(decoder, mu[bulk, k], var[bulk, k], k, generator, log_factor, bulk)
+        X, z = decode(decoder, mu[bulk, k], var[bulk, k], k, generator, log_factor, bulk, tilt)
         yield Cells(X, z, k.cpu().numpy(), first + bulk.cpu().numpy())
 
 
@@ -192,18 +195,22 @@ def draw_types(pi, per_bulk, generator):
     return torch.multinomial(pi, per_bulk, replacement=True, generator=generator).flatten()
 
 
-def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None):
+def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None, tilt=None):
     """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
         mu, var: (B, D). codes: cell types (B). generator: torch Generator on their device.
-        log_factor: (S, G), see :func:`calibration`, with sample: the bulk of each cell (B).
+        log_factor: (S, G) or (S, K, G), see :class:`expression.Expression`, with sample: the bulk
+            of each cell (B). tilt: see :meth:`models.scDecoder.tilt_shape`.
 
     Returns:
         ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32.
     """
-    z = decoder.sample_latent(mu, var, codes, generator)  # (B, D)
+    z = decoder.sample_latent(mu, var, codes, generator, tilt, sample)  # (B, D)
     library = decoder.sample_library(codes, generator)  # (B,)
+    if log_factor is not None and log_factor.dim() == 3:  # a row for each type of each sample
+        sample = sample * log_factor.shape[1] + codes
+        log_factor = log_factor.flatten(0, 1)  # (S K, G)
     X = decoder.sample_rows(z, library, codes, generator, log_factor, sample)  # (B x G)
     return X, z.cpu().numpy()
 
@@ -232,11 +239,6 @@ def log_cpm(bulk, present, pseudocount):
     part = bulk[:, present]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + pseudocount)
-
-
-def expected_bulk(decoder, pi):
-    """The sum (S, G), a numpy array, that proportions pi (S, K) make of each type's mean counts."""
-    return (pi @ decoder.type_means()).cpu().numpy()
 
 
 def bulk_fit(bulk, expected, present):
@@ -275,19 +277,6 @@ def misfit(correlation, unexplained, reference):
     return np.maximum((c_mean - correlation) / c_sd, (unexplained - u_mean) / u_sd)
 
 
-def calibration(bulk, expected, present):
-    """Logarithm of the factors (S, G) float32 that turn the expected sum into the bulk.
-
-        ln f_g = ln( (p_g + 5e-8) / (q_g + 5e-8) ), kept within ± ln 30; 0 for genes not in the bulk
-
-    p, q: fractions of bulk and expected sum (S, G). A twentieth of a count per million, added to
-    both, shrinks the factors of genes with hardly any counts.
-    """
-    p, q = (np.where(present, part, 0.0) for part in (bulk, expected))
-    p, q = (part / part.sum(axis=1, keepdims=True) + 5e-8 for part in (p, q))
-    return np.where(present, np.clip(np.log(p / q), -np.log(30), np.log(30)), 0).astype(np.float32)
-
-
 def calibrate_to(bulk, decoder, encoder, genes):
     """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
 
@@ -295,9 +284,10 @@ def calibrate_to(bulk, decoder, encoder, genes):
     """
     X, present = align_genes(bulk, *genes, "the encoder", report=False)
     device = decoder.mu.device
-    _, _, pi, _ = encode_bulks(encoder, X, present, device)
-    factor = calibration(bulk.toarray(), expected_bulk(decoder, pi), np.ones(bulk.shape[1], bool))
-    return torch.from_numpy(factor).to(device), pi
+    *encoded, _ = encode_bulks(encoder, X, present, device)
+    expected = expected_bulk(decoder, encoded)
+    factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
+    return torch.from_numpy(factor).to(device), encoded[2]
 
 
 def add_to_sums(sums, counts, sample):
@@ -341,7 +331,7 @@ class BulkSamples:
         check_filled(X, self.names, path)
         *self.encoded, sd = encode_bulks(encoder, X, present, encoder.mu.device, n_halves=20)
         self.bulk, self.sd = bulk.toarray(), sd.cpu().numpy()
-        self.expected = expected_bulk(decoder, self.encoded[2])
+        self.decoder, self.expected = decoder, expected_bulk(decoder, self.encoded)
         self.sums = np.zeros(self.bulk.shape)
         self.fit = pd.DataFrame(index=self.names)
         correlation, unexplained = bulk_fit(self.bulk, self.expected, self.measured)
@@ -362,6 +352,7 @@ class BulkSamples:
         """Add to ``fit`` how well the generated cells of each sample add up to it."""
         self.fit["agreement"] = sum_agreement(self.bulk, self.sums, self.measured)
 
-    def log_factor(self):
-        """What --calibrate adds to the logarithm of each gene's mean, (S, G) float32."""
-        return torch.from_numpy(calibration(self.bulk, self.expected, self.measured))
+    def estimate_expression(self, calibrate, platform):
+        """:func:`expression.estimate_expression` of these samples."""
+        bulks = self.bulk, self.measured
+        return estimate_expression(self.decoder, self.encoded, *bulks, calibrate, platform)

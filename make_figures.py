@@ -335,7 +335,7 @@ def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
     present = np.ones(bulk.shape[1], bool)
     k = draw_types(pi, n_cells, generator)
     points = {}
-    for mode, factor in (("as generated", None), ("--calibrate", log_factor)):
+    for mode, factor in (("as generated", None), ("--calibrate uniform", log_factor)):
         total = np.asarray(new_cells(decoder, k, generator, factor).sum(axis=0))  # (1, G)
         points[mode] = tuple(log_cpm(part, present, pseudocount=1)[0] for part in (bulk, total))
     return points

@@ -20,6 +20,7 @@ from data import DEPTH, library_size, sum_by_type
 from runtime.device import in_batches, to_csr, to_dense
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
+TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has
 
 # ---------------------------------------------------------------------------- seed and device
 
@@ -352,6 +353,27 @@ class scGMVAE(nn.Module):
             self.log_var[k] = (v.mean(dim=0) + m.var(dim=0, unbiased=False)).log()
 
 
+def shrink_means(totals):
+    """Counts of genes in types (K, G) as they are expected in other cells: empirical Bayes.
+
+        m_kg ~ Gamma(α_g, mean m_g),   E[m_kg | x_kg] = (x_kg + α_g) / (n_k + α_g / m_g)
+
+    with x_kg the counts, n_k their sum over genes, m_g the share of a gene in all counts, and α_g
+    from how much more the types differ than counting explains. A gene that no cell of a rare type
+    showed is not one that the type lacks, the less so the more alike the types are in it.
+
+    Returns:
+        (K, G), n_k times these expectations, rescaled to sum to n_k.
+    """
+    x = totals.double()
+    n = x.sum(dim=1, keepdim=True)  # (K, 1)
+    m = (x.sum(dim=0) / n.sum()).clamp(min=1e-12)  # (G)
+    excess = ((x - n * m) ** 2 - n * m).sum(dim=0) / ((n * m) ** 2).sum(dim=0)  # 1 / α_g
+    alpha = 1 / excess.clamp(0.01, 20)
+    mean = (x + alpha) / (n + alpha / m)
+    return mean / mean.sum(dim=1, keepdim=True) * n
+
+
 class scDecoder(CountDecoder):
     """Stage 2: z -> counts of all genes, with the distributions that new cells are drawn from.
 
@@ -433,14 +455,60 @@ class scDecoder(CountDecoder):
             self.shape_mean[k, :n] = ((m - center) / scale).to(self.shape_mean)
             self.shape_sd[k, :n] = (s2.sqrt() / scale).to(self.shape_sd)
 
-    def sample_latent(self, mu, var, codes, generator=None):
+    @torch.no_grad()
+    def tilt_shape(self, mu, var):
+        """How much of each part of a type's cloud samples have whose moments are not the type's.
+
+        A cloud that holds control and stimulated cells is not moved as a whole: a stimulated sample
+        has more of the one part. Of all weights that bring the mean of the parts to the sample's,
+        those nearest to the type's own are (exponential tilting; Efron, The Annals of Statistics
+        1981),
+
+            w'_c ∝ w_c exp(λᵀ m_c),   max over λ of  λᵀ (μ̂ - μ_k) / σ_k - ln Σ_c w_c exp(λᵀ m_c)
+                                                     - TILT_PENALTY / 2 ‖λ‖²
+
+        by Newton's method. What they leave of the difference moves the cloud as a whole.
+
+        Args:
+            mu, var: of the types in each sample (S, K, D).
+
+        Returns:
+            ``(weight, center, scale)``: w' (S, K, C), and mean and sd of the parts so weighted
+            (S, K, D). None if the moments are the types' own.
+        """
+        same = (torch.allclose(a, b, rtol=1e-4) for a, b in ((mu, self.mu), (var, self.var)))
+        if all(same):
+            return None
+        target = ((mu - self.mu) / self.var.sqrt()).double()  # (S, K, D)
+        log_weight, m = self.shape_weight.double().log(), self.shape_mean.double()
+        penalty = TILT_PENALTY * torch.eye(mu.shape[2], dtype=m.dtype, device=m.device)
+        slope = torch.zeros_like(target)  # λ
+        for _ in range(20):
+            w = (log_weight + torch.einsum("skd,kcd->skc", slope, m)).softmax(dim=2)
+            mean = torch.einsum("skc,kcd->skd", w, m)
+            off = m - mean[:, :, None]  # (S, K, C, D)
+            hessian = torch.einsum("skc,skcd,skce->skde", w, off, off) + penalty
+            step = torch.linalg.solve(hessian, target - mean - TILT_PENALTY * slope)
+            slope = slope + step.clamp(-2, 2)
+        w = (log_weight + torch.einsum("skd,kcd->skc", slope, m)).softmax(dim=2)
+        center = torch.einsum("skc,kcd->skd", w, m)
+        square = torch.einsum("skc,kcd->skd", w, m**2 + self.shape_sd.double() ** 2)
+        scale = (square - center**2).clamp(min=1e-6).sqrt()
+        return tuple(part.to(mu) for part in (w, center, scale))
+
+    def sample_latent(self, mu, var, codes, generator=None, tilt=None, sample=None):
         """Draw z (B, D) with mean mu and variance var, in the shape of each cell's type.
 
-        mu, var (B, D), which a bulk may have moved from μ_k, σ_k²; codes (B).
+        mu, var (B, D), which a bulk may have moved from μ_k, σ_k²; codes (B). tilt: of
+        :meth:`tilt_shape`, with sample: the row of it for each cell (B).
         """
-        c = torch.multinomial(self.shape_weight[codes], 1, generator=generator).squeeze(1)  # (B)
+        weight = self.shape_weight[codes] if tilt is None else tilt[0][sample, codes]  # (B, C)
+        c = torch.multinomial(weight, 1, generator=generator).squeeze(1)  # (B)
         e = torch.randn(mu.shape, generator=generator, device=mu.device)  # (B, D)
-        return mu + var.sqrt() * (self.shape_mean[codes, c] + self.shape_sd[codes, c] * e)
+        e = self.shape_mean[codes, c] + self.shape_sd[codes, c] * e
+        if tilt is not None:
+            e = (e - tilt[1][sample, codes]) / tilt[2][sample, codes]
+        return mu + var.sqrt() * e
 
     @torch.no_grad()
     def fit_library(self, library, codes):
@@ -464,7 +532,7 @@ class scDecoder(CountDecoder):
         return torch.exp(a + (u - low) * (b - a))
 
     @torch.no_grad()
-    def fit_types(self, X, codes, n=1000, seed=0):
+    def fit_types(self, X, codes, n=1000, seed=0, shrink=False):
         """Match the mean and dispersion of each gene in each type to its cells, given new z.
 
             ln f_kg = ln( (Σ_i x_ig + ½) / (Σ_i l_i E[p_g] + ½) ),   then with p scaled by f
@@ -478,7 +546,8 @@ class scDecoder(CountDecoder):
         Args:
             X: counts of the training cells (N x G), CSR or backed. codes: their types (N), a
                 tensor.
-            n: draws of z for each type. seed: of the draws.
+            n: draws of z for each type. seed: of the draws. shrink: the means of genes in types
+                first, see :func:`shrink_means`.
         """
         if self.likelihood != "nb":
             return
@@ -488,12 +557,13 @@ class scDecoder(CountDecoder):
             torch.from_numpy(sum_by_type(X, codes, len(self.mu), function)).to(self.mu.device)
             for function in (lambda X: X, lambda X: X.multiply(X) - X)
         )  # (K, G)
+        shrunk = shrink_means(totals) if shrink else totals
         for k in np.unique(codes):
             size, total, pairs = library[codes == k], totals[k], all_pairs[k]
             z = self.draw_latent_of_type(k, n, generator)
             unit = torch.ones(n, device=z.device)  # library sizes, so that means are fractions
             fraction = self(z, unit)[0].double()  # (n, G)
-            factor = (total + 0.5) / (size.sum() * fraction.mean(dim=0) + 0.5)
+            factor = (shrunk[k] + 0.5) / (size.sum() * fraction.mean(dim=0) + 0.5)
             self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
             fraction = self(z, unit, self.type_log_factor[k])[0].double()
             expected = (size**2).sum() * (fraction**2).mean(dim=0)  # E[l²] E[p²], times n_k

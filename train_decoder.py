@@ -323,7 +323,8 @@ def main(cfg):
         return
     model.eval()
     if by_posterior:
-        model.fit_types(cells[train].X, codes[train], seed=cfg.seed)
+        shrink = "sample" in cells.obs  # counts of several donors tell noise from differences
+        model.fit_types(cells[train].X, codes[train], seed=cfg.seed, shrink=shrink)
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them

@@ -103,7 +103,8 @@ from data import (
     sample_names,
     samples_of,
 )
-from generation import bulk_fit, encode_bulks, expected_bulk
+from expression import expected_bulk
+from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from moments import SampleMoments, read_samples_card, sample_moments
 from pseudobulks import BulkCells, concatenate, make_folds, simulate_bulks
@@ -152,8 +153,9 @@ def reference_fit(model, decoder, cells, genes, rng, n=200):
     bulk = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True) * 1e6)
     X, present = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
     device = model.mu.device
-    _, _, pi, _ = encode_bulks(model.eval(), X, present, device)
-    measures = bulk_fit(bulk, expected_bulk(decoder.to(device), pi), np.ones(bulk.shape[1], bool))
+    *encoded, _ = encode_bulks(model.eval(), X, present, device)
+    expected = expected_bulk(decoder.to(device), encoded, n=32)
+    measures = bulk_fit(bulk, expected, np.ones(bulk.shape[1], bool))
     if np.isnan(measures).all(axis=1).any():
         return {}
     return {

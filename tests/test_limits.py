@@ -84,7 +84,7 @@ def test_odd_bulks(tmp_path, trained, values):
     (tmp_path / "weights").symlink_to(trained)
     lines = ["gene,s", *(f"GENE{i},{values.get(i, 0)}" for i in range(60))]
     (tmp_path / "bulk.csv").write_text("\n".join(lines))
-    done = generate(tmp_path, "--bulk", tmp_path / "bulk.csv", "--calibrate")
+    done = generate(tmp_path, "--bulk", tmp_path / "bulk.csv", "--calibrate", "uniform")
     assert done.returncode == 0, done.stderr
     generated = anndata.read_h5ad(tmp_path / "generated.h5ad")
     assert generated.n_obs == 20 and np.isfinite(generated.uns["proportions"]).all()

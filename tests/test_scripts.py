@@ -284,7 +284,7 @@ def test_calibrated_cells_add_up_to_their_bulk(trained, tmp_path):
     bulk = cells.X.sum(axis=0).A1 * rng.lognormal(0, 0.5, cells.n_vars)
     pd.DataFrame({"a": bulk}, index=cells.var_names).to_csv(tmp_path / "bulk.csv")
     agreement, totals = [], []
-    for extra in ([], ["--calibrate"]):
+    for extra in ([], ["--calibrate", "uniform"]):
         out = generate(
             tmp_path / "g.h5ad", "--bulk", tmp_path / "bulk.csv", "--weights", trained,
             "--n-cells", 1000, *extra,
@@ -523,7 +523,7 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
         ("train_encoder.py", ["--lost", 1], "--lost: found 1"),
         ("train_encoder.py", ["--folds", 0], "--folds: found 0"),
         ("train_decoder.py", ["--n-components", 0], "--n-components: found 0"),
-        ("bulk2sc.py", ["--calibrate"], "--calibrate: found no --bulk"),
+        ("bulk2sc.py", ["--calibrate", "uniform"], "--calibrate: found no --bulk"),
         ("bulk2sc.py", ["--n-cells", -1], "--n-cells: found -1"),
         ("bulk2sc.py", ["--out", "cells.csv"], "ends in .h5ad"),
         ("bulk2sc.py", ["--batch-size", 701], "at most the 700 cells"),
