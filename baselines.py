@@ -1,4 +1,4 @@
-"""What bulk2sc is measured beside: least squares for proportions, three other sources of cells."""
+"""What bulk2sc is measured beside: for proportions, for cells, and for cell types' expression."""
 
 import contextlib
 import io
@@ -174,3 +174,65 @@ class ScVI:
                 torch.zeros(len(target), 1, dtype=torch.long),
             )
             return sp.csr_matrix(generative["px"].sample().numpy().astype(np.int32))
+
+
+# --------------------------------------------------------- expression of cell types in samples
+
+
+def bayesprism_expression(bulk, states, type_of, in_theta, n_iterations=100):
+    """Counts of each cell type in each bulk: the Z of BayesPrism (Chu et al., Nature Cancer 2022).
+
+    The fixed point of its Gibbs sampler, as InstaPrism computes it (Hu and Chikina, Bioinformatics
+    2024), without the optional update of the reference:
+
+        Z_smg = x_sg θ_sm φ_mg / Σ_m' θ_sm' φ_m'g,   θ_sm ∝ Σ_g Z_smg
+
+    over cell states m, then summed to cell types.
+
+    Args:
+        bulk: counts or CPM (S, G). states: summed counts of the training cells of each state
+            (M, G); states without counts are left out. type_of: cell type of each state (M).
+        in_theta: mask of the genes that θ is estimated from (G). n_iterations: of θ.
+
+    Returns:
+        (S, K, G) float64, K one more than the last of the types; rows of zeros for a type without
+        a state.
+    """
+    n_types = type_of.max() + 1
+    used = states.sum(axis=1) > 0
+    states, type_of = states[used], type_of[used]
+    phi = np.maximum(states / states.sum(axis=1, keepdims=True), 1e-8)  # BayesPrism's pseudo.min
+    phi /= phi.sum(axis=1, keepdims=True)  # (M, G)
+    theta = np.full((len(bulk), len(phi)), 1 / len(phi))  # (S, M)
+    x, phi_in = bulk[:, in_theta], phi[:, in_theta]
+    share = phi_in.sum(axis=1, keepdims=True)  # (M, 1) of a state's counts in these genes
+    phi_in = phi_in / share
+    for _ in range(n_iterations):
+        theta = theta * ((x / np.maximum(theta @ phi_in, 1e-300)) @ phi_in.T)
+        theta /= theta.sum(axis=1, keepdims=True)
+    theta = theta / share.T  # of the counts of all genes, up to a factor that ratio takes back
+    ratio = bulk / np.maximum(theta @ phi, 1e-300)  # (S, G)
+    Z = np.zeros((len(bulk), n_types, bulk.shape[1]))
+    for k in np.unique(type_of):
+        Z[:, k] = ratio * (theta[:, type_of == k] @ phi[type_of == k])
+    return Z
+
+
+def one_factor_expression(bulk, measured, shares, profiles):
+    """Counts of each cell type in each bulk if every gene changes by one factor in all types.
+
+        x_skg = r_sk p_kg f_sg,   f_sg = b_sg / Σ_k r_sk p_kg
+
+    with the true shares r of the types in the counts, which no method can have for a bulk. One
+    count per million is added to p, as a gene that the reference lacks has no factor otherwise.
+
+    Args:
+        bulk: b (S, G). measured: mask (G); other genes get 0. shares: r (S, K), positive, rows
+            summing to 1. profiles: fractions p of the counts of each type (K, G).
+
+    Returns:
+        (S, K, G) float64.
+    """
+    profiles = profiles + 1e-6
+    factor = np.where(measured, bulk, 0.0) / (shares @ profiles)  # (S, G)
+    return shares[:, :, None] * profiles * factor[:, None]

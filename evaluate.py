@@ -4,6 +4,7 @@
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
     python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
+    python evaluate.py --samples sample --donors donor --conditions condition
 
 Every metric is read on cells that no training has seen. Cells come from these methods:
 
@@ -19,6 +20,22 @@ Predicted proportions have their own table, beside NNLS, non-negative least squa
 of held-out cells, on the same after a simulated change of platform, and on real bulks whose
 proportions were measured.
 
+With --conditions, fold changes between two conditions inside cell types have a third table: of
+cells generated for the bulks of held-out donors, against the donors' own cells or --profiles. If
+the profiles are of samples that the reference does not have, their mixtures are the bulks. Methods:
+
+- bulk2sc: cells of the encoded bulk, calibrated as by --calibrate types; with no calibration;
+  calibrated uniformly; and expected profiles in place of cells
+- constant answer: cells of the types' own moments
+- one factor per gene: the training cells' profiles of types, each gene times one factor in all
+  types that makes them sum to the bulk at the true proportions
+- BayesPrism Z: counts allotted to cell states, which are the reference's types by condition
+- training cells of the condition; decoder, moments of the condition; another donor's profiles:
+  what is expected without the bulk
+
+Beside them a null, bulks of one sample's cells that differ in proportions alone; and random forests
+that tell generated cells from the sample's own.
+
 Writes evaluation.csv, which also has every cell type by itself, and evaluation.png to --weights.
 """
 
@@ -30,7 +47,10 @@ from runtime.errors import InputError
 from runtime.script import flag, lead_with, parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "baselines", "n_draws", "bulk", "fractions", "lineages")
+@lead_with(
+    *("data", "labels", "weights", "baselines", "n_draws", "bulk", "fractions", "lineages"),
+    *("samples", "donors", "conditions", "contrast"),
+)
 @dataclass
 class Settings(DatasetSettings):
     """Compare generated cells with held-out real ones, and predicted with true proportions.
@@ -59,12 +79,39 @@ class Settings(DatasetSettings):
     """Cells in each pseudobulk."""
     n_trees: int = 300
     """Trees of each random forest, the slowest of the metrics."""
+    donors: str | None = None
+    """Donor of each cell, given as --samples is. Default: each sample is a donor of its own."""
+    conditions: str | None = None
+    """Condition of each cell, given as --samples is. With it, fold changes between two conditions
+    inside cell types are measured."""
+    contrast: tuple[str, str] | None = None
+    """The two conditions, A B: changes are from A to B. Default: the two there are."""
+    profiles: Path | None = None
+    """True expression of cell types in samples: a csv (.gz), genes in rows, by symbol in a column
+    symbol or else the first. Default: the held-out cells' own sums."""
+    profile_table: Path | None = None
+    """What each column of --profiles is: a csv column,sample,donor,condition,cell_type."""
+    profile_types: Path | None = None
+    """Which cell types make each type of --profiles: a csv cell_type,profile_type. Default: they
+    have the same names."""
+    mixing: tuple[float, ...] = ()
+    """Dirichlet parameters, in the order of the types in --profile-types, by which each sample's
+    profiles are mixed to a bulk if the reference does not have these samples. Default: 5 each."""
+    reference_contrast: tuple[str, str] | None = None
+    """Conditions of the reference's cells that stand for A and B in the baselines, where those of
+    --profiles have other names."""
+    cells_per_sample: int = 3000
+    """Cells generated for each bulk whose fold changes are measured."""
+    contrasts_only: bool = False
+    """Measure fold changes alone, not cells and proportions."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees"):
+        counts = ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees", "cells_per_sample")
+        for name in counts:
             if (found := getattr(self, name)) < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        self.check_needed()
         if self.generated is not None and self.more_weights:
             raise InputError("--generated: one file of cells, expected no --more-weights with it")
         needed = ("bulk", "fractions", "lineages")
@@ -75,6 +122,20 @@ class Settings(DatasetSettings):
                 f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
                 "--lineages together"
             )
+
+    def check_needed(self):
+        """Check that what a setting needs is given as well.
+
+        Raises:
+            InputError: it is not.
+        """
+        needs = {"donors": "samples", "conditions": "samples"}
+        needs |= {"profiles": "profile_table", "profile_table": "profiles"}
+        needs |= dict.fromkeys(("profile_types", "mixing"), "profiles")
+        of_contrasts = ("contrast", "profiles", "reference_contrast", "contrasts_only")
+        for name, needed in [*((name, "conditions") for name in of_contrasts), *needs.items()]:
+            if getattr(self, name) and not getattr(self, needed):
+                raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
 
 
 if __name__ == "__main__":
@@ -91,6 +152,7 @@ import torch
 from tqdm import trange
 
 from baselines import ScVI, draw_cell_type_nb, predict_proportions, train_published
+from contrasts import measure_contrasts, plan_contrasts
 from data import (
     align_genes,
     codes_of,
@@ -108,7 +170,13 @@ from generation import (
     new_cells,
     sum_agreement,
 )
-from metrics import METRICS, CellMetrics, proportion_metrics, to_lineages
+from metrics import (
+    CONTRAST_METRICS,
+    METRICS,
+    CellMetrics,
+    proportion_metrics,
+    to_lineages,
+)
 from models import BulkEncoder, scDecoder
 from plotting import write_evaluation
 from readers.bulk import read_bulk
@@ -436,7 +504,8 @@ def summarise(table, n_weights):
     """Mean and std of each metric: over trainings if there are several, else over draws.
 
     Args:
-        table: data frame with the columns weights, method, metric, cell_type, value.
+        table: data frame with the columns weights (or what else is to count once, as a donor),
+            method, metric, cell_type, value. n_weights: how many of them there are.
 
     Returns:
         data frame with the columns metric, best, cell_type, method, mean, std, n.
@@ -456,10 +525,11 @@ def summarise(table, n_weights):
     return table.rename(columns={"count": "n"}).reset_index(drop=True)
 
 
-def format_table(table):
+def format_table(table, transpose=False):
     """Mean ± std as printed: a row for each metric with its best value, a column for each method.
 
-    table: of :func:`summarise`, the rows of all cell types together.
+    table: of :func:`summarise`, the rows of all cell types together. transpose: a row for each
+    method instead.
     """
     text = [
         f"{mean:.4f}" + ("" if np.isnan(std) else f" ± {std:.4f}")
@@ -469,7 +539,7 @@ def format_table(table):
     metrics = [metric for metric in METRICS if metric in wide.index]
     wide = wide.loc[metrics, list(dict.fromkeys(table["method"]))].fillna("")
     wide.index = [f"{metric} ({METRICS[metric]:g})" for metric in metrics]
-    return wide.to_string()
+    return (wide.T if transpose else wide).to_string()
 
 
 def print_tables(table, cfg):
@@ -485,32 +555,74 @@ def print_tables(table, cfg):
         print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
 
 
-def main(cfg):
-    device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    lineage_of = fractions = None
-    if cfg.lineages is not None:
-        lineage_of = read_lineages(cfg.lineages, cell_types)
-    if cfg.fractions is not None:
-        fractions = read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
-    trainings = [
-        Training(folder, cells, codes, *load_weights(folder, cells, cell_types, device))
-        for folder in (cfg.weights, *cfg.more_weights)
-    ]
+def print_contrasts(table, plan, donors):
+    """Print the table of fold changes, all cell types together; methods in rows, as there are many.
+
+    donors: names of those measured.
+    """
+    a, b = plan.conditions
+    between = f"from {a} to {b}" if a != b else "between donors"
+    over = f"{len(donors)} donors" if len(donors) > 1 else f"draws of donor {donors[0]}"
+    print(f"\nfold changes {between} inside cell types (best value), mean ± std over {over}")
+    print(format_table(table, transpose=True))
+
+
+def measure_states(trainings, plan, cfg):
+    """Everything about fold changes, of all trainings together.
+
+    Returns:
+        table of :func:`summarise`, over donors if there are several; and their names.
+    """
+    rows = [row for training in trainings for row in measure_contrasts(training, plan, cfg)]
+    # Mean and std are over donors, whichever training they were held out from.
+    table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
+    donors = list(dict.fromkeys(table["weights"]))
+    return summarise(table, len(donors)), donors
+
+
+def measure_all(trainings, lineage_of, fractions, cell_types, cfg):
+    """Everything about cells and proportions, of all trainings: a table of :func:`summarise`."""
     rows = []
     for training in trainings:
         measured = measure(training, lineage_of, fractions, cfg)
         rows += [(str(training.folder), *row) for row in measured]
-
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
     # "" stands for all types: an empty field in the csv, and a key that groupby keeps.
     table["cell_type"] = table["cell_type"].map(dict(enumerate(cell_types))).fillna("")
-    table = summarise(table, len(trainings))
+    return summarise(table, len(trainings))
+
+
+def main(cfg):
+    device = pick_device(cfg.device)
+    cells = load_cells(cfg)
+    codes, cell_types = codes_of(cells)
+    lineage_of = fractions = plan = None
+    if cfg.lineages is not None:
+        lineage_of = read_lineages(cfg.lineages, cell_types)
+    if cfg.fractions is not None:
+        fractions = read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
+    if cfg.conditions is not None:
+        plan = plan_contrasts(cfg, cells, cell_types)
+    fewest = 0 if cfg.contrasts_only else 2  # bulks mixed from profiles need no held-out cells
+    trainings = [
+        Training(folder, cells, codes, *load_weights(folder, cells, cell_types, device, fewest))
+        for folder in (cfg.weights, *cfg.more_weights)
+    ]
+    tables = []
+    if plan is not None:
+        table, donors = measure_states(trainings, plan, cfg)
+        tables.append(table)
+    if not cfg.contrasts_only:
+        tables.insert(0, measure_all(trainings, lineage_of, fractions, cell_types, cfg))
+    table = pd.concat(tables, ignore_index=True)
     overall = table[table["cell_type"] == ""]
     write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
     write_evaluation(cfg.weights / "evaluation.png", overall)
-    print_tables(overall, cfg)
+    of_contrasts = overall["metric"].isin(CONTRAST_METRICS)
+    if not cfg.contrasts_only:
+        print_tables(overall[~of_contrasts], cfg)
+    if plan is not None:
+        print_contrasts(overall[of_contrasts], plan, donors)
     n_cells = ", ".join(str(len(training.test)) for training in trainings)
     print(f"wrote evaluation.csv and evaluation.png to {cfg.weights}: {n_cells} held-out cells")
 

@@ -40,6 +40,14 @@ METRICS = {  # every metric in the order of the tables, and its best possible va
     for metric, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
     if metric != "Pearson" or suffix == ", real bulk"
 }
+CONTRAST_METRICS = {  # of samples of donors that no training has seen
+    "fold change Pearson": 1,
+    "fold change concordance": 1,
+    "fold change specific": 1,
+    "AUROC against the sample's own cells, PCs": 0.5,
+    "false changes, same state": 0,
+}
+METRICS |= CONTRAST_METRICS
 
 N_VARIABLE = 1000  # highly variable genes, by scanpy's default flavour
 N_CORRELATED = 200  # highly variable genes whose correlations are compared, by seurat_v3
@@ -347,3 +355,85 @@ def to_lineages(proportions, names, lineages):
     summed = proportions @ member
     total = summed.sum(axis=1, keepdims=True)
     return np.where(total > 0, summed / np.where(total > 0, total, 1), 1 / len(lineages))
+
+
+# ------------------------------------------------ fold changes between samples inside cell types
+
+PSEUDOCOUNT = 10  # CPM, added to both sides of a fold change
+EXPRESSED = 30  # CPM from which the fold change of a gene counts
+DIFFERENT = 1  # log2 fold change between types from which a gene counts as specific
+FALSE_EXPRESSED, FALSE_CHANGE = 50, 0.5  # CPM and log2 fold change of a false change
+
+
+def fold_changes(a, b):
+    """log2 fold changes from a to b, both in CPM, of the same shape."""
+    return np.log2((b + PSEUDOCOUNT) / (a + PSEUDOCOUNT))
+
+
+def pearson(true, predicted):
+    """Pearson correlation; 0 for a constant prediction, nan where there is nothing to predict."""
+    if len(true) < 2 or np.std(true) < 1e-9:
+        return np.nan
+    return 0.0 if np.std(predicted) < 1e-9 else np.corrcoef(true, predicted)[0, 1]
+
+
+def fold_change_metrics(true_a, true_b, predicted_a, predicted_b):
+    """Predicted against true fold changes from one sample to another, inside each cell type.
+
+    Pearson correlation and Lin's concordance are over the genes above EXPRESSED in the truth of
+    either sample; attenuated changes lower the concordance alone. ``specific`` asks whether changes
+    are in the right type: from the fold changes of all types each gene's mean over types is taken
+    away, and of the genes where the truth then differs by more than DIFFERENT in some type all
+    type x gene entries are correlated.
+
+    Args:
+        true_a, true_b, predicted_a, predicted_b: profiles in CPM (K, G); NaN rows where a type is
+            missing.
+
+    Returns:
+        ``(overall, by_type, n_left_out)``: dict metric -> value, the mean over types; dict metric
+        -> values (K), NaN for types that are missing in the truth or the prediction or that no gene
+        changes in; and the number of types missing.
+    """
+    parts = (true_a, true_b, predicted_a, predicted_b)
+    there = ~np.any([np.isnan(part).any(axis=1) for part in parts], axis=0)  # (K)
+    correlation, agreement = np.full(len(there), np.nan), np.full(len(there), np.nan)
+    true, predicted = fold_changes(true_a, true_b), fold_changes(predicted_a, predicted_b)  # (K, G)
+    for k in np.flatnonzero(there):
+        genes = np.maximum(true_a[k], true_b[k]) > EXPRESSED
+        t, p = true[k, genes], predicted[k, genes]
+        correlation[k] = pearson(t, p)
+        if not np.isnan(correlation[k]):
+            agreement[k] = concordance(t, p) if correlation[k] else 0.0  # of a constant: not -0
+    by_type = {"fold change Pearson": correlation, "fold change concordance": agreement}
+    overall = {metric: mean_of_known(values) for metric, values in by_type.items()}
+    overall["fold change specific"] = specific_correlation(true[there], predicted[there])
+    return overall, by_type, int(np.sum(~there))
+
+
+def specific_correlation(true, predicted):
+    """``specific`` of :func:`fold_change_metrics`; fold changes (K, G). nan if no gene differs."""
+    if len(true) < 2:
+        return np.nan
+    t, p = true - true.mean(axis=0), predicted - predicted.mean(axis=0)
+    genes = (np.abs(t) > DIFFERENT).any(axis=0)
+    return pearson(t[:, genes].ravel(), p[:, genes].ravel())
+
+
+def mean_of_known(values):
+    """Mean of the values that are not NaN; NaN if there is none."""
+    known = values[~np.isnan(values)]
+    return known.mean() if len(known) else np.nan
+
+
+def false_changes(a, b):
+    """Share of genes that seem to change between two samples of the same state, each type (K).
+
+    Of genes above FALSE_EXPRESSED in either, those with an absolute log2 fold change above
+    FALSE_CHANGE. a, b: profiles in CPM (K, G), NaN rows where a type is missing; there and where no
+    gene is expressed the share is NaN.
+    """
+    expressed = np.maximum(a, b) > FALSE_EXPRESSED  # (K, G), False where NaN
+    changed = expressed & (np.abs(fold_changes(a, b)) > FALSE_CHANGE)
+    n = expressed.sum(axis=1)
+    return np.where(n > 0, changed.sum(axis=1) / np.maximum(n, 1), np.nan)
