@@ -2,11 +2,13 @@
 
     python make_figures.py                                         # embedded data, shipped weights
     python make_figures.py --data pbmc1k_v3 --weights w0           # those in figures/
+    python make_figures.py --samples sample --donors donor --conditions condition --states-only
 
 Writes to --out (figures): the paper's four t-SNE panels, pbmc1k.png (the raw cells, whatever the
 dataset), Latent.png, reconstructed.png and generated.png; labels.png, their legend alone;
 joint.png, real and generated cells in one t-SNE; proportions.png, sums.png, markers.png, losses.png
-and schematic.png.
+and schematic.png. With samples and conditions, of a held-out donor under both: states.png, real
+cells and those generated from the donor's bulks in one t-SNE, and state_genes.png.
 """
 
 from dataclasses import dataclass
@@ -14,10 +16,13 @@ from pathlib import Path
 
 from data import DatasetSettings
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, run_script
+from runtime.script import flag, lead_with, parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "out", "max_cells")
+@lead_with(
+    *("data", "labels", "weights", "out", "max_cells"),
+    *("samples", "donors", "conditions", "contrast", "state_genes", "states_only"),
+)
 @dataclass
 class Settings(DatasetSettings):
     """Remake the pictures in figures/ from a dataset and the weights trained on it.
@@ -31,6 +36,18 @@ class Settings(DatasetSettings):
     """Most cells in a panel; of more, a random part is shown, so that t-SNE stays fast."""
     batch_size: int = 100
     """Reference cells in the bulk that each generated cell comes from, as in bulk2sc.py."""
+    donors: str | None = None
+    """Donor of each cell, given as --samples is. Default: each sample is a donor of its own."""
+    conditions: str | None = None
+    """Condition of each cell, given as --samples is. With it, states.png and state_genes.png show
+    a held-out donor's cells under two conditions."""
+    contrast: tuple[str, str] | None = None
+    """The two conditions, A B. Default: the two there are."""
+    state_genes: tuple[str, ...] = ()
+    """Genes of state_genes.png. Default: ISG15, IFI6, CXCL10, CCL8 and CD14, or if one of them is
+    missing the five that differ most between the conditions."""
+    states_only: bool = False
+    """Make states.png and state_genes.png alone."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,6 +55,11 @@ class Settings(DatasetSettings):
             raise InputError(f"--max-cells: found {self.max_cells}, expected 10 or more")
         if self.batch_size < 1:
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
+        needs = {"donors": "samples", "conditions": "samples"}
+        needs |= dict.fromkeys(("contrast", "state_genes", "states_only"), "conditions")
+        for name, needed in needs.items():
+            if getattr(self, name) and not getattr(self, needed):
+                raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
 
 
 if __name__ == "__main__":
@@ -77,10 +99,21 @@ from plotting import (
     write_panel,
     write_points,
     write_schematic,
+    write_state_genes,
     write_whole_figure,
 )
 from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
+from state_figures import (
+    FEWEST_CELLS,
+    count_cells,
+    describe_mixing,
+    find_donor,
+    generate_donor,
+    pick_genes,
+    shown_types,
+    state_table,
+)
 
 N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
@@ -98,6 +131,8 @@ class Reference:
     """Their names (K)."""
     held_out: np.ndarray
     """Mask of the cells that no training has seen (N)."""
+    obs: pd.DataFrame
+    """Sample, donor and condition of the cells, as far as the settings give them (N rows)."""
     genes: list[str]
     """Names (G)."""
     encoder_genes: list[str]
@@ -121,7 +156,8 @@ def load_reference(cfg, device):
     gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
     genes, encoder_genes = card["genes"], encoder_card["genes"]
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
-    return Reference(X, codes, cell_types, held_out, genes, encoder_genes, decoder, encoder, gmvae)
+    obs, models = cells.obs, (decoder, encoder, gmvae)
+    return Reference(X, codes, cell_types, held_out, obs, genes, encoder_genes, *models)
 
 
 def save(cfg, name, write, *arguments):
@@ -157,14 +193,18 @@ def tsne(points, seed):
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
 
 
+def nearest_neighbors(points):
+    """Indices (N, N_NEIGHBORS) of the nearest others of each point (N, D)."""
+    n = min(N_NEIGHBORS, len(points) - 1)
+    return NearestNeighbors(n_neighbors=n).fit(points).kneighbors(return_distance=False)
+
+
 def mixing(points, generated):
     """Share of generated cells among each real cell's neighbours, mean over the real cells.
 
     points: PCs of real and generated cells together (N, D). generated: mask (N).
     """
-    n = min(N_NEIGHBORS, len(points) - 1)
-    neighbors = NearestNeighbors(n_neighbors=n).fit(points).kneighbors(return_distance=False)
-    return generated[neighbors][~generated].mean()
+    return generated[nearest_neighbors(points)][~generated].mean()
 
 
 # --------------------------------------------------------------------------------- paper's panels
@@ -357,11 +397,52 @@ def make_curves(cfg):
         save(cfg, "losses", write_curves, curves)
 
 
-def main(cfg):
-    rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    reference = load_reference(cfg, device)
+# ------------------------------------------------------------- a donor's cells under two conditions
+
+
+def make_state_pictures(reference, cfg):
+    """states.png and state_genes.png; without a donor to show, a line was printed that says so."""
+    found = find_donor(reference.obs, reference.held_out, cfg)
+    if found is None:
+        return
+    genes = pick_genes(cfg.state_genes, reference, found.conditions)
+    cells = generate_donor(found, reference, cfg)
+    make_states(reference, cells, cfg)
+    make_state_genes(reference, cells, genes, cfg)
+
+
+def make_states(reference, cells, cfg):
+    """Real and generated cells of both conditions in one t-SNE; prints their mixing.
+
+    cells: DonorCells.
+    """
+    points = principal_components(sp.vstack([cells.real, cells.generated]))
+    caption = describe_mixing(nearest_neighbors(points), cells)
+    names, types = np.tile(np.array(reference.cell_types)[cells.codes], 2), reference.cell_types
+    save(cfg, "states", write_joint, tsne(points, cfg.seed), names, types, cells.origins, caption)
+    print(caption)
+
+
+def make_state_genes(reference, cells, genes, cfg):
+    """Genes in the donor's cell types under both conditions. genes: names (P)."""
+    n_cells, donor = count_cells(cells, len(reference.cell_types)), cells.found.donor
+    types = shown_types(n_cells)
+    if not len(types) or not genes:
+        few = f"no cell type of donor {donor} has {FEWEST_CELLS} cells under both conditions"
+        print(f"state_genes.png left out: {few if genes else 'no gene differs'}")
+        return
+    table = state_table(cells, pd.Index(reference.genes).get_indexer(genes), types)
+    names = {reference.cell_types[k]: n_cells[:, k] for k in types}
+    save(cfg, "state_genes", write_state_genes, table, genes, names, cells.found.conditions, donor)
+
+
+# ---------------------------------------------------------------------------------- all together
+
+
+def make_reference_pictures(reference, cfg, rng):
+    """Every picture that needs neither samples nor conditions."""
     decoder, codes = reference.decoder, reference.codes
+    device = decoder.mu.device
     generator = torch.Generator(device).manual_seed(cfg.seed)
     make_panels(reference, cfg, rng, generator)
 
@@ -382,6 +463,14 @@ def main(cfg):
     make_curves(cfg)
     save(cfg, "schematic", write_schematic)
     print(f"generated cells among the {N_NEIGHBORS} nearest neighbours of a real one: {share:.2f}")
+
+
+def main(cfg):
+    rng = seed_everything(cfg.seed)
+    reference = load_reference(cfg, pick_device(cfg.device))
+    make_state_pictures(reference, cfg)
+    if not cfg.states_only:
+        make_reference_pictures(reference, cfg, rng)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Every picture that the scripts write, and the table behind the loss curves."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 
@@ -17,10 +19,17 @@ TYPE_COLORS = [
     *("#4B0F2D", "#1EA5FF", "#1E00A5", "#2D2D69", "#966987", "#4B4B96", "#5A692D", "#E1965A"),
 ]
 LOSS_COLORS = {"training": "#0072B2", "held out": "#D55E00"}
+# What a loss on held-out bulks is read beside: prefix of its column -> legend and style of a line.
+LOSS_LINES = {
+    "constant": ("constant answer", "--"),
+    "noise": ("sampling noise of the target", ":"),
+}
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a grey.
 METHOD_COLORS = [
     *("#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#7F7F7F")
 ]
+# Real and generated cells; under two conditions, real A and B, then generated A and B.
+ORIGIN_COLORS = {2: ("#0072B2", "#D55E00"), 4: ("#56B4E9", "#0072B2", "#E69F00", "#D55E00")}
 MAX_NAMED = 60  # samples whose names fit beside their bars
 
 
@@ -44,13 +53,14 @@ def write_whole_figure(path, figure, dpi=130, **options):
 
 
 def loss_names(table):
-    """Columns of a loss table that get a panel: not the epoch, and no ``held_out_`` column."""
-    return [n for n in table if n != "epoch" and not n.startswith("held_out_")]
+    """Columns of a loss table that get a panel: not the epoch, nor what is drawn beside a loss."""
+    beside = tuple(f"{prefix}_" for prefix in ("held_out", *LOSS_LINES))
+    return [name for name in table if name != "epoch" and not name.startswith(beside)]
 
 
 def draw_loss(axis, table, name, title):
-    """Draw a loss, and ``held_out_<name>`` if the table has it, against the epoch."""
-    values = []
+    """Draw a loss against the epoch, and beside it ``held_out_<name>`` and its LOSS_LINES."""
+    values = draw_lines(axis, table, name)
     pairs = zip((name, f"held_out_{name}"), LOSS_COLORS.values(), strict=True)
     for key, color in pairs:
         if key in table and table[key].notna().any():
@@ -66,12 +76,31 @@ def draw_loss(axis, table, name, title):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def draw_lines(axis, table, name):
+    """Draw the LOSS_LINES of a loss, as far as the table has them. Returns their values."""
+    values = []
+    for prefix, (_, style) in LOSS_LINES.items():
+        key = f"{prefix}_{name}"
+        if key in table and table[key].notna().any():
+            values.append(float(table[key].dropna().iloc[-1]))  # the same at every epoch
+            axis.axhline(values[-1], color="0.35", lw=1.3, ls=style)
+    return values
+
+
 def legend_of_losses(figure, tables):
-    """The legend of :func:`draw_loss`; "held out" only if one of the tables has such losses."""
-    held_out = any(t.filter(like="held_out_").notna().any(axis=None) for t in tables)
-    names = list(LOSS_COLORS)[: 1 + held_out]
-    lines = [pyplot().Line2D([], [], color=LOSS_COLORS[name], lw=2) for name in names]
-    figure.legend(lines, names, frameon=False, loc="outside right upper")
+    """The legend of :func:`draw_loss`, of what one of the tables has."""
+
+    def any_has(prefix):
+        return any(t.filter(regex=f"^{prefix}_").notna().any(axis=None) for t in tables)
+
+    styles = {"training": {"color": LOSS_COLORS["training"]}}
+    if any_has("held_out"):
+        styles["held out"] = {"color": LOSS_COLORS["held out"]}
+    for prefix, (name, style) in LOSS_LINES.items():
+        if any_has(prefix):
+            styles[name] = {"color": "0.35", "ls": style}
+    lines = [pyplot().Line2D([], [], lw=2, **style) for style in styles.values()]
+    figure.legend(lines, list(styles), frameon=False, loc="outside right upper")
 
 
 def write_losses(stem, rows):
@@ -79,8 +108,9 @@ def write_losses(stem, rows):
 
     Args:
         stem: path without suffix, e.g. ``weights/scDecoder``.
-        rows: one dict per epoch with the same keys, ``epoch`` first. ``name`` and
-            ``held_out_name`` share a panel; None stands for "not measured in this epoch".
+        rows: one dict per epoch with the same keys, ``epoch`` first. ``name``, ``held_out_name``,
+            ``constant_name`` and ``noise_name`` share a panel; None stands for "not measured in
+            this epoch".
     """
     table = pd.DataFrame(rows)
     write_whole(f"{stem}_loss.csv", lambda path: table.to_csv(path, index=False))
@@ -322,15 +352,17 @@ def write_joint(path, points, names, cell_types, origins, caption):
 
     Args:
         path: of the .png. points: (N, 2). names: cell types (N). cell_types: all (K).
-        origins: where each cell comes from (N), one of two texts for the legend.
+        origins: where each cell comes from (N), one of two or four texts for the legend, in order
+            of ORIGIN_COLORS.
         caption: below the right panel.
     """
     width = 9.4 + legend_width(cell_types)
     figure, axes = pyplot().subplots(1, 2, figsize=(width, 4.9), layout="constrained")
-    colors = dict(zip(dict.fromkeys(origins), ("#0072B2", "#D55E00"), strict=True))
+    texts = dict.fromkeys(origins)
+    colors = dict(zip(texts, ORIGIN_COLORS[len(texts)], strict=True))
     scatter(axes[0], points, [colors[origin] for origin in origins])
     for origin, color in colors.items():
-        axes[0].scatter([], [], s=50, color=color, label=origin)
+        axes[0].scatter([], [], s=50, color=color, label=plain_text(origin, 24))
     axes[0].legend(frameon=False, fontsize=11, loc="upper center", ncols=2, handletextpad=0.1,
                    bbox_to_anchor=(0.5, 0.0))  # fmt: skip
     scatter_types(axes[1], points, names, cell_types)
@@ -338,7 +370,7 @@ def write_joint(path, points, names, cell_types, origins, caption):
         bare(axis)
         axis.set_title(title, fontsize=15)
     style = {"transform": axes[1].transAxes, "ha": "center", "va": "top", "fontsize": 11}
-    axes[1].text(0.5, -0.06, caption, **style)
+    axes[1].text(0.5, -0.06, plain_text(caption, len(caption)), **style)
     legend_of(figure, cell_types, loc="outside right center")
     write_whole_figure(path, figure)
 
@@ -372,6 +404,57 @@ def write_points(path, panels, axes_names, names=None, cell_types=()):
     if names is not None:
         legend_of(figure, cell_types, loc="outside right center")
     write_whole_figure(path, figure)
+
+
+def write_state_genes(path, table, genes, cell_types, conditions, donor):
+    """Write genes in cell types under two conditions: a row for each gene, a column for each type.
+
+    Args:
+        path: of the .png. table: as :func:`state_figures.state_table` gives it. genes: names (P).
+            cell_types: name -> number of real cells under A and B (T). conditions: A and B.
+            donor: whose cells these are.
+    """
+    names = [plain_text(condition, 20) for condition in conditions]
+    upright = max(map(len, names)) > 8  # they would run into each other
+    width = max(1.55 * len(cell_types) + 1.2, 7.6)  # at least that of the line below the panels
+    size = (width, 1.35 * len(genes) + (3.2 if upright else 1.6))
+    options = {"sharex": True, "sharey": "row", "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(len(genes), len(cell_types), figsize=size, **options)
+    for (p, t), axis in np.ndenumerate(axes):
+        draw_states(axis, {key: values[..., t, p] for key, values in table.items()})
+    for axis, gene in zip(axes[:, 0], genes, strict=True):
+        axis.set_ylabel(plain_text(gene, 16), fontsize=11, style="italic")
+    for axis, (name, n) in zip(axes[0], cell_types.items(), strict=True):
+        axis.set_title(f"{fill(plain_text(name), 18)}\nn = {n[0]}, {n[1]}", fontsize=10.5)
+    for axis in axes[-1]:
+        axis.set_xticks([0, 1], names, rotation=90 if upright else 0)
+    figure.align_ylabels(axes[:, 0])
+    figure.supylabel("log2(CPM + 10)", fontsize=11)
+    figure.supxlabel(
+        f"donor {plain_text(donor)}, never trained on; n real cells and as many generated, "
+        "± standard error; dotted: no counts",
+        fontsize=10.5,
+    )
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    order = ("real", "generated", "expected expression")
+    handles = [handles[names.index(name)] for name in order]
+    style = {"frameon": False, "fontsize": 11, "ncols": 3, "loc": "outside upper center"}
+    figure.legend(handles, order, **style)
+    write_whole_figure(path, figure)
+
+
+def draw_states(axis, values):
+    """Draw one gene in one type, A on the left and B on the right; values: a part of the table."""
+    axis.axhline(np.log2(10), color="0.6", lw=1, ls=":", zorder=0)
+    for x, origin, color in zip((-0.12, 0), ("real", "generated"), ORIGIN_COLORS[2], strict=True):
+        mean, low, high = values[origin]
+        style = {"fmt": "o-", "ms": 5, "lw": 1.3, "color": color}
+        axis.errorbar([x, x + 1], mean, [mean - low, high - mean], label=origin, **style)
+    style = {"ls": "", "marker": "D", "ms": 5, "mfc": "none", "mec": "#222222"}
+    axis.plot([0.12, 1.12], values["expected"], label="expected expression", **style)
+    axis.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axis.set_xlim(-0.45, 1.45)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 # -------------------------------------------------------------------------------------- schematic

@@ -226,3 +226,84 @@ def trained(tmp_path_factory, h5ad, worker_id):
                 run(script, "--data", h5ad, "--weights", shared, *settings)
     shutil.copytree(shared, copy, dirs_exist_ok=True)
     return copy
+
+
+# ------------------------------------------------------------------ references of many samples
+
+TREATED_HERE, TREATED_EVERYWHERE = slice(10, 20), slice(50, 60)  # genes, in one type and in all
+
+
+def make_sample_cells(n=12, n_donors=4, seed=0):
+    """Cells of donors under two conditions, ``n`` of each type in each sample.
+
+    Treatment raises TREATED_HERE sixfold in the first type alone, and TREATED_EVERYWHERE in all
+    types. ``.obs`` has cell_type, sample ("d1 control"), donor and treatment.
+    """
+    rng = np.random.default_rng(seed)
+    profile = rng.gamma(2.0, 1.0, (3, 60))
+    for k in range(3):
+        profile[k, 20 * k : 20 * k + 10] *= 8
+    treated = profile.copy()
+    treated[0, TREATED_HERE] *= 6
+    treated[:, TREATED_EVERYWHERE] *= 6
+    of_donor = rng.lognormal(0, 0.1, (n_donors, 1, 1, 60))  # (donor, condition, type, gene)
+    profile = of_donor * np.stack([profile, treated])
+    profile /= profile.sum(axis=3, keepdims=True)
+    index = [codes.ravel() for codes in np.indices((n_donors, 2, 3, n))]
+    mean = profile[tuple(index[:3])] * rng.lognormal(7, 0.3, len(index[0]))[:, None]
+    X = rng.poisson(mean * rng.gamma(10, 1 / 10, mean.shape)).astype(np.int32)
+    obs = pd.DataFrame(index=[f"CELL{i:03d}-1" for i in range(len(X))])
+    obs["cell_type"] = np.array(CELL_TYPES)[index[2]]
+    obs["donor"] = np.array([f"d{i + 1}" for i in range(n_donors)])[index[0]]
+    obs["treatment"] = np.array(["control", "treated"])[index[1]]
+    obs["sample"] = obs["donor"] + " " + obs["treatment"]
+    var = pd.DataFrame(index=[f"GENE{i}" for i in range(60)])
+    var["gene_ids"] = [f"ENSG{i:011d}" for i in range(60)]
+    return anndata.AnnData(sp.csr_matrix(X), obs=obs, var=var)[rng.permutation(len(X))].copy()
+
+
+def make_sample_bulks(cells):
+    """Sum of all cells of each sample: a table of genes x samples."""
+    sample = cells.obs["sample"].to_numpy()
+    sums = {name: cells.X[np.flatnonzero(sample == name)].sum(axis=0).A1 for name in set(sample)}
+    return pd.DataFrame(sums, index=cells.var_names).sort_index(axis=1)
+
+
+OF_SAMPLES = ["--samples", "sample", "--donors", "donor"]
+# Wide and fast, so that the latent finds the treatment within a few hundred steps.
+SMALL = {
+    "train_gmvae.py": [
+        *("--epochs", 24, "--vae-epochs", 12, "--batch-size", 16, "--lr", 3e-3, "--dropout", 0),
+        *("--kl-start", 0.02, "--kl-end", 0.2, "--n-hidden", 128, "--n-latent", 4),
+    ],
+    "train_decoder.py": [
+        *("--epochs", 24, "--batch-size", 16, "--lr", 3e-3, "--n-hidden", 64),
+        *("--n-components", 4, "--dropout", 0),
+    ],
+    "train_encoder.py": ["--epochs", 50, "--batch-size", 32, "--n-hidden", 32, "--lr", 1e-3],
+}
+
+
+@pytest.fixture(scope="session")
+def sample_h5ad(tmp_path_factory):
+    """A file of :func:`make_sample_cells`."""
+    path = tmp_path_factory.mktemp("samples") / "cells.h5ad"
+    make_sample_cells().write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_samples(tmp_path_factory, sample_h5ad, worker_id):
+    """As ``trained``, on a reference of eight samples; donor d4 is held out."""
+    shared, copy = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
+    shared = (shared if worker_id == "master" else shared.parent) / "trained_samples"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "bulkEncoder_loss.png").exists():
+            import train_encoder
+
+            with pytest.MonkeyPatch.context() as patch:  # enough bulks for states of 60 genes
+                patch.setattr(train_encoder, "N_STATE_BULKS", 640)
+                flags = ["--data", sample_h5ad, "--weights", shared, *OF_SAMPLES]
+                train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
+    shutil.copytree(shared, copy, dirs_exist_ok=True)
+    return copy

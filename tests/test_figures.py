@@ -1,11 +1,25 @@
 """make_figures.py: every picture is written, and shows what it is said to show."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 
+import make_figures
 import plotting
-from conftest import assert_one_line_error, make_cells, run_inside
+import state_figures
+from conftest import (
+    CELL_TYPES,
+    OF_SAMPLES,
+    TREATED_EVERYWHERE,
+    TREATED_HERE,
+    assert_one_line_error,
+    make_cells,
+    run_inside,
+)
 from data import codes_of, load_cells
 from generation import load_weights
 from make_figures import Settings, generate, mixing, principal_components, reconstruct
@@ -35,6 +49,7 @@ def test_every_picture_is_written_and_no_other_file(tmp_path, trained, h5ad, mon
     # All cells in each of the four panels; 18 held-out ones and as many generated; 100 x 3 points.
     assert sorted(n_points.values()) == [36, 90, 90, 90, 90, 300]
     assert "generated cells among the 30 nearest neighbours" in done.stdout
+    assert "state_genes.png left out: they need --samples and --conditions" in done.stdout
 
 
 def test_bad_input_ends_in_one_line(tmp_path, trained, h5ad):
@@ -97,3 +112,215 @@ def test_principal_components_tell_types_apart_and_allow_empty_genes():
     center = {name: pcs[names == name, :3].mean(axis=0) for name in set(names)}
     nearest = [min(center, key=lambda n: np.linalg.norm(p[:3] - center[n])) for p in pcs]
     assert np.mean(np.array(nearest) == names) > 0.9
+
+
+# ------------------------------------------------------------- a donor's cells under two conditions
+
+CONDITIONS = [*OF_SAMPLES, "--conditions", "treatment"]
+
+
+def test_states_of_a_held_out_donor(tmp_path, trained_samples, sample_h5ad, monkeypatch):
+    """Both pictures, with the cells of donor d4 and as many generated, and the changed genes."""
+    shown, save = {}, make_figures.save
+
+    def record(cfg, name, write, *arguments):
+        shown[name] = arguments
+        save(cfg, name, write, *arguments)
+
+    monkeypatch.setattr(make_figures, "save", record)
+    where = ["--data", sample_h5ad, "--weights", trained_samples, "--out", tmp_path]
+    done = run_inside("make_figures.py", *where, *CONDITIONS, "--states-only")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"states.png", "state_genes.png"}
+
+    points, names, cell_types, origins, caption = shown["states"]
+    assert points.shape == (144, 2) and list(cell_types) == CELL_TYPES  # 2 x 3 x 12 real cells
+    groups = [f"{o}, {c}" for o in ("real", "generated") for c in ("control", "treated")]
+    assert list(dict.fromkeys(origins)) == groups  # the order of the colours
+    counts = pd.crosstab(np.array(origins), np.array(names))
+    assert (counts.to_numpy() == 12).all()
+    assert "donor d4" in caption and caption in done.stdout
+
+    table, genes, types, conditions, donor = shown["state_genes"]
+    treated = [f"GENE{i}" for part in (TREATED_HERE, TREATED_EVERYWHERE) for i in range(60)[part]]
+    assert len(genes) == 5 and set(genes) <= set(treated)
+    assert (conditions, donor) == (("control", "treated"), "d4")
+    assert {name: tuple(n) for name, n in types.items()} == dict.fromkeys(CELL_TYPES, (12, 12))
+    assert table["real"].shape == (3, 2, 3, 5) and table["expected"].shape == (2, 3, 5)
+    value, low, high = table["generated"]
+    assert (low <= value).all() and (value <= high).all()
+    # Generated cells of the first type, which responds to all of these genes, respond as well.
+    for values in (value, table["expected"], table["real"][0]):
+        assert np.mean(values[1, 0] - values[0, 0]) > 0.8
+
+
+def test_asked_genes_are_checked_first(tmp_path, trained_samples, sample_h5ad):
+    where = ["--data", sample_h5ad, "--weights", trained_samples, "--out", tmp_path / "out"]
+    flags = [*where, *CONDITIONS, "--states-only", "--state-genes", "GENE3", "NOGENE"]
+    assert_one_line_error(run_inside("make_figures.py", *flags), "--state-genes", "NOGENE", "GENE0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--donors", "donor"], "--samples"),
+        (["--conditions", "treatment"], "--samples"),
+        (["--contrast", "a", "b"], "--conditions"),
+        (["--state-genes", "GENE1"], "--conditions"),
+        (["--states-only"], "--conditions"),
+    ],
+)
+def test_flags_of_states_need_others(flags, needed):
+    assert_one_line_error(run_inside("make_figures.py", *flags), flags[0], needed)
+
+
+def find(rows, capsys, **settings):
+    """find_donor in cells (sample, donor, condition, held out); and what it printed."""
+    obs = pd.DataFrame([row[:3] for row in rows], columns=["sample", "donor", "condition"])
+    held_out = np.array([row[3] for row in rows])
+    defaults = {"samples": "s", "conditions": "c", "contrast": None, "weights": "w"}
+    settings = SimpleNamespace(**defaults | settings)
+    return state_figures.find_donor(obs, held_out, settings), capsys.readouterr().out
+
+
+def test_donor_with_both_conditions_is_found(capsys):
+    rows = [
+        *(("d1a", "d1", "a", False), ("d1b", "d1", "b", False)),
+        *(("d2a", "d2", "a", True), ("d2b", "d2", "b", False)),  # held out in part
+        *(("d3a", "d3", "a", True), ("d3a", "d3", "a", True)),  # one condition alone
+        *(("d10a", "d10", "a", True), ("d10b", "d10", "b", True)),
+        *(("d4b", "d4", "b", True), ("d4 a2", "d4", "a", True), ("d4 a10", "d4", "a", True)),
+    ]
+    found, printed = find(rows, capsys)
+    assert (found.donor, found.samples) == ("d4", ("d4 a2", "d4b")) and not printed
+    found, _ = find(rows, capsys, contrast=("b", "a"))
+    assert (found.conditions, found.samples) == (("b", "a"), ("d4b", "d4 a2"))
+    assert find(rows[:-3], capsys)[0].donor == "d10"
+
+
+def test_without_a_donor_a_line_says_why(capsys):
+    rows = [("d1a", "d1", "a", False), ("d1b", "d1", "b", False), ("d2a", "d2", "a", True)]
+    for given, words in (
+        ({}, "w holds out no donor with samples of both a and b"),
+        ({"conditions": None}, "they need --samples and --conditions"),
+        ({"samples": None}, "they need --samples and --conditions"),
+    ):
+        found, printed = find(rows, capsys, **given)
+        assert found is None and printed.count("\n") == 1 and words in printed
+    found, printed = find([rows[0], rows[2]], capsys)
+    assert found is None and "has a alone" in printed
+
+
+def test_of_several_conditions_two_must_be_named(capsys):
+    rows = [(f"d1{c}", "d1", c, True) for c in "abc"]
+    with pytest.raises(make_figures.InputError, match="--contrast.*3 conditions"):
+        find(rows, capsys)
+    with pytest.raises(make_figures.InputError, match="--contrast.*x"):
+        find(rows, capsys, contrast=("a", "x"))
+    assert find(rows, capsys, contrast=("c", "a"))[0].samples == ("d1c", "d1a")
+
+
+def test_bulks_are_sums_of_all_cells(tmp_path):
+    """Unlabelled cells count as well, and the genes are the model's."""
+    cells = make_cells()
+    cells.obs["cell_type"] = np.where(np.arange(90) < 30, "Unknown", cells.obs["cell_type"])
+    cells.obs["sample"] = np.tile(["s1", "s2", "s3"], 30)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    settings = Settings(data=tmp_path / "cells.h5ad", samples="sample")
+    genes = ["GENE7", "absent", "GENE0"]
+    bulk, measured = state_figures.sum_all_cells(settings, ("s3", "s1"), genes)
+    sums = [cells.X[i::3].sum(axis=0).A1 for i in (2, 0)]
+    columns = cells.var_names.get_indexer(["GENE7", "GENE0"])
+    assert (bulk[:, [0, 2]] == np.array(sums)[:, columns]).all()
+    assert list(measured) == [True, False, True] and not bulk[:, 1].any()
+
+
+def test_state_mixing_is_a_quarter_each_for_the_same_cells_and_a_half_for_others():
+    rng = np.random.default_rng(0)
+    condition = np.repeat([0, 1], 150)
+    points = rng.normal(size=(600, 5))
+
+    def shares(points):
+        return state_figures.state_mixing(make_figures.nearest_neighbors(points), condition)
+
+    assert shares(points) == pytest.approx(np.full((2, 2), 0.25), abs=0.03)
+    apart = points + 50 * np.tile(condition, 2)[:, None]
+    assert shares(apart) == pytest.approx(np.array([[0.5, 0], [0.5, 0]]), abs=0.03)
+    alone = points + 50 * np.repeat([0, 1], 300)[:, None]  # generated cells away from real ones
+    assert shares(alone) == pytest.approx(np.array([[0.5, 0.5], [0, 0]]), abs=0.03)
+
+
+def test_standard_error_of_cpm_is_that_of_the_bootstrap():
+    rng = np.random.default_rng(0)
+    library = rng.lognormal(7, 0.5, 60).round()
+    X = rng.poisson(library[:, None] * np.array([0.02, 0.001, 0]))
+    mean, error = state_figures.mean_cpm(X, library)
+    assert mean == pytest.approx(1e6 * X.sum(axis=0) / library.sum())
+    draws = rng.integers(60, size=(2000, 60))
+    bootstrap = 1e6 * X[draws].sum(axis=1) / library[draws].sum(axis=1)[:, None]
+    assert error == pytest.approx(bootstrap.std(axis=0), rel=0.1)
+    one_cell = state_figures.mean_cpm(X[:1], library[:1])
+    assert np.isfinite(one_cell).all() and (one_cell[1] == 0).all()
+
+
+def test_state_table_holds_the_cells_of_each_group():
+    X = np.array([[10, 90], [30, 70], [0, 100], [50, 50]])
+    codes, condition = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    expected = np.full((2, 2, 2), 0.5)
+    counts = sp.csr_matrix(X), sp.csr_matrix(X[:, ::-1])
+    cells = state_figures.DonorCells(None, codes, condition, *counts, expected)
+    table = state_figures.state_table(cells, [0], [0, 1])
+    assert 2 ** table["real"][0, :, :, 0] == pytest.approx(1e4 * np.array([[10, 0], [30, 50]]) + 10)
+    assert 2 ** table["generated"][0, 0, 1, 0] == pytest.approx(1e6 + 10)
+    assert 2 ** table["expected"] == pytest.approx(np.full((2, 2, 1), 5e5 + 10))
+
+
+def test_types_with_too_few_cells_or_beyond_the_largest_are_not_shown(monkeypatch):
+    n_cells = np.array([[9, 4, 30, 5, 0], [9, 90, 3, 40, 0]])
+    assert list(state_figures.shown_types(n_cells)) == [0, 3]
+    monkeypatch.setattr(state_figures, "MOST_TYPES", 1)
+    assert list(state_figures.shown_types(n_cells)) == [3]
+
+
+def test_default_genes_are_shown_if_the_model_has_all_of_them():
+    reference = SimpleNamespace(genes=["X", *state_figures.STATE_GENES])
+    assert state_figures.pick_genes((), reference, "ab") == list(state_figures.STATE_GENES)
+    assert state_figures.pick_genes(("X", "CD14", "X"), reference, "ab") == ["X", "CD14"]
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def test_what_losses_are_read_beside_shares_their_panels(tmp_path, monkeypatch):
+    """The constant answer's losses are lines in the panels of mu, var and pi, and in the legend."""
+    drawn = []
+    monkeypatch.setattr(plotting, "write_whole_figure", lambda path, figure: drawn.append(figure))
+    names = ("mu", "var", "pi")
+    beside = {f"constant_{name}": 3.0 for name in names} | {"noise_mu": 0.5}
+    rows = [
+        {"epoch": i} | dict.fromkeys(names, 2.0) | {f"held_out_{n}": 2.5 for n in names} | beside
+        for i in (25, 50)
+    ]
+    plotting.write_losses(tmp_path / "bulkEncoder", rows)
+    table = pd.read_csv(tmp_path / "bulkEncoder_loss.csv")
+    assert list(table) == list(rows[0])
+    plotting.write_curves(tmp_path / "losses.png", {"bulkEncoder": table})
+    legend = ["training", "held out", "constant answer", "sampling noise of the target"]
+    for figure in drawn:
+        assert [a.get_title().split()[-1] for a in figure.axes] == list(names)
+        flat = [[y.get_ydata()[0] for y in a.lines if y.get_color() == "0.35"] for a in figure.axes]
+        assert flat == [[3.0, 0.5], [3.0], [3.0]]
+        styles = [line.get_linestyle() for line in figure.axes[0].lines[:2]]
+        assert styles == ["--", ":"]
+        assert [text.get_text() for text in figure.legends[0].texts] == legend
+        plotting.pyplot().close(figure)
+
+
+def test_losses_without_anything_beside_them_have_a_short_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "write_whole_figure", lambda path, figure: drawn.append(figure))
+    rows = [{"epoch": i, "loss": 1.0 / i, "held_out_loss": None} for i in (1, 2)]
+    plotting.write_losses(tmp_path / "scDecoder", rows)
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["training"]
+    plotting.pyplot().close(drawn[0])
