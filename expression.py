@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 N_DRAWS = 128  # of z, for the expected profile of a type in a sample
-# Prior sd of ln expression: of a gene between two platforms, and between two samples inside a type;
-# and how far a change is shared by all types. Full-length RNA-seq differs from 3' counts by 1.5.
-PLATFORM_SD, PLATFORM_SHARED = 1.5, 0.8
-SAMPLE_SD, SAMPLE_SHARED = 0.5, 0.8
+# Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
+# of which the bulks choose one. Full-length RNA-seq differs from 3' counts by 1.5.
+SAMPLE_SD, PLATFORM_SDS = 0.5, (0.3, 0.7, 1.5)
+N_PRIOR_GENES = 2000  # that the choice is made on
+SHARED = 0.8  # correlation of a change between cell types
+STATE_ERROR = 0.15  # of what a state changes, by which it may be wrong
 FLOOR = 2e-6  # added to fractions of all counts: two counts per million
-LIMIT = np.log(30)  # of a factor
+LIMIT = float(np.log(30))  # of a factor; a NumPy scalar would make float32 wider
 GENES_AT_A_TIME = 2000
 
 
@@ -75,11 +77,6 @@ def mean_library(decoder):
     return decoder.log_library.double().exp().mean(dim=1).cpu().numpy()
 
 
-def equal_covariance(n, sd, shared):
-    """Covariance (n, n) of equal variances and equal correlations."""
-    return sd**2 * (shared * np.ones((n, n)) + (1 - shared) * np.eye(n))
-
-
 def fractions(bulk, measured):
     """Bulks (S, G) over their sums in the measured genes (G), float64; 0 elsewhere."""
     part = np.where(measured, bulk, 0.0).astype(np.float64)
@@ -99,49 +96,80 @@ def sum_types(weight, profiles, P=0.0):
     return total, part / np.maximum(total, 1e-300)[:, None]
 
 
-def fit_platform(ratio, share, noise, prior, change):
-    """Posterior mean and covariance of the platform's ln factors, a linear Gaussian model by gene.
+def covary(share, moved):
+    """How what a sample changes in a type covaries with what it changes in the sum, and the latter.
 
-        r_s = Σ_k w_sk (P_k + δ_sk) + e_s
-        P ~ N(0, prior),   δ_s ~ N(0, change),   e_s ~ N(0, noise)
+        C = SAMPLE_SD² (SHARED 1 1ᵀ + (1 - SHARED) I) + STATE_ERROR² m mᵀ,   C w and wᵀ C w
+
+    Changes of a gene correlate between types. Where the state has moved a gene, it may have done so
+    too far or not far enough, in all types in proportion; m is by how much.
 
     Args:
-        ratio: r (S, G). share: w (S, K, G). noise: (S, G). prior, change: (K, K).
+        share: w (S, K, G). moved: m, natural log (S, K, G).
 
     Returns:
-        (K, G) and (G, K, K).
+        (S, K, G) and (S, G).
     """
-    v = (share * np.einsum("kj,sjg->skg", change, share)).sum(axis=1) + noise  # (S, G)
+    Cw = SAMPLE_SD**2 * (SHARED * share.sum(axis=1, keepdims=True) + (1 - SHARED) * share)
+    Cw = Cw + STATE_ERROR**2 * moved * (moved * share).sum(axis=1, keepdims=True)
+    return Cw, (share * Cw).sum(axis=1)
+
+
+def platform_posterior(ratio, share, v, sd):
+    """Posterior mean and covariance of the platform's ln factors, a linear Gaussian model by gene.
+
+        r_s = Σ_k w_sk P_k + e_s,   P ~ N(0, sd² (SHARED 1 1ᵀ + (1 - SHARED) I)),   e_s ~ N(0, v_s)
+
+    Args:
+        ratio: r (S, G). share: w (S, K, G). v: (S, G), of counting and of what samples change.
+
+    Returns:
+        mean (K, G), covariance (G, K, K), and the log evidence of each gene but for a constant (G),
+        by the matrix determinant lemma, so that it costs no more with many bulks.
+    """
+    K = share.shape[1]
+    prior = sd**2 * (SHARED * np.ones((K, K)) + (1 - SHARED) * np.eye(K))
     by_gene = share.transpose(2, 1, 0)  # (G, K, S)
     precision = np.linalg.inv(prior) + (by_gene / v.T[:, None]) @ by_gene.transpose(0, 2, 1)
     covariance = np.linalg.inv(precision)  # (G, K, K)
     score = by_gene @ (ratio / v).T[:, :, None]  # (G, K, 1)
-    return (covariance @ score)[:, :, 0].T, covariance
+    mean = covariance @ score
+    quadratic = (ratio**2 / v).sum(axis=0) - (score * mean).sum(axis=(1, 2))
+    log_det = np.log(v).sum(axis=0) + np.linalg.slogdet(precision)[1] + np.linalg.slogdet(prior)[1]
+    return mean[:, :, 0].T, covariance, -0.5 * (quadratic + log_det)
 
 
-def allot(bulk, weight, profiles, measured, platform="cohort"):
+def choose_platform_sd(ratio, share, v):
+    """Prior sd of the platform by the evidence of all genes together (empirical Bayes).
+
+    ratio, v: (S, G). share: (S, K, G). Of some genes.
+    """
+    return max(PLATFORM_SDS, key=lambda sd: platform_posterior(ratio, share, v, sd)[2].sum())
+
+
+def allot(bulk, weight, profiles, measured, platform="cohort", moved=None):
     """Allot what is left between bulks and their expected sums to platform and cell types.
 
         r_sg = ln((p + ε) / (q + ε)) = Σ_k w_skg (P_kg + δ_skg) + e_sg
         E[δ_skg | r] = (C w)_k (r - wᵀ P) / (wᵀ C w + noise)
 
-    with w the share of a gene's counts that each type gives, δ what a sample changes in a type, P
-    what the platform changes in all samples, and noise that of counting. P and δ are Gaussian, each
-    with one variance and one correlation between types (``equal_covariance``). One bulk cannot tell
-    P from δ, and P, the wider of the two, takes most of r; of several bulks what they share goes to
-    P. The shares depend on P, hence a few rounds of it.
+    with w the share of a gene's counts that each type gives, δ what a sample changes in a type
+    beyond its state, P what the platform changes in all samples, and noise that of counting. δ and
+    P are Gaussian (:func:`covary`, :func:`platform_posterior`), and the bulks choose the variance
+    of P (:func:`choose_platform_sd`). Of several bulks, what they share goes to P. One bulk cannot
+    tell P from δ, and the wider of the two takes most of r. The shares depend on P, hence rounds.
 
     Args:
         bulk: (S, G), any scale; its sum counts as its depth, at least 1e5. weight: counts that each
             type gives to the bulk (S, K). profiles: (S, K, G). measured: mask (G).
         platform: ``cohort``, or ``none`` if the bulks are of the reference's own platform.
+        moved: natural log of what the state changed in the profiles (S, K, G), default nothing.
 
     Returns:
         mean of δ and its sd, each (S, K, G) float32; 0 and the prior's in genes not measured.
     """
     S, K, G = profiles.shape
-    change = equal_covariance(K, SAMPLE_SD, SAMPLE_SHARED)
-    prior = equal_covariance(K, PLATFORM_SD, PLATFORM_SHARED)
+    moved = np.broadcast_to(0.0, profiles.shape) if moved is None else moved
     p = fractions(bulk, measured)
     depth = np.maximum(np.where(measured, bulk, 0).sum(axis=1, keepdims=True), 1e5)
     chunks = [slice(i, min(i + GENES_AT_A_TIME, G)) for i in range(0, G, GENES_AT_A_TIME)]
@@ -150,26 +178,33 @@ def allot(bulk, weight, profiles, measured, platform="cohort"):
     def expect():  # fractions q, ln ratio and noise (S, G) under the platform found so far
         total = [sum_types(weight, profiles[:, :, g], P[:, g])[0] for g in chunks]
         q = fractions(np.concatenate(total, axis=1), measured)
-        return np.log((p + FLOOR) / (q + FLOOR)), 1 / (q * depth + 0.5)
+        return q, np.log((p + FLOOR) / (q + FLOOR)), 1 / (q * depth + 0.5)
 
+    q, ratio, noise = expect()
+    known = np.flatnonzero(measured & (q.mean(axis=0) > 5 * FLOOR))  # of the others, ε decides
+    some = known[:: max(1, len(known) // N_PRIOR_GENES)]
+    share = sum_types(weight, profiles[:, :, some])[1]
+    v = covary(share, moved[:, :, some])[1] + noise[:, some]
+    platform_sd = choose_platform_sd(ratio[:, some], share, v)
     for _ in range(4 if platform == "cohort" else 0):
-        ratio, noise = expect()
         for g in chunks:
             share = sum_types(weight, profiles[:, :, g], P[:, g])[1]
+            v = covary(share, moved[:, :, g])[1] + noise[:, g]
             linear = ratio[:, g] + (share * P[:, g]).sum(axis=1)
-            P[:, g], covariance[g] = fit_platform(linear, share, noise[:, g], prior, change)
+            P[:, g], covariance[g], _ = platform_posterior(linear, share, v, platform_sd)
         P = np.where(measured, P, 0).clip(-2 * LIMIT, 2 * LIMIT)
-    ratio, noise = expect()
+        q, ratio, noise = expect()
     delta, sd = np.zeros((S, K, G), np.float32), np.zeros((S, K, G), np.float32)
     for g in chunks:
         share = sum_types(weight, profiles[:, :, g], P[:, g])[1]
-        Cw = np.einsum("kj,sjg->skg", change, share)
-        v = (share * Cw).sum(axis=1) + noise[:, g]
+        Cw, v = covary(share, moved[:, :, g])
+        v = v + noise[:, g]
         unsure = np.einsum("skg,gkj,sjg->sg", share, covariance[g], share, optimize=True)  # of wᵀ P
-        delta[:, :, g] = Cw * (ratio[:, g] / v)[:, None]
-        left = SAMPLE_SD**2 - Cw**2 / v[:, None] + Cw**2 * (unsure / v**2)[:, None]
-        sd[:, :, g] = np.sqrt(np.maximum(left, 0))
-    return np.where(measured, delta.clip(-LIMIT, LIMIT), 0), np.where(measured, sd, SAMPLE_SD)
+        delta[:, :, g] = np.where(measured[g], Cw * (ratio[:, g] / v)[:, None], 0)
+        known = Cw**2 / v[:, None] - Cw**2 * (unsure / v**2)[:, None]
+        prior = SAMPLE_SD**2 + (STATE_ERROR * moved[:, :, g]) ** 2
+        sd[:, :, g] = np.sqrt(np.maximum(prior - np.where(measured[g], known, 0), 0))
+    return delta.clip(-LIMIT, LIMIT), sd
 
 
 def calibration(bulk, expected, measured):
@@ -213,6 +248,7 @@ def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", pla
     mu, var, pi = encoded
     library = mean_library(decoder)
     start = type_profiles(decoder, mu, var)  # (S, K, G)
+    reference = type_profiles(decoder, decoder.mu[None], decoder.var[None])  # (1, K, G)
     weight = pi.cpu().double().numpy() * library
     shape, log_factor = start.shape, None
     delta, sd = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -220,11 +256,11 @@ def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", pla
         factor = calibration(bulk, expected_bulk(decoder, encoded), measured)
         log_factor, delta = torch.from_numpy(factor).to(mu.device), delta + factor[:, None]
     elif calibrate == "types":
-        delta, sd = allot(bulk, weight, start, measured, platform)
+        moved = np.log((start + FLOOR) / (reference + FLOOR))
+        delta, sd = allot(bulk, weight, start, measured, platform, moved)
         log_factor = torch.from_numpy(delta.astype(np.float32)).to(mu.device)
     profiles = start * np.exp(delta)
     profiles /= profiles.sum(axis=2, keepdims=True)
-    reference = type_profiles(decoder, decoder.mu[None], decoder.var[None])
     change = np.log((profiles + 1e-9) / (reference + 1e-9))
     return Expression(profiles, library, change, sd, log_factor)
 
