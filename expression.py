@@ -15,7 +15,7 @@ import torch
 N_DRAWS = 128  # of z, for the expected profile of a type in a sample
 # Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
 # of which the bulks choose one. Full-length RNA-seq differs from 3' counts by 1.5.
-SAMPLE_SD, PLATFORM_SDS = 0.5, (0.3, 0.7, 1.5)
+SAMPLE_SD, PLATFORM_SDS = 0.3, (0.3, 0.7, 1.5)
 N_PRIOR_GENES = 2000  # that the choice is made on
 SHARED = 0.8  # correlation of a change between cell types
 STATE_ERROR = 0.15  # of what a state changes, by which it may be wrong
