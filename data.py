@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from readers.backed import BackedCounts, read_backed
 from readers.counts import EMBEDDED, check_names, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels
-from readers.samples import read_samples
+from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, one_line, some
 from runtime.script import check_choices, flag
 
@@ -165,6 +165,9 @@ def load_cells(settings, need_labels=True, found=True):
         adata = label_cells(adata, settings, settings.weights if found else None)
     else:
         print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    # Columns of these names would read as the samples of --samples, which are not given.
+    names = ("sample", *GROUPS.values())
+    adata.obs = adata.obs.drop(columns=[name for name in names if name in adata.obs])
     return adata if samples is None else add_samples(adata, samples, settings)
 
 
@@ -451,10 +454,24 @@ def apply_split(adata, held_out_barcodes, where):
     return adata.obs_names.isin(held_out_barcodes)
 
 
+def draw_donors(order, n, table):
+    """The first n donors in an order, passing over those that training cannot do without.
+
+    table: cells of each donor (index) and type (columns).
+    """
+    chosen, left = [], table.sum()
+    for name in order:
+        if len(chosen) < n and (left > table.loc[name]).all():
+            chosen.append(name)
+            left = left - table.loc[name]
+    return chosen
+
+
 def split_donors(cells, codes, settings):
     """Boolean mask (N) of the cells of held-out donors: those named, else a fraction of them.
 
-    Of several donors at least one is held out unless the fraction is 0, and never all.
+    Of several donors at least one is held out unless the fraction is 0, and never all. Drawn are
+    donors without whom each cell type still has cells; if all of them are needed, none is.
 
     Args:
         cells: with ``.obs["donor"]``. codes: cell types (N). settings: with ``held_out``,
@@ -465,7 +482,7 @@ def split_donors(cells, codes, settings):
     """
     donor = cells.obs["donor"].astype(str).to_numpy()
     donors = natural_order(donor)
-    chosen = list(settings.held_out_donors)
+    chosen = list(dict.fromkeys(settings.held_out_donors))
     if unknown := [name for name in chosen if name not in donors]:
         raise InputError(
             f"--held-out-donors: found {some(unknown)}, expected names of donors, which are "
@@ -474,17 +491,17 @@ def split_donors(cells, codes, settings):
     if not chosen:
         fraction = 0.2 if settings.held_out is None else settings.held_out
         n = min(max(round(fraction * len(donors)), int(fraction > 0)), len(donors) - 1)
-        chosen = np.random.default_rng(settings.seed).permutation(donors)[:n]
+        order = np.random.default_rng(settings.seed).permutation(donors)
+        chosen = draw_donors(order, n, pd.crosstab(donor, codes))
     mask = np.isin(donor, chosen)
-    n_types = len(cells.obs["cell_type"].cat.categories) if "cell_type" in cells.obs else 1
-    empty = np.flatnonzero(np.bincount(codes[~mask], minlength=n_types) == 0)
-    if len(empty):
-        which = cells.obs["cell_type"].cat.categories[empty[0]] if n_types > 1 else "any type"
+    if len(lost := np.setdiff1d(codes, codes[~mask])):
+        cell_type = "any type"  # none is known yet
+        if codes.any():
+            cell_type = cells.obs["cell_type"].iloc[np.flatnonzero(codes == lost[0])[0]]
         raise InputError(
-            f"--held-out-donors: every cell of {which} is of the held-out donors "
+            f"--held-out-donors: every cell of {cell_type} is of the held-out donors "
             f"({some(chosen)}), expected some of each cell type for training"
         )
-    print(f"held out: {len(chosen)} of {len(donors)} donors ({some(sorted(chosen), 12)})")
     return mask
 
 
@@ -505,6 +522,9 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
     if card is None:
         if by_donor:
             mask = split_donors(cells, codes, settings)
+            names = natural_order(cells.obs["donor"][mask].astype(str))
+            n_donors = cells.obs["donor"].nunique()
+            print(f"held out: {len(names)} of {n_donors} donors ({some(names, 12)})")
             return mask, float(mask.mean())
         fraction = 0.2 if settings.held_out is None else settings.held_out
         return split_cells(codes, fraction, settings.seed), fraction
@@ -515,12 +535,16 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
             "held out; expected the same, or none given, or stage 1 trained again"
         )
     mask = apply_split(cells, card["held_out"], where)
-    asked = by_donor and (settings.held_out_donors or settings.held_out is not None)
-    if asked and (split_donors(cells, codes, settings) != mask).any():
-        raise InputError(
-            f"{where} was trained with other donors held out; expected the same, or none given, "
-            "or stage 1 trained again"
-        )
+    if by_donor and (settings.held_out_donors or settings.held_out is not None):
+        asked = split_donors(cells, codes, settings)
+        same = (asked == mask).all()
+        if not settings.held_out_donors:  # another seed draws other donors, but as many
+            same = len(set(cells.obs["donor"][asked])) == len(set(cells.obs["donor"][mask]))
+        if not same:
+            raise InputError(
+                f"{where} was trained with other donors held out; expected the same, or none "
+                "given, or stage 1 trained again"
+            )
     return mask, fraction
 
 

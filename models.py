@@ -734,7 +734,7 @@ class BulkEncoder(nn.Module):
         """t (S, R), where bulks stand along the directions in which the reference's samples differ.
 
         Genes that are not present would pull t to 0, so it is divided by the share of it that the
-        others usually carry. ratio: of :meth:`log_ratio` (S, G). present: (G).
+        others usually carry. ratio: of :meth:`ratio_to` (S, G). present: (G).
         """
         share = present @ self.state_share  # (R)
         t = ((ratio - self.state_center) * present) @ self.state_weight

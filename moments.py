@@ -56,12 +56,12 @@ def shrink_moments(raw, mu, var):
     """Shrink the moments of samples to their types' by how few cells there are, empirical Bayes.
 
         μ̃_ks = μ_k + B (μ_ks - μ_k),   B = τ_k² / (τ_k² + ω_k² / n_ks)
-        σ̃_ks² = c ω_ks² + (1 - B) τ_k²,   ω_ks² shrunk to ω_k² by n_ks against ν_k
+        σ̃_ks² = ω_ks² + (1 - B) (σ_k² - ω_k²),   ω_ks² shrunk to ω_k² by n_ks against ν_k
 
     with ω_k² the variance within samples and τ_k² the variance between them, by the moments of an
     analysis of variance (DerSimonian and Laird, Controlled Clinical Trials 1986), each latent
     dimension by itself. σ̃² is the variance of the next cell of this sample, which allows for the
-    error of μ̃, and c makes it σ_k² where a sample has no cell. ν_k, the weight of ω_k² in cells, is
+    error of μ̃; it is σ_k² where a sample has no cell. ν_k, the weight of ω_k² in cells, is
     estimated from how much the ω_ks² differ beyond what n_ks cells explain.
 
     Args:
@@ -81,8 +81,9 @@ def shrink_moments(raw, mu, var):
     B = np.where(n > 0, tau2 / (tau2 + within / np.maximum(n, 1) + 1e-12), 0.0)  # (S, K, D)
     weight = prior_cells(raw, within)  # (K, 1)
     own = (n * raw.var + weight * within) / np.maximum(n + weight, 1e-12)  # (S, K, D)
-    scale = var / (within + tau2)  # (K, D), so that no cell at all gives σ_k²
-    return SampleMoments(raw.n_cells, mu + B * (raw.mu - mu), scale * (own + (1 - B) * tau2))
+    spread = np.maximum(var - within, 0)  # (K, D), what the samples' means add to σ_k²
+    scale = var / (within + spread)  # 1, or a little less where samples do not differ
+    return SampleMoments(raw.n_cells, mu + B * (raw.mu - mu), scale * (own + (1 - B) * spread))
 
 
 def prior_cells(raw, within):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the ridge, for each bulk
+LEAST_STATE = 1e-3  # of μ between bulks, in σ_k (root mean square), below which it is rounding
 EXPLAINED = 0.99  # of the variance of the predicted moments that the directions keep
 MOST_DIRECTIONS = 16
 N_GROUPS = 5  # of donors, for the cross-validation that chooses the penalty
@@ -101,6 +102,8 @@ def choose_penalty(F, Y, groups, n_mu):
     names = np.unique(groups[groups >= 0])
     if len(names) < 2:
         return None, np.nan
+    if np.mean(Y[:, :n_mu] ** 2) < LEAST_STATE**2:  # all samples' moments are the types'
+        return None, 1.0
     error, constant = np.zeros(len(PENALTIES)), 0.0
     for group in names:
         test = groups == group
@@ -126,7 +129,9 @@ def group_bulks(share, donor, rng):
 
     share: of the samples in each bulk (n, S). donor: code of each sample's donor (S).
     """
-    order = rng.permutation(donor.max() + 1)
-    group = (order % N_GROUPS)[donor]  # (S)
+    used = share.any(axis=0)  # not those that are held out
+    names, donor_used = np.unique(donor[used], return_inverse=True)
+    group = np.full(len(donor), -1)  # (S)
+    group[used] = (rng.permutation(len(names)) % N_GROUPS)[donor_used]
     first = group[share.argmax(axis=1)]  # (n)
     return np.where(((share > 0) & (group != first[:, None])).any(axis=1), -1, first)

@@ -323,7 +323,8 @@ def main(cfg):
         return
     model.eval()
     if by_posterior:
-        shrink = "sample" in cells.obs  # counts of several donors tell noise from differences
+        # Counts of several donors tell noise from differences.
+        shrink = "donor" in cells.obs and cells.obs["donor"].iloc[train].nunique() > 1
         model.fit_types(cells[train].X, codes[train], seed=cfg.seed, shrink=shrink)
     run.save_results(
         genes=genes,

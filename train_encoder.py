@@ -219,18 +219,23 @@ def read_samples(cfg, cells, codes, held_out):
 
     Returns:
         sample of each cell (N), SampleMoments (S, K, D) of the training cells, shrunk, and of the
-        held-out cells, raw; None three times without samples.
+        held-out cells, raw; None three times without samples, or if all cells are of one, whose
+        moments are the mixture's.
 
     Raises:
-        InputError: stage 1 was trained without these samples.
+        InputError: stage 1 was trained without these samples, or for another mixture.
     """
-    if "sample" not in cells.obs:
+    sample, names = samples_of(cells)
+    if len(names) == 1:
         return None, None, None
     path = cfg.weights / "scGMVAE_model.pt"
     gmvae, card = load_model(path, scGMVAE)
     if "samples" not in card:
         raise InputError(f"{path}: trained without --samples, expected stage 1 trained with them")
-    sample, names = samples_of(cells)
+    _, cell_types = codes_of(cells)
+    check_cell_types(path, card, cell_types)
+    mixture = load_mixture(cfg.weights, len(cell_types))
+    check_mixture(path, gmvae, *mixture, "gmm_mu_c.pt and gmm_var_c.pt")
     known, moments = read_samples_card(card["samples"])
     trained = {names[s] for s in np.unique(sample[~held_out])}
     if trained != set(known):
@@ -360,7 +365,7 @@ def simulate_test_bulks(model, cells, cfg, rng):
     if cells.sample is None:
         return TestBulks(bulks, None, {})
     n_cells = cells.moments.n_cells[bulks.share.argmax(axis=1)]  # (B, K)
-    known = torch.from_numpy(n_cells >= min(FEWEST_CELLS, cells.moments.n_cells.max()))
+    known = torch.from_numpy(n_cells >= min(FEWEST_CELLS, n_cells.max()))
     target = bulks.target(model)
     shape = (len(bulks.counts), *model.mu.shape)
     constant = (model.mu.expand(shape), model.var.expand(shape), target[2].mean(dim=0))
@@ -408,11 +413,9 @@ def report_constant(losses):
     for name in ("mu", "var", "pi"):
         loss, constant = losses[f"held_out_{name}"], losses[f"constant_{name}"]
         noise = f", sampling noise of the target {losses['noise_mu']:.4f}" if name == "mu" else ""
-        print(
-            f"held-out {name}: {loss:.4f}, constant answer {constant:.4f} "
-            f"({loss / constant - 1:+.0%}){noise}"
-        )
-        if loss >= constant:
+        change = f" ({loss / constant - 1:+.0%})" if constant else ""  # of one type, pi is 1
+        print(f"held-out {name}: {loss:.4f}, constant answer {constant:.4f}{change}{noise}")
+        if loss >= constant > 0:
             print(
                 f"warning: the {name} head does not beat the constant answer on held-out samples",
                 file=sys.stderr,
