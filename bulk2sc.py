@@ -38,9 +38,10 @@ class Settings(DatasetSettings):
     what a gene differs by is allotted to the cell types and to the platform; uniform: one factor
     per gene for all types, so that cells add up to their bulk, the platform's part included; none;
     auto: types if the reference was of several samples, else none."""
-    platform: Literal["cohort", "none"] = "cohort"
-    """For --calibrate types. cohort: what all bulks share against the reference is the platform's,
-    and is left out. none: the bulks are of the reference's own platform, so nothing is left out."""
+    platform: Literal["keep", "remove", "none"] = "keep"
+    """For --calibrate types: what all bulks share against the reference is the platform's. keep:
+    cells show it as the bulks do; remove: cells are as the reference's platform would measure them;
+    none: there is none, as the bulks are of the reference's own platform."""
     out: Path = Path("generated.h5ad")
     """The file of generated cells; proportions of --bulk are written to the same folder."""
 

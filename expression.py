@@ -33,7 +33,8 @@ class Expression:
     library: np.ndarray
     """Mean counts of a cell of each type (K)."""
     log_fold_change: np.ndarray
-    """Natural log of the change against the type's mean in the reference (S, K, G) float32."""
+    """Natural log of the change against the type's mean in the reference, without the platform's
+    part (S, K, G) float32."""
     sd: np.ndarray
     """Posterior sd of what was allotted to the type, the part of it that is not in the state
     (S, K, G) float32; the prior's where nothing is known, 0 where nothing was allotted."""
@@ -69,7 +70,7 @@ def type_profiles(decoder, mu, var, n=N_DRAWS):
             if dropout_logits is not None:
                 mean = mean * torch.sigmoid(-dropout_logits)
             out[s, k] = mean.mean(dim=0).cpu().numpy()
-    return out / np.maximum(out.sum(axis=2, keepdims=True), 1e-12)
+    return normalise(out)
 
 
 def mean_library(decoder):
@@ -147,7 +148,7 @@ def choose_platform_sd(ratio, share, v):
     return max(PLATFORM_SDS, key=lambda sd: platform_posterior(ratio, share, v, sd)[2].sum())
 
 
-def allot(bulk, weight, profiles, measured, platform="cohort", moved=None):
+def allot(bulk, weight, profiles, measured, platform="keep", moved=None):
     """Allot what is left between bulks and their expected sums to platform and cell types.
 
         r_sg = ln((p + ε) / (q + ε)) = Σ_k w_skg (P_kg + δ_skg) + e_sg
@@ -162,11 +163,12 @@ def allot(bulk, weight, profiles, measured, platform="cohort", moved=None):
     Args:
         bulk: (S, G), any scale; its sum counts as its depth, at least 1e5. weight: counts that each
             type gives to the bulk (S, K). profiles: (S, K, G). measured: mask (G).
-        platform: ``cohort``, or ``none`` if the bulks are of the reference's own platform.
+        platform: ``none`` if the bulks are of the reference's own platform, else anything.
         moved: natural log of what the state changed in the profiles (S, K, G), default nothing.
 
     Returns:
-        mean of δ and its sd, each (S, K, G) float32; 0 and the prior's in genes not measured.
+        mean of δ and its sd, each (S, K, G) float32, 0 and the prior's in genes not measured; and
+        mean of P (K, G) float32.
     """
     S, K, G = profiles.shape
     moved = np.broadcast_to(0.0, profiles.shape) if moved is None else moved
@@ -186,7 +188,7 @@ def allot(bulk, weight, profiles, measured, platform="cohort", moved=None):
     share = sum_types(weight, profiles[:, :, some])[1]
     v = covary(share, moved[:, :, some])[1] + noise[:, some]
     platform_sd = choose_platform_sd(ratio[:, some], share, v)
-    for _ in range(4 if platform == "cohort" else 0):
+    for _ in range(0 if platform == "none" else 4):
         for g in chunks:
             share = sum_types(weight, profiles[:, :, g], P[:, g])[1]
             v = covary(share, moved[:, :, g])[1] + noise[:, g]
@@ -204,7 +206,7 @@ def allot(bulk, weight, profiles, measured, platform="cohort", moved=None):
         known = Cw**2 / v[:, None] - Cw**2 * (unsure / v**2)[:, None]
         prior = SAMPLE_SD**2 + (STATE_ERROR * moved[:, :, g]) ** 2
         sd[:, :, g] = np.sqrt(np.maximum(prior - np.where(measured[g], known, 0), 0))
-    return delta.clip(-LIMIT, LIMIT), sd
+    return delta.clip(-LIMIT, LIMIT), sd, P.clip(-LIMIT, LIMIT).astype(np.float32)
 
 
 def calibration(bulk, expected, measured):
@@ -220,6 +222,11 @@ def calibration(bulk, expected, measured):
     return np.where(measured, np.clip(np.log(p / q), -LIMIT, LIMIT), 0).astype(np.float32)
 
 
+def normalise(profiles):
+    """Fractions (S, K, G): each profile over its sum, all 0 if that is 0."""
+    return profiles / np.maximum(profiles.sum(axis=2, keepdims=True), 1e-12)
+
+
 def expected_bulk(decoder, encoded, n=N_DRAWS):
     """The sum (S, G), a numpy array, that proportions make of each type's mean counts.
 
@@ -232,7 +239,7 @@ def expected_bulk(decoder, encoded, n=N_DRAWS):
     return sum_types(weight, type_profiles(decoder, mu, var, n))[0]
 
 
-def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", platform="cohort"):
+def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", platform="keep"):
     """Expected expression of each type in each sample, and what generated cells take of it.
 
     Args:
@@ -240,7 +247,9 @@ def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", pla
             decoder's genes. measured: mask (G).
         calibrate: ``none``: states alone; ``uniform``: one factor per gene for all types, so that
             the cells of a sample add up to its bulk; ``types``: :func:`allot`.
-        platform: see :func:`allot`.
+        platform: ``keep``: what all bulks share is the platform's, and cells show it as the bulks
+            do; ``remove``: cells are as the reference's platform would measure them; ``none``:
+            there is none, and what the bulks share is the samples'.
 
     Returns:
         Expression.
@@ -252,16 +261,17 @@ def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", pla
     weight = pi.cpu().double().numpy() * library
     shape, log_factor = start.shape, None
     delta, sd = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    P = np.float32(0)
     if calibrate == "uniform":
         factor = calibration(bulk, expected_bulk(decoder, encoded), measured)
         log_factor, delta = torch.from_numpy(factor).to(mu.device), delta + factor[:, None]
     elif calibrate == "types":
         moved = np.log((start + FLOOR) / (reference + FLOOR))
-        delta, sd = allot(bulk, weight, start, measured, platform, moved)
-        log_factor = torch.from_numpy(delta.astype(np.float32)).to(mu.device)
-    profiles = start * np.exp(delta)
-    profiles /= profiles.sum(axis=2, keepdims=True)
-    change = np.log((profiles + 1e-9) / (reference + 1e-9))
+        delta, sd, P = allot(bulk, weight, start, measured, platform, moved)
+        P = P if platform == "keep" else np.float32(0)
+        log_factor = torch.from_numpy(delta + P).to(mu.device)
+    change = np.log((normalise(start * np.exp(delta)) + 1e-9) / (reference + 1e-9))
+    profiles = normalise(start * np.exp(delta + P))
     return Expression(profiles, library, change, sd, log_factor)
 
 
@@ -274,8 +284,8 @@ def expression_table(samples, proportions, expression, card):
 
     Returns:
         AnnData (S K x G), float32. X: expected counts of one cell. Layers: ``log2_fold_change``
-        against the type's mean in the reference, and ``log2_fold_change_sd``. obs: sample,
-        cell_type, proportion.
+        against the type's mean in the reference, without the platform's part, and
+        ``log2_fold_change_sd``. obs: sample, cell_type, proportion.
     """
     import anndata
     import pandas as pd

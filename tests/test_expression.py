@@ -192,7 +192,7 @@ def simulate_bulks(platform=0.0, depth=1e6, seed=0):
 def test_a_change_of_one_types_own_genes_lands_in_that_type(platform):
     """Others follow a little, as types often change together, but express hardly any of it."""
     bulk, weight, profiles = simulate_bulks(platform)
-    delta, _ = allot(bulk, weight, profiles, ALL_GENES)
+    delta, *_ = allot(bulk, weight, profiles, ALL_GENES)
     change = delta[RAISED].mean(axis=0) - delta[~RAISED].mean(axis=0)  # (K, G)
     assert 0.8 * np.log(4) < change[0, OWN].mean() < 1.1 * np.log(4)
     assert (change[0, OWN] > change[1:, OWN]).all()
@@ -205,8 +205,8 @@ def test_a_change_of_one_types_own_genes_lands_in_that_type(platform):
 def test_a_factor_that_all_bulks_share_is_the_platforms():
     bulk, weight, profiles = simulate_bulks(platform=1.0)
     rest = np.arange(N_GENES) >= 20  # not those that the samples differ in, nor near them
-    cohort, _ = allot(bulk, weight, profiles, ALL_GENES, "cohort")
-    none, _ = allot(bulk, weight, profiles, ALL_GENES, "none")
+    cohort, *_ = allot(bulk, weight, profiles, ALL_GENES, "remove")
+    none, *_ = allot(bulk, weight, profiles, ALL_GENES, "none")
     assert np.sqrt(np.mean(cohort[:, :, rest] ** 2)) < 0.1
     assert np.sqrt(np.mean(none[:, :, rest] ** 2)) > 0.5
     # Without a platform, what all bulks share is taken for their own.
@@ -214,15 +214,15 @@ def test_a_factor_that_all_bulks_share_is_the_platforms():
     one_state = np.flatnonzero(RAISED)
     parts = bulk[one_state], weight[one_state], profiles[one_state], ALL_GENES
     assert allot(*parts, "none")[0][:, 0, OWN].mean() > 0.8 * np.log(4)
-    assert abs(allot(*parts, "cohort")[0][:, 0, OWN].mean()) < 0.6 * np.log(4)
+    assert abs(allot(*parts, "remove")[0][:, 0, OWN].mean()) < 0.6 * np.log(4)
 
 
 def test_of_one_bulk_most_is_taken_for_the_platforms():
     bulk, weight, profiles = simulate_bulks(platform=1.0)
     last = slice(N_SAMPLES - 1, N_SAMPLES)
     one = bulk[last], weight[last], profiles[last], ALL_GENES
-    cohort, sd = allot(*one)
-    none, sd_of_none = allot(*one, "none")
+    cohort, sd, _ = allot(*one)
+    none, sd_of_none, _ = allot(*one, "none")
     assert abs(cohort).mean() < 0.5 * abs(none).mean()
     assert (sd[0, 0, OWN] > 2 * sd_of_none[0, 0, OWN]).all()
 
@@ -230,8 +230,8 @@ def test_of_one_bulk_most_is_taken_for_the_platforms():
 def test_uncertainty_is_smallest_where_a_type_gives_the_counts():
     bulk, weight, profiles = simulate_bulks(depth=1e7)
     measured = np.arange(N_GENES) != 85
-    for platform in ("cohort", "none"):
-        _, sd = allot(bulk, weight, profiles, measured, platform)
+    for platform in ("remove", "none"):
+        _, sd, _ = allot(bulk, weight, profiles, measured, platform)
         prior = sd[0, 0, 85]  # of a gene of which nothing is known
         assert (sd > 0).all() and sd.max() < 1.1 * prior and (sd[:, :, 85] == prior).all()
         for k in range(N_TYPES):
@@ -261,11 +261,11 @@ def simulate_prior(sample_sd, platform_sd=0.0, n_samples=12, n_genes=600, seed=0
     return bulk, weight, np.broadcast_to(profile, truth.shape), truth
 
 
-@pytest.mark.parametrize(("platform", "platform_sd"), [("none", 0.0), ("cohort", 0.7)])
+@pytest.mark.parametrize(("platform", "platform_sd"), [("none", 0.0), ("remove", 0.7)])
 def test_stated_uncertainty_is_the_spread_of_the_truth(platform, platform_sd):
     """68 % lie within one sd, and 95 % within two."""
     bulk, weight, profiles, truth = simulate_prior(expression.SAMPLE_SD, platform_sd)
-    delta, sd = allot(bulk, weight, profiles, np.ones(bulk.shape[1], bool), platform)
+    delta, sd, _ = allot(bulk, weight, profiles, np.ones(bulk.shape[1], bool), platform)
     error = delta - truth
     error -= np.median(error, axis=(1, 2), keepdims=True)  # fractions know no common factor
     assert 0.6 < np.mean(abs(error) < sd) < 0.76
@@ -343,7 +343,7 @@ def test_what_a_state_underestimates_goes_to_the_type_that_it_moves():
 def test_genes_that_are_not_measured_are_left_alone():
     bulk, weight, profiles = simulate_bulks()
     measured = np.arange(N_GENES) % 3 > 0
-    delta, sd = allot(bulk, weight, profiles, measured)
+    delta, sd, _ = allot(bulk, weight, profiles, measured)
     assert not delta[:, :, ~measured].any() and len(np.unique(sd[:, :, ~measured])) == 1
     assert sd[:, :, measured].min() < 0.5 * sd[0, 0, 0]  # which is the prior's
     assert delta[:, :, measured].any(axis=(0, 1)).all()
@@ -351,12 +351,12 @@ def test_genes_that_are_not_measured_are_left_alone():
     np.testing.assert_array_equal(allot(nothing, weight, profiles, measured)[0], delta)
 
 
-@pytest.mark.parametrize("platform", ["cohort", "none"])
+@pytest.mark.parametrize("platform", ["remove", "none"])
 def test_equal_bulks_get_equal_changes_whatever_their_scale(platform):
     """The sum of a bulk only says how well it is counted, from 100,000 on."""
     bulk, weight, profiles = simulate_bulks()
     twice = [np.concatenate([part, part[:1]]) for part in (bulk, weight, profiles)]
-    delta, sd = allot(*twice, ALL_GENES, platform)
+    delta, sd, _ = allot(*twice, ALL_GENES, platform)
     np.testing.assert_allclose(delta[0], delta[-1], atol=1e-6)
     np.testing.assert_allclose(sd[0], sd[-1], atol=1e-6)
     delta, scaled, again = (
@@ -376,8 +376,8 @@ def test_changes_stay_within_bounds():
     bulk, weight, profiles = simulate_bulks()
     wild = bulk.copy()
     wild[0, :5], wild[1, 40:] = 10**12, 0
-    for platform in ("cohort", "none"):
-        delta, sd = allot(wild, weight, profiles, ALL_GENES, platform)
+    for platform in ("remove", "none"):
+        delta, sd, _ = allot(wild, weight, profiles, ALL_GENES, platform)
         assert np.isfinite(delta).all() and np.isfinite(sd).all()
         assert abs(delta).max() <= np.log(30) + 1e-6
 
@@ -496,7 +496,7 @@ def test_expression_of_each_type_in_each_sample(trained_samples, bulk_csv, tmp_p
     text, cells, table = generate(
         tmp_path / "g.h5ad", bulk_csv, trained_samples, "--calibrate", calibrate
     )
-    assert ("--calibrate types, --platform cohort: " in text) == (calibrate == "auto")
+    assert ("--calibrate types, --platform keep: " in text) == (calibrate == "auto")
     assert "g.expression.h5ad: 24 cell types of samples x 60 genes" in text
     assert table.shape == (24, 60) and list(table.var_names) == [f"GENE{i}" for i in range(60)]
     assert list(table.var["gene_ids"][:2]) == ["ENSG00000000000", "ENSG00000000001"]
@@ -542,7 +542,7 @@ def test_platform_is_left_out_or_not(trained_samples, bulk_csv, tmp_path):
     bulk.loc["GENE30"] = 30 * bulk.loc["GENE30"]
     bulk.to_csv(tmp_path / "bulk.csv")
     changes = []
-    for platform in ("cohort", "none"):
+    for platform in ("remove", "none"):
         flags = ["--calibrate", "types", "--platform", platform]
         _, _, table = generate(tmp_path / "g.h5ad", tmp_path / "bulk.csv", trained_samples, *flags)
         changes.append(float(table[:, "GENE30"].layers["log2_fold_change"].mean()))
@@ -574,7 +574,7 @@ def test_without_states_nothing_changes_unless_asked(tmp_path):
     [
         (["--calibrate"], ["--calibrate", "too few"]),
         (["--calibrate", "all"], ["--calibrate: found all", "uniform or types"]),
-        (["--platform", "other"], ["--platform: found other", "cohort or none"]),
+        (["--platform", "other"], ["--platform: found other", "keep, remove or none"]),
     ],
 )
 def test_calibration_that_is_none_is_a_one_line_error(bulk_csv, tmp_path, flags, words):
