@@ -152,9 +152,7 @@ def sum_all_cells(settings, names, genes):
 
 
 def encode_samples(bulk, measured, genes, encoder, decoder):
-    """Encode bulks and estimate the expression of their cell types, as bulk2sc.py does.
-
-    With --platform none, as the bulks are sums of the reference's own cells.
+    """Encode bulks and estimate the expression of their cell types, as bulk2sc.py does by default.
 
     Args:
         bulk: counts (S, G) in the decoder's genes. measured: mask (G). genes: ``(decoder's,
@@ -168,9 +166,7 @@ def encode_samples(bulk, measured, genes, encoder, decoder):
     present = measured[pd.Index(genes[0]).get_indexer(genes[1])]
     *encoded, _ = encode_bulks(encoder, X, present, decoder.mu.device)
     calibrate = "types" if encoder.n_state else "none"
-    return encoded, estimate_expression(
-        decoder, encoded, bulk, measured, calibrate, platform="none"
-    )
+    return encoded, estimate_expression(decoder, encoded, bulk, measured, calibrate)
 
 
 @torch.inference_mode()
