@@ -152,7 +152,7 @@ import torch
 from tqdm import trange
 
 from baselines import ScVI, draw_cell_type_nb, predict_proportions, train_published
-from contrasts import measure_contrasts, plan_contrasts
+from contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from data import (
     align_genes,
     codes_of,
@@ -574,6 +574,12 @@ def measure_states(trainings, plan, cfg):
         table of :func:`summarise`, over donors if there are several; and their names.
     """
     rows = [row for training in trainings for row in measure_contrasts(training, plan, cfg)]
+    if not rows:
+        raise InputError(
+            f"--conditions {cfg.conditions}: found no cell type with {FEWEST_CELLS} cells in "
+            "held-out samples of both conditions, expected more cells, other held-out donors, or "
+            "--profiles"
+        )
     # Mean and std are over donors, whichever training they were held out from.
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
     donors = list(dict.fromkeys(table["weights"]))

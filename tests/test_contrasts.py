@@ -12,7 +12,15 @@ import scipy.sparse as sp
 import baselines
 import contrasts
 import metrics
-from conftest import CELL_TYPES, QUICK, assert_one_line_error, make_cells, run_inside, train
+from conftest import (
+    CELL_TYPES,
+    OF_SAMPLES,
+    QUICK,
+    assert_one_line_error,
+    make_cells,
+    run_inside,
+    train,
+)
 from readers import profiles
 from runtime.errors import InputError
 
@@ -435,3 +443,14 @@ def test_whole_samples_must_be_held_out():
         contrasts.held_out_samples(training)
     training.held_out = (cells.obs["donor"] == "d3").to_numpy()
     assert contrasts.held_out_samples(training) == ["d3_control", "d3_treated"]
+
+
+def test_no_type_has_enough_cells(trained_samples, sample_h5ad):
+    """Twelve cells of a type in a sample are too few to be a truth."""
+    before = sorted(trained_samples.iterdir())
+    done = run_inside(
+        "evaluate.py", "--data", sample_h5ad, *OF_SAMPLES, "--conditions", "treatment",
+        "--weights", trained_samples, "--contrasts-only",
+    )  # fmt: skip
+    assert_one_line_error(done, "--conditions treatment", "20 cells", "--profiles")
+    assert sorted(trained_samples.iterdir()) == before  # nothing half-written

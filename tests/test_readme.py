@@ -81,10 +81,11 @@ def clone(tmp_path_factory):
     fractions.to_csv(folder / "flow_fractions.csv", index=False)
     few = cells[rng.permutation(cells.n_obs)[:250]].copy()  # evaluate.py's forests are slow
     few.obs["cell_type"] = few.obs["bulk_labels"]
-    few.obs["donor"] = np.array(["d1", "d2", "d3"])[np.arange(few.n_obs) % 3]
-    few.obs["condition"] = np.array(["control", "treated"])[np.arange(few.n_obs) // 3 % 2]
-    few.obs["sample"] = few.obs["donor"] + "_" + few.obs["condition"]
-    few.write_h5ad(folder / "atlas.h5ad")
+    cells.obs["cell_type"] = cells.obs["bulk_labels"]
+    cells.obs["donor"] = np.array(["d1", "d2", "d3"])[np.arange(cells.n_obs) % 3]
+    cells.obs["condition"] = np.array(["control", "treated"])[np.arange(cells.n_obs) // 3 % 2]
+    cells.obs["sample"] = cells.obs["donor"] + "_" + cells.obs["condition"]
+    cells.write_h5ad(folder / "atlas.h5ad")
     export_10x(few, folder / "filtered_feature_bc_matrix")
     with tarfile.open(folder / "download.tar.gz", "w:gz") as tar:
         tar.add(folder / "filtered_feature_bc_matrix", "filtered_feature_bc_matrix")
