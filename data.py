@@ -612,6 +612,25 @@ def batch_bulks(X, batch_size, n, rng, part):
         yield (S @ X).toarray(), members
 
 
+def batch_bulks_of_samples(X, sample, batch_size, n, rng, part):
+    """As :func:`batch_bulks`, but all cells of a bulk are of one biological sample.
+
+    Each bulk is of a sample drawn by its number of cells, and its cells are drawn from that sample
+    without replacement. sample: of each cell (N); samples of fewer than batch_size cells are not
+    drawn.
+    """
+    X, sizes = X.astype(np.float32, copy=False), np.bincount(sample)
+    share = np.where(sizes >= batch_size, sizes, 0) / sizes[sizes >= batch_size].sum()
+    cells = [np.flatnonzero(sample == s) for s in range(len(sizes))]
+    for first in range(0, n, part):
+        drawn = rng.choice(len(sizes), min(part, n - first), p=share)
+        members = np.stack([rng.choice(cells[s], batch_size, replace=False) for s in drawn])
+        index = (np.repeat(np.arange(len(members)), batch_size), members.ravel())
+        shape = (len(members), X.shape[0])
+        S = sp.csr_matrix((np.ones(members.size, np.float32), index), shape=shape)
+        yield (S @ X).toarray(), members
+
+
 # ------------------------------------------------------------------------------ bulk samples
 
 

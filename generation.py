@@ -9,13 +9,22 @@ D latent dimensions.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from data import align_genes, apply_split, batch_bulks, library_size, load_cells
+from data import (
+    align_genes,
+    apply_split,
+    batch_bulks,
+    batch_bulks_of_samples,
+    library_size,
+    load_cells,
+    samples_of,
+)
 from expression import calibration, estimate_expression, expected_bulk
 from models import BulkEncoder, scDecoder
 from readers.bulk import read_bulk
@@ -129,16 +138,25 @@ def encode_batches(cfg, encoder, genes, device, rng):
     """
     cells = load_cells(cfg, need_labels=False)
     X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    if cfg.batch_size > cells.n_obs:
+    sample, names = samples_of(cells)
+    sizes = np.bincount(sample)
+    if cfg.batch_size > sizes.max():
+        where = cfg.data if len(names) == 1 else "the largest of --samples"
         raise InputError(
-            f"--batch-size: found {cfg.batch_size}, expected at most the {cells.n_obs} cells of "
-            f"{cfg.data}"
+            f"--batch-size: found {cfg.batch_size}, expected at most the {sizes.max()} cells of "
+            f"{where}"
         )
-    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells")
+    of_samples = f" of one of {len(names):,} samples" if len(names) > 1 else ""
+    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells{of_samples}")
+    if small := np.sum(sizes < cfg.batch_size):
+        print(f"{small:,} samples have fewer cells than that and give no bulk")
+    batches = partial(batch_bulks, X)
+    if len(names) > 1:
+        batches = partial(batch_bulks_of_samples, X, sample)
 
     def encode():
         first = 0
-        for bulk, _ in batch_bulks(X, cfg.batch_size, cfg.n_cells, rng, CHUNK):
+        for bulk, _ in batches(cfg.batch_size, cfg.n_cells, rng, CHUNK):
             check_filled(bulk, range(first, first + len(bulk)), cfg.data)
             yield encode_bulks(encoder, sp.csr_matrix(bulk), present, device)[:3]
             first += len(bulk)

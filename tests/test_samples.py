@@ -22,6 +22,7 @@ from conftest import (
 from data import (
     TrainingSettings,
     align_genes,
+    batch_bulks_of_samples,
     choose_held_out,
     choose_state_genes,
     codes_of,
@@ -910,3 +911,26 @@ def test_broken_samples_in_a_file_end_in_one_line(few, sample_h5ad, tmp_path):
     torch.save(content | {"samples": {"names": []}}, tmp_path / "w" / path.name)
     flags = ["--data", sample_h5ad, "--weights", tmp_path / "w", *OF_SAMPLES, *FEW[STAGES[2]]]
     assert_one_line_error(run_inside(STAGES[2], *flags), path.name, "do not fit together")
+
+
+def test_bulks_of_reference_cells_are_of_one_sample_each():
+    cells, rng = make_sample_cells(), np.random.default_rng(0)
+    sample = np.unique(cells.obs["sample"], return_inverse=True)[1]
+    keep = np.flatnonzero((sample > 0) | (np.cumsum(sample == 0) <= 5))  # five cells of the first
+    X, sample = cells.X[keep], sample[keep]
+    parts = list(batch_bulks_of_samples(X, sample, 20, 50, rng, 16))
+    bulk, members = (np.concatenate(part) for part in zip(*parts, strict=True))
+    assert bulk.shape == (50, cells.n_vars) and members.shape == (50, 20)
+    assert all(len(set(row)) == 20 and len(set(sample[row])) == 1 for row in members)
+    assert set(sample[members[:, 0]]) == set(sample) - {0}  # too few cells for a bulk
+    np.testing.assert_array_equal(bulk[7], X[members[7]].toarray().sum(axis=0))
+
+
+def test_batches_of_the_reference_by_sample(trained_samples, sample_h5ad, tmp_path):
+    flags = ["--data", sample_h5ad, "--samples", "sample", "--weights", trained_samples]
+    out = ["--n-cells", 12, "--out", tmp_path / "g.h5ad"]
+    done = run_inside("bulk2sc.py", *flags, *out, "--batch-size", 20)
+    assert done.returncode == 0, done.stderr
+    assert "12 bulks, each the sum of 20 reference cells of one of 8 samples" in done.stdout
+    done = run_inside("bulk2sc.py", *flags, *out, "--batch-size", 50)  # of 36 in each sample
+    assert_one_line_error(done, "--batch-size: found 50", "36", "--samples")
