@@ -27,7 +27,7 @@ from data import (
     sum_by_type,
 )
 from expression import estimate_expression
-from generation import add_to_sums, check_filled, encode_bulks, generate_cells
+from generation import add_to_sums, encode_in_all_genes, generate_cells
 from metrics import CellMetrics, false_changes, fold_change_metrics, random_forest_auroc
 from models import scGMVAE
 from moments import mix_moments, read_samples_card
@@ -388,11 +388,8 @@ def training_shares(training):
 
 def encode(training, counts, measured, names):
     """mu, var (S, K, D) and pi (S, K) of bulks (S, G) in the decoder's genes, in one call."""
-    genes, encoder_genes = training.genes
-    X, _ = align_genes(sp.csr_matrix(counts), genes, encoder_genes, "the encoder", report=False)
-    check_filled(X, names, training.folder)
-    present = measured[pd.Index(genes).get_indexer(encoder_genes)]
-    return encode_bulks(training.encoder, X, present, training.decoder.mu.device)[:3]
+    bulks = counts, measured, training.genes, names, training.folder
+    return encode_in_all_genes(training.encoder, *bulks)[:3]
 
 
 @dataclass

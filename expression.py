@@ -227,19 +227,23 @@ def normalise(profiles):
     return profiles / np.maximum(profiles.sum(axis=2, keepdims=True), 1e-12)
 
 
-def expected_bulk(decoder, encoded, n=N_DRAWS):
+def expected_bulk(decoder, encoded, profiles=None, n=N_DRAWS):
     """The sum (S, G), a numpy array, that proportions make of each type's mean counts.
 
-    encoded: mu, var (S, K, D) and pi (S, K) of the bulks. n: draws of z for a type in a sample.
+    encoded: mu, var (S, K, D) and pi (S, K) of the bulks. profiles: of :func:`type_profiles`, if
+    they are there already; else from n draws of z for a type in a sample.
     """
     mu, var, pi = encoded
     if decoder.tilt_shape(mu, var) is None:  # no sample has a state of its own
         return (pi @ decoder.type_means()).cpu().numpy()
     weight = pi.cpu().double().numpy() * mean_library(decoder)
-    return sum_types(weight, type_profiles(decoder, mu, var, n))[0]
+    profiles = type_profiles(decoder, mu, var, n) if profiles is None else profiles
+    return sum_types(weight, profiles)[0]
 
 
-def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", platform="keep"):
+def estimate_expression(
+    decoder, encoded, bulk, measured, calibrate="types", platform="keep", profiles=None
+):
     """Expected expression of each type in each sample, and what generated cells take of it.
 
     Args:
@@ -250,20 +254,21 @@ def estimate_expression(decoder, encoded, bulk, measured, calibrate="types", pla
         platform: ``keep``: what all bulks share is the platform's, and cells show it as the bulks
             do; ``remove``: cells are as the reference's platform would measure them; ``none``:
             there is none, and what the bulks share is the samples'.
+        profiles: of :func:`type_profiles`, if they are there already.
 
     Returns:
         Expression.
     """
     mu, var, pi = encoded
     library = mean_library(decoder)
-    start = type_profiles(decoder, mu, var)  # (S, K, G)
+    start = type_profiles(decoder, mu, var) if profiles is None else profiles  # (S, K, G)
     reference = type_profiles(decoder, decoder.mu[None], decoder.var[None])  # (1, K, G)
     weight = pi.cpu().double().numpy() * library
     shape, log_factor = start.shape, None
     delta, sd = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     P = np.float32(0)
     if calibrate == "uniform":
-        factor = calibration(bulk, expected_bulk(decoder, encoded), measured)
+        factor = calibration(bulk, expected_bulk(decoder, encoded, start), measured)
         log_factor, delta = torch.from_numpy(factor).to(mu.device), delta + factor[:, None]
     elif calibrate == "types":
         moved = np.log((start + FLOOR) / (reference + FLOOR))

@@ -25,7 +25,7 @@ from data import (
     load_cells,
     samples_of,
 )
-from expression import calibration, estimate_expression, expected_bulk
+from expression import calibration, estimate_expression, expected_bulk, type_profiles
 from models import BulkEncoder, scDecoder
 from readers.bulk import read_bulk
 from runtime.errors import InputError
@@ -124,6 +124,22 @@ def encode_bulks(encoder, X, present, device, n_halves=0):
         parts.append((mu, var, pi, sd))
     mu, var, pi, sd = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, var, pi, sd if n_halves else None
+
+
+def encode_in_all_genes(encoder, bulk, measured, genes, names, where, n_halves=0):
+    """:func:`encode_bulks` of bulks in the decoder's genes, checked to have counts.
+
+    Args:
+        bulk: (S x G), CSR or dense. measured: mask (G). genes: ``(decoder's, encoder's)``.
+        names: of the bulks (S). where: what messages name.
+
+    Raises:
+        InputError: see :func:`check_filled`.
+    """
+    X, _ = align_genes(bulk, *genes, where, report=False)
+    check_filled(X, names, where)
+    present = measured[pd.Index(genes[0]).get_indexer(genes[1])]
+    return encode_bulks(encoder, X, present, encoder.mu.device, n_halves)
 
 
 def encode_batches(cfg, encoder, genes, device, rng):
@@ -335,21 +351,22 @@ class BulkSamples:
     Attributes:
         names: of the samples (S). bulk: (S, G) in the decoder's genes. measured: mask (G).
         encoded: mu, var (S, K, D) and pi (S, K). sd: of pi (S, K). expected: (S, G), the sum that
-            pi makes. sums: (S, G), of the cells generated so far. fit: a row for each sample.
+            pi makes. profiles: expected of each type (S, K, G). sums: (S, G), of the cells
+            generated so far. fit: a row for each sample.
     """
 
     def __init__(self, path, encoder, encoder_card, decoder, decoder_card):
         # In all genes of the decoder: those that the encoder does not read still show the fit.
         genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
         bulk, self.measured, self.names = read_bulk(path, genes, decoder_card.get("gene_ids"))
-        X, _ = align_genes(bulk, genes, encoder_genes, path, report=False)
-        present = self.measured[pd.Index(genes).get_indexer(encoder_genes)]
-        n_genes = len(encoder_genes)
-        print(f"{path}: {present.sum():,} of the {n_genes:,} genes the Bulk Encoder reads")
-        check_filled(X, self.names, path)
-        *self.encoded, sd = encode_bulks(encoder, X, present, encoder.mu.device, n_halves=20)
-        self.bulk, self.sd = bulk.toarray(), sd.cpu().numpy()
-        self.decoder, self.expected = decoder, expected_bulk(decoder, self.encoded)
+        n_read = np.isin(encoder_genes, np.array(genes)[self.measured]).sum()
+        print(f"{path}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
+        *self.encoded, sd = encode_in_all_genes(
+            encoder, bulk, self.measured, (genes, encoder_genes), self.names, path, n_halves=20
+        )
+        self.bulk, self.sd, self.decoder = bulk.toarray(), sd.cpu().numpy(), decoder
+        self.profiles = type_profiles(decoder, *self.encoded[:2])
+        self.expected = expected_bulk(decoder, self.encoded, self.profiles)
         self.sums = np.zeros(self.bulk.shape)
         self.fit = pd.DataFrame(index=self.names)
         correlation, unexplained = bulk_fit(self.bulk, self.expected, self.measured)
@@ -373,4 +390,6 @@ class BulkSamples:
     def estimate_expression(self, calibrate, platform):
         """:func:`expression.estimate_expression` of these samples."""
         bulks = self.bulk, self.measured
-        return estimate_expression(self.decoder, self.encoded, *bulks, calibrate, platform)
+        return estimate_expression(
+            self.decoder, self.encoded, *bulks, calibrate, platform, self.profiles
+        )

@@ -26,7 +26,7 @@ from data import (
     sum_by_type,
 )
 from expression import estimate_expression
-from generation import CHUNK, check_filled, decode, encode_bulks
+from generation import CHUNK, decode, encode_in_all_genes
 from readers.labels import natural_order
 from runtime.errors import InputError, some
 
@@ -161,10 +161,8 @@ def encode_samples(bulk, measured, genes, encoder, decoder):
     Returns:
         mu, var (S, K, D) and pi (S, K); and :class:`expression.Expression`.
     """
-    X, _ = align_genes(sp.csr_matrix(bulk), *genes, "the encoder", report=False)
-    check_filled(X, range(len(bulk)), "the donor's samples")
-    present = measured[pd.Index(genes[0]).get_indexer(genes[1])]
-    *encoded, _ = encode_bulks(encoder, X, present, decoder.mu.device)
+    names, where = range(len(bulk)), "the donor's samples"
+    *encoded, _ = encode_in_all_genes(encoder, bulk, measured, genes, names, where)
     calibrate = "types" if encoder.n_state else "none"
     return encoded, estimate_expression(decoder, encoded, bulk, measured, calibrate)
 

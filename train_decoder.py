@@ -75,6 +75,7 @@ from data import (
     library_size,
     load_cells,
     mean_counts,
+    sample_names,
 )
 from models import encode_cells, mean_profile, scDecoder, scGMVAE
 from readers.backed import sample_in_memory
@@ -302,6 +303,7 @@ def main(cfg):
     made_from = digest(
         *(cells.X, list(cells.obs_names), genes, codes, cell_types, held_out, mu, var),
         gmvae.state_dict() if by_posterior else "prior",
+        *sample_names(cells),  # type means are shrunk if there are several donors
     )
     model_file = cfg.weights / "scDecoder_model.pt"
     if already_finished(cfg, model_file, scDecoder, made_from):

@@ -107,7 +107,7 @@ from expression import expected_bulk
 from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from moments import SampleMoments, read_samples_card, sample_moments
-from pseudobulks import BulkCells, concatenate, make_folds, simulate_bulks
+from pseudobulks import BulkCells, Bulks, concatenate, make_folds, simulate_bulks
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
@@ -334,7 +334,7 @@ def batch_losses(model, bulks, signature=None, part=slice(None)):
 
 @torch.no_grad()
 def held_out_losses(model, test):
-    """The three losses on held-out bulks (TestBulks), in eval mode; None without any."""
+    """The three losses on held-out bulks (HeldOutBulks), in eval mode; None without any."""
     names = ("mu", "var", "pi")
     if test is None:
         return {f"held_out_{name}": None for name in names}
@@ -345,11 +345,10 @@ def held_out_losses(model, test):
 
 
 @dataclass
-class TestBulks:
+class HeldOutBulks:
     """Bulks of held-out cells, the same at every epoch."""
 
-    bulks: object
-    """Bulks (B)."""
+    bulks: Bulks
     known: torch.Tensor | None
     """Mask of the types whose raw moments can be compared with (B, K); None without samples."""
     beside: dict
@@ -363,7 +362,7 @@ def simulate_test_bulks(model, cells, cfg, rng):
     """
     bulks = concatenate([simulate_bulks(cells, cfg, rng, clean=True) for _ in range(4)])
     if cells.sample is None:
-        return TestBulks(bulks, None, {})
+        return HeldOutBulks(bulks, None, {})
     n_cells = cells.moments.n_cells[bulks.share.argmax(axis=1)]  # (B, K)
     known = torch.from_numpy(n_cells >= min(FEWEST_CELLS, n_cells.max()))
     target = bulks.target(model)
@@ -374,14 +373,14 @@ def simulate_test_bulks(model, cells, cfg, rng):
     # The mean of n cells is off by N(0, σ²/n), whose squared and absolute sizes are in closed form.
     error2 = target[1] / torch.from_numpy(np.maximum(n_cells, 1))[:, :, None]
     noise = (error2 + (2 / np.pi * error2).sqrt())[known].mean()
-    return TestBulks(bulks, known, beside | {"noise_mu": noise.item()})
+    return HeldOutBulks(bulks, known, beside | {"noise_mu": noise.item()})
 
 
 def train_model(run, optimizer, schedule, folds, test, rng):
     """The training loop: a fresh batch of pseudobulks at every epoch, of each fold in turn.
 
     Args:
-        folds: as :func:`pseudobulks.make_folds` gives them. test: TestBulks, or None. rng: NumPy
+        folds: as :func:`pseudobulks.make_folds` gives them. test: HeldOutBulks, or None. rng: NumPy
             generator.
     """
     cfg, model = run.cfg, run.model

@@ -19,7 +19,10 @@ from runtime.errors import InputError
 from runtime.script import lead_with, parse_args, run_script
 
 
-@lead_with("data", "labels", "samples", "donors", "weights", "n_types", "held_out", "epochs")
+@lead_with(
+    *("data", "labels", "samples", "donors", "weights", "n_types"),
+    *("held_out", "epochs", "batch_size", "lr"),
+)
 @dataclass
 class Settings(TrainingSettings):
     """Stage 1: train scGMVAE, the latent space of cells and its Gaussian mixture of cell types.

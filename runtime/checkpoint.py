@@ -41,8 +41,8 @@ class Progress:
 def differing_setting(saved, current):
     """The first setting in which two runs differ, in words, or None; both as plain settings."""
     for name in current:
-        if name not in FREE and name in saved and saved[name] != current[name]:
-            return f"{flag(name)} {saved[name]}, now {current[name]}"
+        if name not in FREE and saved.get(name) != current[name]:
+            return f"{flag(name)} {saved.get(name)}, now {current[name]}"
     return None
 
 
