@@ -1,15 +1,17 @@
-"""Annotate cells with cell types, without R: the ScType score on scanpy's clusters.
+"""Annotate cells with cell types, without R: ScType's clusters, then each cell by its transcripts.
 
     python annotate.py --data pbmc1k_v3
     python annotate.py --data liver.h5ad --db ScTypeDB_full.xlsx --tissue Liver --out liver
 
-Does what scType.R does, by the same score on the same kind of clusters (Ianevski, Giri and
-Aittokallio, Nature Communications 2022), and writes the same files to --out:
-barcode_to_celltype.csv, clusters.csv and clusters.png.
+Names clusters as scType.R does, by the same score on the same kind of clusters (Ianevski, Giri and
+Aittokallio, Nature Communications 2022). Then it checks every cell by the transcripts of the
+lineages (see cell_types.py), if cell_types.csv knows the tissue's types; ``--method sctype`` keeps
+ScType's names. Writes barcode_to_celltype.csv, clusters.csv and clusters.png to --out.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from readers.counts import EMBEDDED, read_counts
 from runtime.errors import InputError
@@ -18,7 +20,7 @@ from runtime.script import flag, parse_args, run_script
 
 @dataclass
 class Settings:
-    """Annotate cells with cell types by the ScType score.
+    """Annotate cells with cell types by the ScType score and the cells' own transcripts.
 
     Example: python annotate.py --data pbmc1k_v3
     """
@@ -30,6 +32,13 @@ class Settings:
     db: str = "markers.csv"
     """Marker table: a csv, ScType's xlsx, or the address of one.
     An address is downloaded once and kept in the current folder."""
+    method: Literal["refined", "sctype"] = "refined"
+    """refined: check each cell after ScType's clusters. sctype: the clusters' names as they are."""
+    types: Path | None = None
+    """Lineages, Cell Ontology terms and markers of the cell types, for --method refined.
+    Default: cell_types.csv beside this script."""
+    min_confidence: float = 0.8
+    """Cells whose lineage is less probable than this are Unknown, for --method refined."""
     out: Path | None = None
     """Folder to write to. Default: where the data is, unless cell types are there already."""
     resolution: float = 0.8
@@ -51,6 +60,8 @@ class Settings:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 < self.resolution < float("inf"):
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
+        if not 0 <= self.min_confidence <= 1:
+            raise InputError(f"--min-confidence: found {self.min_confidence}, expected 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
 
@@ -73,6 +84,7 @@ import scipy.io
 import scipy.sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
+from cell_types import UNKNOWN, read_cell_types, scale_genes, type_cells
 from data import choose_genes, library_size, log_normalise
 from plotting import write_clusters
 from readers.bounded import read_table
@@ -234,21 +246,14 @@ def shared_neighbors(pcs, k):
     return shared
 
 
-def scale_genes(X):
-    """Each column of a sparse matrix (N x G) to mean 0 and variance 1, at most 10; dense."""
-    X = X.toarray().astype(np.float64)
-    sd = X.std(axis=0, ddof=1)
-    return np.minimum((X - X.mean(axis=0)) / np.where(sd > 0, sd, 1), 10)
-
-
 def cluster_cells(cells, cfg):
     """Log-normalise, choose variable genes, and cluster the cells by their PCs.
 
     As Seurat does, with Leiden in place of Louvain.
 
     Returns:
-        AnnData of log-normalised cells with ``.obs["cluster"]`` (codes by falling size) and
-        ``.obsm["X_umap"]``.
+        AnnData of log-normalised cells with ``.obs["cluster"]`` (codes by falling size),
+        ``.obsm["X_umap"]`` and ``.obsm["X_pca"]``.
     """
     n_pcs = min(50, cells.n_obs - 1, cells.n_vars - 1, cfg.n_genes - 1)
     if n_pcs < cfg.dims:
@@ -274,6 +279,7 @@ def cluster_cells(cells, cfg):
     _, codes, size = np.unique(variable.obs["leiden"], return_inverse=True, return_counts=True)
     log.obs["cluster"] = np.argsort(np.argsort(-size, kind="stable"))[codes]
     log.obsm["X_umap"] = variable.obsm["X_umap"]
+    log.obsm["X_pca"] = variable.obsm["X_pca"]
     return log
 
 
@@ -360,22 +366,92 @@ def match_markers(cells, markers, cfg):
     return names, is_marker
 
 
-def write_results(out, clustered, table):
+def sctype_labels(clustered, table):
+    """The name of each cell's cluster: DataFrame (N) with barcode and cell_type."""
+    best = table[table["rank"] == 1].set_index("cluster")["cell_type"]
+    cell_type = best.reindex(clustered.obs["cluster"]).to_numpy()
+    return pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
+
+
+def types_to_refine(cfg, markers):
+    """The tree of cell types, or None if ScType's names are to stay; says so if they must."""
+    if cfg.method == "sctype":
+        return None
+    path = cfg.types or Path(__file__).with_name("cell_types.csv")
+    types = read_cell_types(path, cfg.tissue)
+    if missing := [name for name in markers if name not in types]:
+        print(
+            f"{path}: no lineage of {some(missing)} of {cfg.tissue}; cells keep the names of "
+            "their clusters, as with --method sctype"
+        )
+        return None
+    return types
+
+
+def refine_labels(cells, clustered, labels, genes, types, cfg):
+    """Check each cell by its transcripts, and print what that changed.
+
+    Args:
+        cells, clustered: counts and what :func:`cluster_cells` made of them. labels: by cluster.
+        genes: names in capitals (G). types: of :func:`cell_types.read_cell_types`.
+
+    Returns:
+        ``labels`` with the new cell_type and the columns confidence, lineage, ontology_id,
+        ontology_term and sctype (N).
+    """
+    counts, log = sp.csr_matrix(cells.X), sp.csr_matrix(clustered.X)
+    found = type_cells(counts, log, pd.Index(genes), types, clustered.obsm["X_pca"], cfg.seed)
+    undecided = (found["lineage_confidence"] < cfg.min_confidence).to_numpy()
+    name = found["cell_type"].where(~undecided, UNKNOWN).to_numpy()
+    rows = [types.get(n) for n in name]
+    refined = labels[["barcode"]].assign(
+        cell_type=name,
+        confidence=found["confidence"].round(3).to_numpy(),
+        lineage=[t.lineage if t else UNKNOWN for t in rows],
+        ontology_id=[t.ontology_id if t else "" for t in rows],
+        ontology_term=[t.ontology_term if t else "" for t in rows],
+        sctype=labels["cell_type"],
+    )
+    print_changes(refined, types)
+    return refined
+
+
+def print_changes(refined, types):
+    """How many cells of each type have another name, or lineage, than their cluster."""
+    known = refined["cell_type"] != UNKNOWN
+    renamed = known & (refined["cell_type"] != refined["sctype"])
+    lineage = refined["sctype"].map({name: t.lineage for name, t in types.items()})
+    moved = known & (refined["lineage"] != lineage)
+    unknown = ~known & (refined["sctype"] != UNKNOWN)
+    print(
+        f"each cell checked by its own transcripts: {renamed.sum():,} of {len(refined):,} renamed, "
+        f"{moved.sum():,} of them to another lineage, {unknown.sum():,} undecided"
+    )
+    counts = pd.DataFrame(
+        {
+            "cells": refined["cell_type"].value_counts(),
+            "of them renamed": refined["cell_type"][renamed].value_counts(),
+            "ScType had": refined["sctype"].value_counts(),
+        }
+    )
+    print(counts.fillna(0).astype(int).to_string())
+
+
+def write_results(out, clustered, table, labels):
     """Write the cell types, the table of clusters and their picture, and print a summary.
 
-    clustered: as :func:`cluster_cells` gives it. table: of :func:`name_clusters`.
+    clustered: as :func:`cluster_cells` gives it. table: of :func:`name_clusters`. labels: with
+    the columns of LABEL_FILE (N).
     """
-    clusters = clustered.obs["cluster"].to_numpy()
-    best = table[table["rank"] == 1].set_index("cluster")
-    cell_type = best["cell_type"].reindex(clusters).to_numpy()
-    labels = pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
+    cell_type = labels["cell_type"].to_numpy()
     write_whole(out / LABEL_FILE, lambda path: labels.to_csv(path, index=False))
     write_whole(out / "clusters.csv", lambda path: table.to_csv(path, index=False))
-    write_clusters(out / "clusters.png", clustered.obsm["X_umap"], clusters, cell_type)
-    print(best[["cells", "cell_type", "score"]].to_string())
+    clusters = clustered.obs["cluster"].to_numpy()
+    title = "by ScType" + (", each cell checked" if "confidence" in labels else "")
+    write_clusters(out / "clusters.png", clustered.obsm["X_umap"], clusters, cell_type, title)
     print(
         f"wrote {LABEL_FILE}, clusters.csv and clusters.png to {out}: "
-        f"{len(set(cell_type) - {'Unknown'})} cell types, {np.sum(cell_type == 'Unknown'):,} of "
+        f"{len(set(cell_type) - {UNKNOWN})} cell types, {np.sum(cell_type == UNKNOWN):,} of "
         f"{len(cell_type):,} cells Unknown"
     )
 
@@ -388,6 +464,7 @@ def main(cfg):
         return
     out = output_folder(cfg)
     markers = read_markers(cfg.db, cfg.tissue)  # before the data, as it takes less time
+    types = types_to_refine(cfg, markers)
     cells = read_cells(cfg)
     names, is_marker = match_markers(cells, markers, cfg)
     with warnings.catch_warnings():
@@ -396,7 +473,12 @@ def main(cfg):
     z = scale_genes(clustered.X[:, is_marker])  # (N, markers)
     scores = sctype_scores(z, names[is_marker], markers)
     table = name_clusters(scores, list(markers), clustered.obs["cluster"].to_numpy())
-    write_results(out, clustered, table)
+    best = table[table["rank"] == 1].set_index("cluster")
+    print(best[["cells", "cell_type", "score"]].to_string())
+    labels = sctype_labels(clustered, table)
+    if types is not None:
+        labels = refine_labels(cells, clustered, labels, names, types, cfg)
+    write_results(out, clustered, table, labels)
 
 
 if __name__ == "__main__":

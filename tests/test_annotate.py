@@ -445,7 +445,10 @@ def pbmc(tmp_path_factory):
         if (script, db) not in known:
             out = tmp_path_factory.mktemp("pbmc")
             arguments = ["--data", PBMC1K, "--db", db, "--tissue", "Immune system", "--out", out]
-            done = run_r(*arguments) if script == "scType.R" else run_inside(script, *arguments)
+            if script == "scType.R":
+                done = run_r(*arguments)
+            else:
+                done = run_inside(script, *arguments, "--method", "sctype")
             assert done.returncode == 0, done.stderr
             known[script, db] = labels_of(out / "barcode_to_celltype.csv")
         return known[script, db]
