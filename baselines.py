@@ -1,4 +1,7 @@
-"""What bulk2sc is measured beside: for proportions, for cells, and for cell types' expression."""
+"""What bulk2sc is measured beside: for cells, and for cell types' expression in samples.
+
+Estimators of proportions are in deconvolution.py.
+"""
 
 import contextlib
 import io
@@ -7,51 +10,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize
 import scipy.sparse as sp
 import torch
 
 from data import library_size
-from generation import encode_bulks
+from deconvolution import bayesprism_fixed_point, positive_shares
 from models import scDecoder
 from runtime.device import pick_device
 from runtime.errors import InputError
 from runtime.weights import MIXTURE_FILES, load_model
-
-# --------------------------------------------------------------------------------- proportions
-
-
-def nnls_proportions(bulk, profiles):
-    """Proportions (S, K) by non-negative least squares on mean count profiles.
-
-        b_s / Σ_g b_sg  ≈  Σ_k w_sk p_k,   w ≥ 0,   rows of w then scaled to sum to 1
-
-    The usual baseline of deconvolution (Abbas et al., PLoS ONE 2009; among the best bulk methods
-    of Avila Cobos et al., Nature Communications 2020).
-
-    bulk (S, G) and profiles (K, G): counts. Profiles keep the natural depth of their cells, so that
-    weights are numbers of cells.
-    """
-    weights = np.stack([scipy.optimize.nnls(profiles.T, b / b.sum())[0] for b in bulk])
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def predict_proportions(encoder, bulk, present, profiles):
-    """Proportions (S, K) of bulks by each method, all on the same genes.
-
-    Args:
-        bulk: counts (S, G). present: mask (G) of the genes that were measured.
-        profiles: mean counts of the training cells of each type (K, G).
-
-    Returns:
-        dict: method -> array.
-    """
-    _, _, pi, _ = encode_bulks(encoder, sp.csr_matrix(bulk), present, encoder.mu.device)
-    return {
-        "bulk2sc": pi.cpu().numpy(),
-        "NNLS": nnls_proportions(bulk[:, present], profiles[:, present]),
-    }
-
 
 # --------------------------------------------------------------------------------------- cells
 
@@ -182,12 +149,10 @@ class ScVI:
 def bayesprism_expression(bulk, states, type_of, in_theta, n_iterations=100):
     """Counts of each cell type in each bulk: the Z of BayesPrism (Chu et al., Nature Cancer 2022).
 
-    The fixed point of its Gibbs sampler, as InstaPrism computes it (Hu and Chikina, Bioinformatics
-    2024), without the optional update of the reference:
+        Z_smg = x_sg θ_sm φ_mg / Σ_m' θ_sm' φ_m'g
 
-        Z_smg = x_sg θ_sm φ_mg / Σ_m' θ_sm' φ_m'g,   θ_sm ∝ Σ_g Z_smg
-
-    over cell states m, then summed to cell types.
+    over cell states m, then summed to cell types; θ of
+    :func:`deconvolution.bayesprism_fixed_point`.
 
     Args:
         bulk: counts or CPM (S, G). states: summed counts of the training cells of each state
@@ -201,15 +166,9 @@ def bayesprism_expression(bulk, states, type_of, in_theta, n_iterations=100):
     n_types = type_of.max() + 1
     used = states.sum(axis=1) > 0
     states, type_of = states[used], type_of[used]
-    phi = np.maximum(states / states.sum(axis=1, keepdims=True), 1e-8)  # BayesPrism's pseudo.min
-    phi /= phi.sum(axis=1, keepdims=True)  # (M, G)
-    theta = np.full((len(bulk), len(phi)), 1 / len(phi))  # (S, M)
-    x, phi_in = bulk[:, in_theta], phi[:, in_theta]
-    share = phi_in.sum(axis=1, keepdims=True)  # (M, 1) of a state's counts in these genes
-    phi_in = phi_in / share
-    for _ in range(n_iterations):
-        theta = theta * ((x / np.maximum(theta @ phi_in, 1e-300)) @ phi_in.T)
-        theta /= theta.sum(axis=1, keepdims=True)
+    phi = positive_shares(states)  # (M, G)
+    share = phi[:, in_theta].sum(axis=1, keepdims=True)  # (M, 1) of a state's counts in these genes
+    theta = bayesprism_fixed_point(bulk[:, in_theta], phi[:, in_theta] / share, n_iterations)
     theta = theta / share.T  # of the counts of all genes, up to a factor that ratio takes back
     ratio = bulk / np.maximum(theta @ phi, 1e-300)  # (S, G)
     Z = np.zeros((len(bulk), n_types, bulk.shape[1]))

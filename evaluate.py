@@ -4,6 +4,7 @@
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
     python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
+    python evaluate.py --shift-data other_donor.h5ad --lineages lineages.csv --proportions-only
     python evaluate.py --samples sample --donors donor --conditions condition
 
 Every metric is read on cells that no training has seen. Cells come from these methods:
@@ -16,9 +17,13 @@ Every metric is read on cells that no training has seen. Cells come from these m
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
 - scVI: trained here, if scvi-tools is installed
 
-Predicted proportions have their own table, beside NNLS, non-negative least squares: on pseudobulks
-of held-out cells, on the same after a simulated change of platform, and on real bulks whose
-proportions were measured.
+Predicted proportions have their own tables: on pseudobulks of held-out cells, on the same after a
+simulated change of platform, on pseudobulks of other data sets (--shift-data), and on real bulks
+whose proportions were measured. Methods:
+
+- bulk2sc, and NNLS (non-negative least squares) on the genes that the Bulk Encoder reads
+- DWLS, MuSiC, nu-SVR, BayesPrism and dtangle on all genes: deconvolution.py, with their papers
+- constant answer: the mean truth of these very bulks
 
 With --conditions, fold changes between two conditions inside cell types have a third table: of
 cells generated for the bulks of held-out donors, against the donors' own cells or --profiles. If
@@ -59,7 +64,7 @@ class Settings(DatasetSettings):
     """
 
     baselines: bool = True
-    """Measure the baselines, too; --no-baselines saves their training."""
+    """Measure the baselines, too; --no-baselines saves their training. NNLS is always measured."""
     n_draws: int = 3
     """Times that cells and pseudobulks are drawn from each training."""
     bulk: Path | None = None
@@ -69,6 +74,16 @@ class Settings(DatasetSettings):
     lineages: Path | None = None
     """Lineage of each cell type, as --fractions names it: a csv cell_type,lineage.
     Given alone, proportions of pseudobulks are compared by lineage, too."""
+    shift_data: tuple[str, ...] = ()
+    """Further single-cell data sets, of other donors or protocols, each as --data is. Proportions
+    of their pseudobulks are compared by lineage; --lineages names their cell types, too."""
+    shift_labels: tuple[str, ...] = ()
+    """Cell types of --shift-data, each as --labels is: one for all, or one for each."""
+    shift_cells: tuple[str, str] | None = None
+    """Only these cells of --shift-data, COLUMN VALUE: a column of .obs, and its value in the cells
+    that count. Data sets without the column count as a whole."""
+    proportions_only: bool = False
+    """Measure proportions alone, not cells and fold changes."""
     generated: Path | None = None
     """An .h5ad of generated cells to measure, as bulk2sc.py writes it. Default: generate them."""
     more_weights: tuple[Path, ...] = ()
@@ -114,6 +129,22 @@ class Settings(DatasetSettings):
         self.check_needed()
         if self.generated is not None and self.more_weights:
             raise InputError("--generated: one file of cells, expected no --more-weights with it")
+        self.check_proportions()
+
+    def check_proportions(self):
+        """Check that what proportions are compared with is complete.
+
+        Raises:
+            InputError: it is not.
+        """
+        if self.proportions_only and (self.generated or self.contrasts_only):
+            other = "--contrasts-only" if self.contrasts_only else "--generated"
+            raise InputError(f"--proportions-only: found {other} as well, expected one of them")
+        if len(self.shift_labels) not in (0, 1, len(self.shift_data)):
+            raise InputError(
+                f"--shift-labels: found {len(self.shift_labels)} for {len(self.shift_data)} "
+                "--shift-data, expected one for all, or one for each"
+            )
         needed = ("bulk", "fractions", "lineages")
         missing = [flag(name) for name in needed if getattr(self, name) is None]
         if missing and not (self.bulk is self.fractions is None):
@@ -132,6 +163,8 @@ class Settings(DatasetSettings):
         needs = {"donors": "samples", "conditions": "samples"}
         needs |= {"profiles": "profile_table", "profile_table": "profiles"}
         needs |= dict.fromkeys(("profile_types", "mixing"), "profiles")
+        needs |= {"shift_data": "lineages", "shift_labels": "shift_data"}
+        needs |= {"shift_cells": "shift_data"}
         of_contrasts = ("contrast", "profiles", "reference_contrast", "contrasts_only")
         for name, needed in [*((name, "conditions") for name in of_contrasts), *needs.items()]:
             if getattr(self, name) and not getattr(self, needed):
@@ -151,7 +184,7 @@ import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from baselines import ScVI, draw_cell_type_nb, predict_proportions, train_published
+from baselines import ScVI, draw_cell_type_nb, train_published
 from contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from data import (
     align_genes,
@@ -164,7 +197,6 @@ from data import (
 from generation import (
     add_to_sums,
     calibrate_to,
-    check_filled,
     draw_types,
     load_weights,
     new_cells,
@@ -174,20 +206,16 @@ from metrics import (
     CONTRAST_METRICS,
     METRICS,
     CellMetrics,
-    proportion_metrics,
-    to_lineages,
+    proportion_names,
+    setting_of,
 )
 from models import BulkEncoder, scDecoder
 from plotting import write_evaluation
-from readers.bulk import read_bulk
+from proportion_tests import Methods, measure_foreign, measure_pseudobulks, plan_proportions
 from readers.counts import read_counts
-from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.device import pick_device, seed_everything
-from runtime.errors import some
 from runtime.writing import write_whole
 
-BULKS_PER_PLATFORM = 20  # of those with a simulated change of platform
-SHIFT_DEPTH = 2e5  # counts of each of them
 CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
 
 
@@ -211,8 +239,10 @@ class Training:
     def __post_init__(self):
         self.test, self.train = np.flatnonzero(self.held_out), np.flatnonzero(~self.held_out)
         self.test_codes = self.codes[self.test]
+        self.models = self.encoder, self.encoder_card, self.decoder, self.decoder_card
         self.genes = self.decoder_card["genes"], self.encoder_card["genes"]
         self.cell_types = self.decoder_card["cell_types"]
+        self.measured = np.isin(self.genes[0], self.cells.var_names)  # mask of the decoder's genes
 
     def decoder_counts(self, rows):
         """Counts of real cells in the decoder's genes, CSR."""
@@ -396,116 +426,30 @@ def measure_sums(training, cfg, rng, n=10):
     return rows
 
 
-def shift_platform(bulk, rng):
-    """Expected counts of bulks (S x G) as other platforms or donors would measure them.
-
-    Every 20 bulks share a platform: factors exp(0.6 t) of genes, with t from Student's t with 4
-    degrees of freedom and the logarithm cut at ±4. Each platform also loses a tenth of the genes,
-    which read 0 without being marked as absent. Rows sum to 200,000; Poisson noise is left to the
-    caller. The Bulk Encoder trains on another model of noise: log-normal, with each bulk's own sd,
-    no lost genes and no shared platform.
-    """
-    n_platforms, n_genes = -(-len(bulk) // BULKS_PER_PLATFORM), bulk.shape[1]
-    t = rng.standard_t(4, (n_platforms, n_genes))
-    factors = np.exp(np.clip(0.6 * t, -4, 4))
-    factors[rng.random(factors.shape).argsort(axis=1) < round(0.1 * n_genes)] = 0
-    shifted = bulk * factors.repeat(BULKS_PER_PLATFORM, axis=0)[: len(bulk)]
-    return shifted / shifted.sum(axis=1, keepdims=True) * SHIFT_DEPTH
-
-
-def measure_proportions(training, lineage_of, cfg, rng):
-    """Proportions of pseudobulks of held-out cells, plain and after a change of platform.
-
-    lineage_of: lineage of each type (K), or None.
-    """
-    X, present = training.encoder_counts(training.test)
-    profiles = training.profiles()
-    rows = []
-    for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
-        bulk, true = draw_test_bulks(
-            X, training.test_codes, len(profiles), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
-        )
-        if suffix:
-            bulk = rng.poisson(shift_platform(bulk, rng))
-        methods = predict_proportions(training.encoder, bulk, present, profiles)
-        for method, predicted in methods.items():
-            values = proportion_metrics(true, predicted, suffix)
-            if lineage_of is not None:
-                values |= lineage_metrics(true, predicted, lineage_of, suffix)
-            rows += [(method, metric, None, value) for metric, value in values.items()]
-    return rows
-
-
-def lineage_metrics(true, predicted, lineage_of, suffix):
-    """dict: metric -> value, of proportions (S, K) summed to lineages.
-
-    Bulks without a cell of any lineage are left out.
-    """
-    lineages = lineages_in(lineage_of)
-    has_lineage = [lineage is not None for lineage in lineage_of]
-    filled = true[:, has_lineage].any(axis=1)
-    pair = (to_lineages(pi[filled], lineage_of, lineages) for pi in (true, predicted))
-    return proportion_metrics(*pair, f"{suffix}, lineages")
-
-
-def measure_real_bulk(training, lineage_of, fractions, cfg):
-    """Proportions of the real bulks of --bulk; nothing is drawn.
-
-    lineage_of: lineage of each type (K). fractions: as :func:`read_fractions` gives them.
-
-    Raises:
-        InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
-    """
-    card, lineages = training.encoder_card, list(fractions.columns)
-    bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"))
-    index = fractions.index.get_indexer([str(name).strip() for name in samples])
-    measured = index >= 0
-    n = measured.sum()
-    if n == 0:
-        raise InputError(
-            f"{cfg.fractions}: none of its samples ({some(fractions.index)}) is in {cfg.bulk} "
-            f"({some(samples)})"
-        )
-    print(
-        f"{cfg.bulk}: {n} samples with measured fractions, {len(samples) - n} without; "
-        f"{len(fractions) - n} of {cfg.fractions} are not in it"
-    )
-    bulk = bulk[np.flatnonzero(measured)]
-    check_filled(bulk, np.array(samples)[measured], cfg.bulk)
-    true = to_lineages(fractions.to_numpy()[index[measured]], lineages, lineages)
-    rows = []
-    methods = predict_proportions(training.encoder, bulk.toarray(), present, training.profiles())
-    for method, pi in methods.items():
-        predicted = to_lineages(pi, lineage_of, lineages)
-        values = proportion_metrics(true, predicted, ", real bulk")
-        correlation = np.corrcoef(true.ravel(), predicted.ravel())[0, 1]
-        values["proportions Pearson, real bulk"] = correlation
-        rows += [(method, metric, None, value) for metric, value in values.items()]
-    return rows
-
-
-def measure(training, lineage_of, fractions, cfg):
-    """Everything that is measured of one training."""
-    rows = []
-    if cfg.bulk is not None:  # first, so that a file that cannot be used fails within seconds
-        rows += measure_real_bulk(training, lineage_of, fractions, cfg)
+def measure(training, plan, cfg):
+    """Everything that is measured of one training; plan: of :func:`plan_proportions`."""
+    methods = Methods(training, cfg)
+    # First, so that a file that cannot be used fails within seconds.
+    rows = measure_foreign(methods, plan, cfg)
     rng = seed_everything(cfg.seed)
-    rows += measure_cells(training, cfg, rng)
-    if cfg.generated is None:
-        for _ in range(cfg.n_draws):
-            rows += measure_sums(training, cfg, rng)
-    return rows + measure_proportions(training, lineage_of, cfg, rng)
+    if not cfg.proportions_only:
+        rows += measure_cells(training, cfg, rng)
+        if cfg.generated is None:
+            for _ in range(cfg.n_draws):
+                rows += measure_sums(training, cfg, rng)
+    return rows + measure_pseudobulks(methods, plan.lineage_of, cfg, rng)
 
 
 # ----------------------------------------------------------------------------------------- tables
 
 
-def summarise(table, n_weights):
+def summarise(table, n_weights, known=METRICS):
     """Mean and std of each metric: over trainings if there are several, else over draws.
 
     Args:
         table: data frame with the columns weights (or what else is to count once, as a donor),
             method, metric, cell_type, value. n_weights: how many of them there are.
+        known: best possible value of each metric, in the order of the table.
 
     Returns:
         data frame with the columns metric, best, cell_type, method, mean, std, n.
@@ -514,14 +458,14 @@ def summarise(table, n_weights):
     if n_weights > 1:
         table = table.groupby([*keys, "weights"], sort=False, as_index=False)["value"].mean()
     table = table.groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    order = {metric: i for i, metric in enumerate(METRICS)}
+    order = {metric: i for i, metric in enumerate(known)}
     # Metrics of all cells first, then each type; a stable sort leaves the methods in their order.
     table = table.sort_values(
         ["cell_type", "metric"],
         key=lambda column: column.map(order) if column.name == "metric" else column,
         kind="stable",
     )
-    table.insert(1, "best", table["metric"].map(METRICS))
+    table.insert(1, "best", table["metric"].map(known))
     return table.rename(columns={"count": "n"}).reset_index(drop=True)
 
 
@@ -536,9 +480,9 @@ def format_table(table, transpose=False):
         for mean, std in zip(table["mean"], table["std"], strict=True)
     ]
     wide = table.assign(text=text).pivot(index="metric", columns="method", values="text")
-    metrics = [metric for metric in METRICS if metric in wide.index]
-    wide = wide.loc[metrics, list(dict.fromkeys(table["method"]))].fillna("")
-    wide.index = [f"{metric} ({METRICS[metric]:g})" for metric in metrics]
+    best = dict(zip(table["metric"], table["best"], strict=True))
+    wide = wide.loc[list(best), list(dict.fromkeys(table["method"]))].fillna("")
+    wide.index = [f"{metric} ({value:g})" for metric, value in best.items()]
     return (wide.T if transpose else wide).to_string()
 
 
@@ -548,11 +492,20 @@ def print_tables(table, cfg):
     over = f"{n_trainings} trainings" if n_trainings > 1 else f"{cfg.n_draws} draws"
     print(f"metric (best value), mean ± std over {over}")
     of_proportions = table["metric"].str.startswith("proportions")
-    print(format_table(table[~of_proportions]))
-    print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, beside least squares")
-    print(format_table(table[of_proportions]))
-    if cfg.baselines and not importlib.util.find_spec("scvi"):
+    if not cfg.proportions_only:
+        print(format_table(table[~of_proportions]))
+    print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, or of real bulks")
+    print_proportions(table[of_proportions])
+    if cfg.baselines and not cfg.proportions_only and not importlib.util.find_spec("scvi"):
         print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
+
+
+def print_proportions(table):
+    """Print a table for each kind of bulks, methods in rows."""
+    for setting, part in table.groupby(table["metric"].map(setting_of), sort=False):
+        short = part["metric"].str.removeprefix("proportions ").str.removesuffix(f", {setting}")
+        print(f"\nproportions, {setting}")
+        print(format_table(part.assign(metric=short), transpose=True))
 
 
 def print_contrasts(table, plan, donors):
@@ -586,30 +539,40 @@ def measure_states(trainings, plan, cfg):
     return summarise(table, len(donors)), donors
 
 
-def measure_all(trainings, lineage_of, fractions, cell_types, cfg):
-    """Everything about cells and proportions, of all trainings: a table of :func:`summarise`."""
+def measure_all(trainings, plan, cell_types, cfg):
+    """Everything about cells and proportions, of all trainings: a table of :func:`summarise`.
+
+    plan: of :func:`plan_proportions`.
+    """
     rows = []
     for training in trainings:
-        measured = measure(training, lineage_of, fractions, cfg)
+        measured = measure(training, plan, cfg)
         rows += [(str(training.folder), *row) for row in measured]
+    if not rows:
+        raise InputError(
+            f"{cfg.weights}: no cells were held out, so nothing can be measured; expected "
+            "--shift-data, or --bulk with --fractions"
+        )
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
-    # "" stands for all types: an empty field in the csv, and a key that groupby keeps.
-    table["cell_type"] = table["cell_type"].map(dict(enumerate(cell_types))).fillna("")
-    return summarise(table, len(trainings))
+    # "" stands for all types: an empty field in the csv, and a key that groupby keeps. Others are
+    # codes of types or, of proportions, names of types and lineages.
+    names = {None: ""} | dict(enumerate(cell_types))
+    table["cell_type"] = [names.get(key, key) for key in table["cell_type"]]
+    known = dict(METRICS)
+    for other in plan.others:
+        known |= proportion_names(f", {other.name}")
+    return summarise(table, len(trainings), known)
 
 
 def main(cfg):
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
-    lineage_of = fractions = plan = None
-    if cfg.lineages is not None:
-        lineage_of = read_lineages(cfg.lineages, cell_types)
-    if cfg.fractions is not None:
-        fractions = read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
-    if cfg.conditions is not None:
+    proportions, plan = plan_proportions(cfg, cell_types), None
+    if cfg.conditions is not None and not cfg.proportions_only:
         plan = plan_contrasts(cfg, cells, cell_types)
-    fewest = 0 if cfg.contrasts_only else 2  # bulks mixed from profiles need no held-out cells
+    # Bulks of other cells than the reference's need no held-out ones.
+    fewest = 0 if cfg.contrasts_only or cfg.proportions_only else 2
     trainings = [
         Training(folder, cells, codes, *load_weights(folder, cells, cell_types, device, fewest))
         for folder in (cfg.weights, *cfg.more_weights)
@@ -619,11 +582,12 @@ def main(cfg):
         table, donors = measure_states(trainings, plan, cfg)
         tables.append(table)
     if not cfg.contrasts_only:
-        tables.insert(0, measure_all(trainings, lineage_of, fractions, cell_types, cfg))
+        tables.insert(0, measure_all(trainings, proportions, cell_types, cfg))
     table = pd.concat(tables, ignore_index=True)
     overall = table[table["cell_type"] == ""]
     write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
-    write_evaluation(cfg.weights / "evaluation.png", overall)
+    drawn = overall.assign(setting=overall["metric"].map(setting_of))
+    write_evaluation(cfg.weights / "evaluation.png", drawn)
     of_contrasts = overall["metric"].isin(CONTRAST_METRICS)
     if not cfg.contrasts_only:
         print_tables(overall[~of_contrasts], cfg)

@@ -79,7 +79,6 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
-from baselines import predict_proportions
 from data import (
     align_genes,
     codes_of,
@@ -89,7 +88,16 @@ from data import (
     log_normalise,
     mean_counts,
 )
-from generation import CHUNK, calibrate_to, draw_types, load_weights, log_cpm, new_cells
+from deconvolution import nnls_proportions
+from generation import (
+    CHUNK,
+    calibrate_to,
+    draw_types,
+    encode_bulks,
+    load_weights,
+    log_cpm,
+    new_cells,
+)
 from metrics import concordance, find_markers
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from plotting import (
@@ -343,7 +351,13 @@ def make_proportions(reference, bulk, true, cfg):
     train = reference.train
     profiles = mean_counts(X[train], reference.codes[train], len(reference.cell_types))
     columns = pd.Index(reference.genes).get_indexer(genes)
-    predicted = predict_proportions(reference.encoder, bulk[:, columns], present, profiles)
+    read = bulk[:, columns]
+    device = reference.encoder.mu.device
+    pi = encode_bulks(reference.encoder, sp.csr_matrix(read), present, device)[2]
+    predicted = {
+        "bulk2sc": pi.cpu().numpy(),
+        "NNLS": nnls_proportions(read[:, present], profiles[:, present]),
+    }
     panels = {
         f"{method}: CCC {concordance(true, pi):.2f}": (true, pi) for method, pi in predicted.items()
     }

@@ -34,12 +34,30 @@ METRICS = {  # every metric in the order of the tables, and its best possible va
     "fold-change correlation": 1,
     "nearest neighbour trained on, excess": 0,
     "sum of cells against bulk, Pearson": 1,
-} | {
-    f"proportions {metric}{suffix}": best
-    for suffix in ("", ", lineages", ", shift", ", shift, lineages", ", real bulk")
-    for metric, best in (("RMSE", 0), ("CCC", 1), ("MAE", 0), ("Pearson", 1))
-    if metric != "Pearson" or suffix == ", real bulk"
 }
+
+
+def proportion_names(suffix, of="lineage"):
+    """dict: metric of proportions -> its best possible value.
+
+    suffix: what they are measured on, with which the names end. of: what a column of the
+    proportions is, ``type`` or ``lineage``.
+    """
+    best = {"RMSE": 0, "CCC": 1, "MAE": 0, f"Pearson within {of}": 1}
+    return {f"proportions {metric}{suffix}": value for metric, value in best.items()}
+
+
+def setting_of(metric):
+    """What a metric is of, for tables and panels: "" for cells, "fold changes", or its bulks."""
+    if metric in CONTRAST_METRICS:
+        return "fold changes"
+    is_proportion = metric.startswith("proportions ")
+    return (metric.partition(", ")[2] or "within") if is_proportion else ""
+
+
+for _suffix in ("", ", shift"):
+    METRICS |= proportion_names(_suffix, "type") | proportion_names(f"{_suffix}, lineages")
+METRICS |= proportion_names(", real bulk") | {"proportions Pearson, real bulk": 1}
 CONTRAST_METRICS = {  # of samples of donors that no training has seen
     "fold change Pearson": 1,
     "fold change concordance": 1,
@@ -331,18 +349,35 @@ def concordance(true, predicted):
     return 2 * np.cov(t, p, bias=True)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
 
 
-def proportion_metrics(true, predicted, suffix):
-    """dict: metric -> value, over all entries of true and predicted, (S, K) or (S, L).
+def pearson_within(true, predicted):
+    """Pearson's correlation over the samples, within each type or lineage (K).
 
-    suffix: end of the metrics' names, as in ``METRICS``.
+    Concordance over all entries is high for any answer that knows which types are common, even
+    the same for every sample; this is not. true, predicted: (S, K). A constant prediction has 0; a
+    constant truth has NaN.
+    """
+    t, p = (part - part.mean(axis=0) for part in (true, predicted))
+    norm = np.sqrt((t**2).sum(axis=0) * (p**2).sum(axis=0))
+    is_constant = np.ptp(predicted, axis=0) < 1e-12
+    r = np.where(is_constant, 0.0, (t * p).sum(axis=0) / np.where(is_constant, 1, norm + 1e-300))
+    return np.where(np.ptp(true, axis=0) < 1e-12, np.nan, r)
+
+
+def proportion_metrics(true, predicted, suffix, of="lineage"):
+    """dict: metric -> value, of true and predicted proportions, (S, K) or (S, L).
+
+    RMSE, CCC and MAE are over all entries; Pearson is the mean over the types or lineages in which
+    it is defined. suffix, of: as :func:`proportion_names` has them.
     """
     error = predicted - true
-    values = {
-        "RMSE": np.sqrt(np.mean(error**2)),
-        "CCC": concordance(true, predicted),
-        "MAE": np.abs(error).mean(),
-    }
-    return {f"proportions {metric}{suffix}": value for metric, value in values.items()}
+    within = pearson_within(true, predicted)
+    values = (
+        np.sqrt(np.mean(error**2)),
+        concordance(true, predicted),
+        np.abs(error).mean(),
+        np.nan if np.isnan(within).all() else np.nanmean(within),
+    )
+    return dict(zip(proportion_names(suffix, of), values, strict=True))
 
 
 def to_lineages(proportions, names, lineages):

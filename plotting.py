@@ -24,13 +24,16 @@ LOSS_LINES = {
     "constant": ("constant answer", "--"),
     "noise": ("sampling noise of the target", ":"),
 }
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then a brown and a grey.
 METHOD_COLORS = [
-    *("#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#7F7F7F")
+    *("#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#4B1E00"),
+    "#7F7F7F",
 ]
 # Real and generated cells; under two conditions, real A and B, then generated A and B.
 ORIGIN_COLORS = {2: ("#0072B2", "#D55E00"), 4: ("#56B4E9", "#0072B2", "#E69F00", "#D55E00")}
+PANELS = 5  # beside each other in evaluation.png
 MAX_NAMED = 60  # samples whose names fit beside their bars
+FEW = 4  # samples that have a panel each in the picture of proportions
 
 
 def pyplot():
@@ -152,36 +155,42 @@ def write_evaluation(path, table):
 
     Args:
         path: of the .png.
-        table: data frame with the columns metric, best, method, mean, std; std may be NaN.
+        table: data frame with the columns metric, best, method, mean, std, setting; std may be NaN.
+            The metrics of each setting have rows of panels of their own.
     """
-    methods = list(dict.fromkeys(table["method"]))
-    color_of = {m: METHOD_COLORS[i % len(METHOD_COLORS)] for i, m in enumerate(methods)}
-    metrics = list(dict.fromkeys(table["metric"]))
-    n_columns = min(3, len(metrics))
-    n_rows = -(-len(metrics) // n_columns)
-    size = (4.2 * n_columns, (0.8 + 0.19 * len(methods)) * n_rows)
-    options = {"squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot().subplots(n_rows, n_columns, figsize=size, **options)
-    for axis, metric in zip(axes.flat, metrics, strict=False):
-        draw_metric(axis, table[table["metric"] == metric], metric, color_of)
-    for axis in axes.flat[len(metrics) :]:
-        axis.set_visible(False)
+    rows = []  # of panels: their metrics, and the methods that any of them has
+    for _, part in table.groupby("setting", sort=False):
+        metrics, methods = (list(dict.fromkeys(part[name])) for name in ("metric", "method"))
+        rows += [(metrics[i : i + PANELS], methods) for i in range(0, len(metrics), PANELS)]
+    width = max(len(metrics) for metrics, _ in rows)
+    heights = [0.9 + 0.19 * len(methods) for _, methods in rows]
+    letters = max(len(plain_text(name)) for name in table["method"])
+    size = (2.8 * width + 0.07 * letters, sum(heights) + 0.3)
+    options = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
+    figure, axes = pyplot().subplots(len(rows), width, figsize=size, **options)
+    for row, (metrics, methods) in zip(axes, rows, strict=True):
+        for axis, metric in zip(row, metrics, strict=False):
+            draw_metric(axis, table[table["metric"] == metric], metric, methods)
+        for axis in row[1:]:
+            axis.set_yticklabels([])
+        for axis in row[len(metrics) :]:
+            axis.set_visible(False)
     figure.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
     write_whole_figure(path, figure, dpi=110)
 
 
-def draw_metric(axis, table, metric, color_of):
-    """Draw one metric, a row for each method, its best possible value dashed."""
-    table = table.iloc[::-1]  # the first method on top
+def draw_metric(axis, table, metric, methods):
+    """Draw one metric, a line for each of the methods (as far as they have it), the best dashed."""
     axis.axvline(table["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
-    for y, row in enumerate(table.itertuples()):
+    for row in table.itertuples():
+        i = methods.index(row.method)
         std = None if np.isnan(row.std) else row.std  # NaN: measured once
-        style = {"fmt": "o", "ms": 5, "capsize": 2, "color": color_of[row.method]}
-        axis.errorbar(row.mean, y, xerr=std, **style)
-    axis.set_yticks(range(len(table)), table["method"], fontsize=8)
-    axis.set_ylim(-0.6, len(table) - 0.4)
+        style = {"fmt": "o", "ms": 5, "capsize": 2, "color": METHOD_COLORS[i % len(METHOD_COLORS)]}
+        axis.errorbar(row.mean, i, xerr=std, **style)
+    axis.set_yticks(range(len(methods)), [plain_text(name) for name in methods], fontsize=8)
+    axis.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top
     axis.tick_params(axis="x", labelsize=8)
-    axis.set_title(metric, fontsize=9)
+    axis.set_title(fill(plain_text(metric, 80), 36), fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -230,34 +239,130 @@ def write_legend(path, cell_types):
 # ------------------------------------------------------------------------------------ proportions
 
 
-def write_proportions(path, proportions, samples, cell_types):
-    """Write cell-type proportions as stacked bars, one for each bulk sample, the first on top.
+def write_proportions(path, proportions):
+    """Write the proportions of samples as stacked bars, and each of them with its 90 % interval.
+
+    Of a few samples each has a panel, with a row for each cell type. Of more each cell type has a
+    panel beside the bars, with a row for each sample, the first on top.
 
     Args:
-        path: of the .png.
-        proportions: (S, K), rows summing to 1. samples: names (S). cell_types: names (K).
+        path: of the .png. proportions: proportions.Proportions of S samples and K types.
     """
+    few = len(proportions.names) <= FEW
+    write_whole_figure(path, (draw_few if few else draw_many)(proportions), dpi=110)
+
+
+def draw_few(proportions):
+    """The figure of :func:`write_proportions` for a few samples."""
+    n, K = proportions.cells.shape
+    types = [plain_text(name) for name in proportions.cell_types]
+    colors = list(type_colors(proportions.cell_types).values())
+    heights = [0.75 + 0.25 * n, 0.9 + 0.25 * K]
+    letters = max(map(len, [*types, *map(plain_text, proportions.names)]))
+    size = (max(2.2 * n, 4) + 0.08 * letters, sum(heights))
+    figure = pyplot().figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(2, n, height_ratios=heights)
+    draw_stacked(figure.add_subplot(grid[0, :]), proportions, colors)
+    first, rows = None, np.arange(1, K + 1)
+    for i, name in enumerate(proportions.names):
+        axis = figure.add_subplot(grid[1, i], sharex=first, sharey=first)
+        draw_intervals(axis, proportions, (i, slice(None)), rows, colors, n_ticks=4)
+        axis.set_title(plain_text(name, 28), fontsize=9)
+        if first is None:
+            axis.set_ylim(K + 0.5, 0.5)
+            axis.set_yticks(rows, types, fontsize=8)
+        else:
+            axis.tick_params(axis="y", labelleft=False)
+        first = first or axis
+    first.set_xlim(0, upper_end(proportions, slice(None)))
+    figure.supxlabel(interval_text(proportions), fontsize=9)
+    return figure
+
+
+def draw_many(proportions):
+    """The figure of :func:`write_proportions` for more than a few samples."""
     from matplotlib.patches import Patch
 
-    n, colors = len(samples), type_colors(cell_types).values()
-    names, types = [plain_text(name) for name in samples], [plain_text(k) for k in cell_types]
-    named = n <= MAX_NAMED
-    height = max(0.9 + 0.22 * n if named else 9, 0.6 + 0.2 * len(types))
-    letters = max(map(len, types)) + (max(map(len, names)) if named else 0)
-    figure, axis = pyplot().subplots(figsize=(6 + 0.08 * letters, height), layout="constrained")
-    draw_bars(axis, proportions, colors, outlined=not named)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(n + 0.5, 0.5)
-    axis.set_xlabel("predicted proportion")
-    if named:
-        axis.set_yticks(np.arange(1, n + 1), names, fontsize=8)
-    else:
-        axis.set_ylabel(f"{n:,} bulk samples in the order of the file (too many for names)")
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    n, K = proportions.cells.shape
+    types = [plain_text(name) for name in proportions.cell_types]
+    colors = list(type_colors(proportions.cell_types).values())
+    height = max(1.7 + 0.22 * n if n <= MAX_NAMED else 9, 0.6 + 0.2 * K)
+    letters = max(map(len, types)) + (longest_name(proportions) if n <= MAX_NAMED else 0)
+    size = (3.6 + 0.08 * letters + 0.95 * K, height)
+    options = {"sharey": True, "width_ratios": [3.2] + [1] * K, "layout": "constrained"}
+    figure, axes = pyplot().subplots(1, 1 + K, figsize=size, **options)
+    draw_stacked(axes[0], proportions, colors)
+    rows = np.arange(1, n + 1)
+    for k, axis in enumerate(axes[1:]):
+        of_type = (slice(None), k)
+        draw_intervals(axis, proportions, of_type, rows, [colors[k]] * n, n_ticks=2)
+        axis.set_xlim(0, upper_end(proportions, of_type))
+        axis.set_title(fill(types[k], 14), fontsize=8)
+    figure.supxlabel(f"{interval_text(proportions)}; each panel has its own scale", fontsize=9)
     handles = [Patch(color=color) for color in colors]
     figure.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
-    write_whole_figure(path, figure, dpi=110)
+    return figure
+
+
+def draw_stacked(axis, proportions, colors):
+    """Draw a bar for each sample, with its name as far as there is room."""
+    n = len(proportions.names)
+    draw_bars(axis, proportions.cells, colors, outlined=n > MAX_NAMED)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(n + 0.5, 0.5)
+    axis.set_xlabel("fraction of cells", fontsize=9)
+    if n <= MAX_NAMED:
+        names = [plain_text(name) for name in proportions.names]
+        axis.set_yticks(np.arange(1, n + 1), names, fontsize=8)
+    else:
+        axis.set_ylabel(f"{n:,} samples in the order of the file (too many for names)")
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def draw_intervals(axis, proportions, part, rows, colors, n_ticks):
+    """Draw some proportions as points with their intervals; known ones are diamonds.
+
+    Args:
+        part: index of n of the (S, K). rows: heights (n). colors: (n). n_ticks: at most so many.
+    """
+    dense = len(rows) > MAX_NAMED
+    axis.grid(axis="y", color="0.92", lw=0 if dense else 0.6)
+    axis.set_axisbelow(True)
+    cells, colors = proportions.cells[part], np.array(colors)
+    is_known = np.zeros(len(rows), bool) if proportions.known is None else proportions.known[part]
+    ends = [np.where(is_known, np.nan, end[part]) for end in (proportions.low, proportions.high)]
+    axis.hlines(rows, *ends, color="0.35", lw=0.7 if dense else 1.3, zorder=2)
+    if not dense:  # an interval may be narrower than its point
+        axis.scatter(ends, [rows, rows], s=45, c="0.35", marker="|", linewidths=1, clip_on=False)
+    style = {"s": 5 if dense else 22, "edgecolors": "0.2", "linewidths": 0.3 if dense else 0.6}
+    for marker, shown in (("o", ~is_known), ("D", is_known)):
+        points = cells[shown], rows[shown]
+        axis.scatter(*points, c=colors[shown], marker=marker, clip_on=False, zorder=3, **style)
+    axis.xaxis.set_major_locator(pyplot().MaxNLocator(n_ticks))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def upper_end(proportions, part):
+    """Where the axis of some proportions ends, so that all intervals are inside."""
+    values = np.fmax(proportions.high, proportions.cells)[part]  # fmax: there may be no interval
+    return max(1.05 * values.max(), 1e-3)
+
+
+def longest_name(proportions):
+    """Letters of the longest name of a sample."""
+    return max(len(plain_text(name)) for name in proportions.names)
+
+
+def interval_text(proportions):
+    """What lines and points stand for."""
+    known = proportions.known is not None and proportions.known.any()
+    lines = "" if np.isnan(proportions.low).all() else ", with 90 % intervals"
+    return f"fraction of cells{lines}{'; diamonds: known' if known else ''}"
 
 
 def draw_bars(axis, proportions, colors, outlined):
@@ -279,12 +384,13 @@ def draw_bars(axis, proportions, colors, outlined):
 # ---------------------------------------------------------------------------- cells as points
 
 
-def write_clusters(path, points, clusters, cell_type):
+def write_clusters(path, points, clusters, cell_type, source="by ScType"):
     """Write cells in two dimensions, coloured by cell type, clusters named by their number.
 
     Args:
         path: of the .png.
         points: UMAP coordinates (N, 2). clusters: integer codes (N). cell_type: names (N).
+        source: of the names, for the title.
     """
     plt = pyplot()
 
@@ -303,7 +409,7 @@ def write_clusters(path, points, clusters, cell_type):
     axis.set_yticks([])
     axis.set_xlabel("UMAP 1")
     axis.set_ylabel("UMAP 2")
-    axis.set_title("Cell types by ScType; numbers are clusters", fontsize=10)
+    axis.set_title(f"Cell types {source}; numbers are clusters", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
     names = [plain_text(name) for name in colors]

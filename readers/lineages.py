@@ -15,21 +15,49 @@ def read_rows(path):
     return rows[(rows != "").any(axis=1)]  # spreadsheets leave lines of commas
 
 
-def read_lineages(path, cell_types):
+def read_lineages(path, cell_types, elsewhere=(), whose="the model"):
     """Read the lineage of each cell type from a csv ``cell_type,lineage``.
 
-    Names are cleaned as labels are. Cell types without a lineage are reported.
+    Names are cleaned as labels are. Cell types without a lineage are reported, and so are names of
+    the file that nobody has.
 
     Args:
-        path: the csv. cell_types: of the model (K).
+        path: the csv. cell_types: of the model or of a data set (K). elsewhere: further names that
+            the file may have, of other data sets; None: any. whose: what messages call the owner of
+            the cell types.
 
     Returns:
         list (K) of str, None for a cell type without a lineage.
 
     Raises:
         InputError: the file is unreadable, has other columns, gives a cell type two lineages,
-            names no cell type of the model, or leaves fewer than two lineages.
+            names none of the cell types, or leaves fewer than two lineages.
     """
+    given = read_lineage_rows(path)
+    unknown = [name for name in given if name not in cell_types]
+    if len(unknown) == len(given):
+        raise InputError(
+            f"{path}: none of its {len(given)} cell types ({some(given)}) is one of {whose}'s "
+            f"({some(cell_types)})"
+        )
+    strange = [] if elsewhere is None else [name for name in unknown if name not in elsewhere]
+    if strange:
+        print(f"{path}: {len(strange)} cell types that {whose} does not know ({some(strange)})")
+    lineage_of = [given.get(name) for name in cell_types]
+    left_out = [name for name in cell_types if given.get(name) is None]
+    if left_out:
+        owner = "" if whose == "the model" else f" of {whose}"
+        print(
+            f"{path}: {len(left_out)} cell types{owner} without a lineage left out "
+            f"({some(left_out)})"
+        )
+    if len(lineages := lineages_in(lineage_of)) < 2:
+        raise InputError(f"{path}: found {len(lineages)} lineages, expected two or more")
+    return lineage_of
+
+
+def read_lineage_rows(path):
+    """dict: cell type -> lineage or None, of a csv ``cell_type,lineage``; see above."""
     table = read_rows(path)
     if sorted(table.columns) != ["cell_type", "lineage"]:
         raise InputError(
@@ -39,22 +67,7 @@ def read_lineages(path, cell_types):
     repeated = table["cell_type"][table["cell_type"].duplicated()]
     if len(repeated):
         raise InputError(f"{path}: cell types with two different lineages ({some(repeated)})")
-    given = dict(zip(table["cell_type"], table["lineage"], strict=True))
-    unknown = [name for name in given if name not in cell_types]
-    if len(unknown) == len(given):
-        raise InputError(
-            f"{path}: none of its {len(given)} cell types ({some(given)}) is one of the model's "
-            f"({some(cell_types)})"
-        )
-    if unknown:
-        print(f"{path}: {len(unknown)} cell types that the model does not know ({some(unknown)})")
-    lineage_of = [given.get(name) for name in cell_types]
-    left_out = [name for name in cell_types if given.get(name) is None]
-    if left_out:
-        print(f"{path}: {len(left_out)} cell types without a lineage left out ({some(left_out)})")
-    if len(lineages := lineages_in(lineage_of)) < 2:
-        raise InputError(f"{path}: found {len(lineages)} lineages, expected two or more")
-    return lineage_of
+    return dict(zip(table["cell_type"], table["lineage"], strict=True))
 
 
 def lineages_in(lineage_of):

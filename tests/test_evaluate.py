@@ -11,9 +11,11 @@ import scipy.stats
 from sklearn.datasets import make_blobs
 
 import baselines
+import deconvolution
 import evaluate
 import generation
 import metrics
+import proportion_tests
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run, run_inside
 from data import codes_of, load_cells, log_normalise, split_cells
 from readers import lineages
@@ -157,7 +159,7 @@ def test_concordance_and_nnls():
     assert metrics.concordance(t, t[:, ::-1]) == pytest.approx(-1)
     assert metrics.concordance(t, t + 0.3) < 0.8  # a constant bias costs, unlike in Pearson's
     profiles = np.random.default_rng(0).gamma(1.0, 1.0, (2, 50))
-    assert baselines.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
+    assert deconvolution.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
 
 
 def test_lineages_are_summed_and_renormalised():
@@ -174,7 +176,9 @@ def test_proportion_metrics_of_perfect_wrong_and_permuted_predictions():
     perfect = metrics.proportion_metrics(true, true, ", shift")
     assert perfect == pytest.approx({
         "proportions RMSE, shift": 0, "proportions CCC, shift": 1, "proportions MAE, shift": 0,
+        "proportions Pearson within lineage, shift": 1,
     })  # fmt: skip
+    assert set(perfect) == set(metrics.proportion_names(", shift"))
     wrong = list(metrics.proportion_metrics(true, true[:, [1, 2, 3, 0]], "").values())
     assert wrong[0] > 0.2 and wrong[1] < 0.3 and wrong[2] > 0.15
     a, b = np.array([[0.2, 0.8]]), np.array([[0.5, 0.5]])
@@ -183,10 +187,42 @@ def test_proportion_metrics_of_perfect_wrong_and_permuted_predictions():
     assert metrics.proportion_metrics(a, b, "")["proportions MAE"] == pytest.approx(0.2)
 
 
+def test_pearson_within_lineages_sees_what_concordance_over_all_entries_does_not():
+    rng = np.random.default_rng(0)
+    true = rng.dirichlet([60.0, 25, 10, 5], 40)
+    mean = np.broadcast_to(true.mean(axis=0), true.shape)
+    constant = metrics.proportion_metrics(true, mean, "")
+    assert constant["proportions CCC"] > 0.95  # it knows which lineages are common
+    assert constant["proportions Pearson within lineage"] == 0
+    other = rng.permutation(true)
+    expected = [np.corrcoef(t, p)[0, 1] for t, p in zip(true.T, other.T, strict=True)]
+    assert metrics.pearson_within(true, other) == pytest.approx(np.array(expected))
+    steady = true.copy()
+    steady[:, 2] = 0.1  # a truth that does not vary has no correlation
+    within = metrics.pearson_within(steady, other)
+    assert np.isnan(within[2]) and np.isfinite(within[[0, 1, 3]]).all()
+    values = metrics.proportion_metrics(steady, other, "", "type")
+    assert values["proportions Pearson within type"] == pytest.approx(np.nanmean(within))
+    assert np.isnan(
+        metrics.proportion_metrics(mean, other, "")["proportions Pearson within lineage"]
+    )
+
+
+def test_scores_have_every_lineage_and_the_constant_answer():
+    true = np.array([[0.2, 0.8], [0.6, 0.4], [0.4, 0.6]])
+    rows = proportion_tests.score(true, {"a": true}, ["B", "T"], ", set")
+    value = {row[:3]: row[3] for row in rows}
+    assert {row[0] for row in rows} == {"a", "constant answer"}
+    assert value["a", "proportions Pearson within lineage, set", "T"] == pytest.approx(1)
+    assert value["constant answer", "proportions Pearson within lineage, set", None] == 0
+    rmse = np.sqrt(np.mean((true - true.mean(axis=0)) ** 2))
+    assert value["constant answer", "proportions RMSE, set", None] == pytest.approx(rmse)
+
+
 def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes():
     rng = np.random.default_rng(0)
     bulk = rng.gamma(2.0, 100.0, (45, 1000))  # three platforms, the last of five bulks
-    shifted = evaluate.shift_platform(bulk, rng)
+    shifted = proportion_tests.shift_platform(bulk, rng)
     assert shifted.sum(axis=1) == pytest.approx(2e5)
     ratio = shifted / bulk
     platform = np.arange(45) // 20
@@ -221,6 +257,15 @@ def test_lineage_file(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 cell types without a lineage left out (CD4+/CD25 T, CD4)" in printed
     assert "1 cell types that the model does not know (Martian)" in printed
+    # One file may name the cell types of several data sets.
+    lineages.read_lineages(path, CELL_TYPES, elsewhere={"Martian", "CD4"})
+    assert "does not know" not in capsys.readouterr().out
+    assert lineages.read_lineages(path, ["Martian", "CD4", "B cells"], None, "set") == [
+        *("T", None, "B")
+    ]
+    printed = capsys.readouterr().out
+    assert "1 cell types of set without a lineage left out (CD4)" in printed
+    assert "does not know" not in printed
 
 
 @pytest.mark.parametrize(
@@ -295,14 +340,19 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
     table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False, na_values=["nan"])
     assert set(table["method"]) >= {
         "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
-        "published recipe", "NNLS",
+        "published recipe", "constant answer", *deconvolution.METHODS,
     }  # fmt: skip
     # Lineages and real bulks need further files.
     expected = {m for m in MEASURED if not m.endswith((", lineages", ", real bulk"))}
     assert set(table["metric"]) == expected
     assert table["cell_type"].nunique() == 4  # three types, and all together
+    cells, *proportions = done.stdout.split("\nproportions, ")
     for metric in expected:
-        assert metric in done.stdout
+        assert metrics.setting_of(metric) or metric in cells
+    assert [text.split("\n")[0] for text in proportions] == ["within", "shift"]
+    for text in proportions:
+        assert all(name in text for name in ("RMSE (0)", "CCC (1)", "Pearson within type (1)"))
+        assert all(f"\n{name} " in text for name in ("bulk2sc", *deconvolution.METHODS))
     assert matplotlib.image.imread(weights / "evaluation.png").std() > 0.01
     value = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
     # Regression: unpaired z leaves no variation within a type.
@@ -409,9 +459,15 @@ def test_evaluate_real_bulk_against_measured_fractions(weights, h5ad, measured, 
         assert mean["proportions CCC, real bulk"] > 0.85
         assert mean["proportions Pearson, real bulk"] > 0.9
         assert mean["proportions CCC, lineages"] > 0.8
-    two = done.stdout.split("\nproportions of ")
-    assert len(two) == 2 and "NNLS" not in two[0] and "NNLS" in two[1]
-    assert all(m in two[1] for m in metrics.METRICS if m.startswith("proportions"))
+        assert mean["proportions Pearson within lineage, real bulk"] > 0.9
+    within = table[table["metric"] == "proportions Pearson within lineage, real bulk"]
+    assert set(within["cell_type"]) == {"", "B", "T and NK"}
+    assert set(within["method"]) == {"bulk2sc", "NNLS", "constant answer"}  # without the others
+    cells, *proportions = done.stdout.split("\nproportions, ")
+    assert "NNLS" not in cells and all("\nNNLS " in text for text in proportions)
+    assert {text.split("\n")[0] for text in proportions} == {
+        *("within", "lineages", "shift", "shift, lineages", "real bulk")
+    }
 
 
 def test_swapped_fractions_score_badly(trained, h5ad, measured):
@@ -424,17 +480,107 @@ def test_swapped_fractions_score_badly(trained, h5ad, measured):
     codes, cell_types = codes_of(cells)
     loaded = generation.load_weights(trained, cells, cell_types, "cpu")
     training = evaluate.Training(trained, cells, codes, *loaded)
-    lineage_of = lineages.read_lineages(cfg.lineages, cell_types)
-    fractions = lineages.read_fractions(cfg.fractions, ["B", "T and NK"], cfg.lineages)
-    rows = evaluate.measure_real_bulk(training, lineage_of, fractions, cfg)
-    values = {(method, metric.split()[1]): value for method, metric, _, value in rows}
-    for method in ("bulk2sc", "NNLS"):
-        assert values[method, "Pearson,"] < -0.8 and values[method, "RMSE,"] > 0.5
+    plan = proportion_tests.plan_proportions(cfg, cell_types)
+    methods = proportion_tests.Methods(training, cfg)
+    rows = proportion_tests.measure_foreign(methods, plan, cfg)
+    values = {(method, metric.split()[1]): v for method, metric, key, v in rows if key is None}
+    for method in ("bulk2sc", "DWLS", "NNLS"):
+        assert values[method, "Pearson"] < -0.8 and values[method, "RMSE,"] > 0.4
+    lineage_of = plan.lineage_of
     for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
         rng = np.random.default_rng(0)
-        rows = evaluate.measure_proportions(training, given, cfg, rng)
+        rows = proportion_tests.measure_pseudobulks(methods, given, cfg, rng)
         expected = {m for m in metrics.METRICS if m.startswith("proportions")}
         assert {row[1] for row in rows} == {m for m in expected if not m.endswith(left_out)}
+
+
+@pytest.fixture
+def other_donors(tmp_path):
+    """A data set of two of the model's types and one of its own, and a csv of lineages for both.
+
+    It lacks five of the model's genes. Half of its cells are treated, and in these the labels of B
+    and T cells are exchanged.
+    """
+    cells = make_cells((60, 50, 40), seed=0)[:, 5:].copy()
+    names = {CELL_TYPES[0]: "B", CELL_TYPES[1]: "T", CELL_TYPES[2]: "Platelets"}
+    kind = cells.obs["cell_type"].map(names)
+    treated = (kind.groupby(kind).cumcount() % 2 == 1).to_numpy()
+    wrong = {"B": "T", "T": "B", "Platelets": "Platelets"}
+    cells.obs["kind"] = np.where(treated, kind.map(wrong), kind)
+    cells.obs["condition"] = np.where(treated, "treated", "control")
+    cells.write_h5ad(tmp_path / "donors.h5ad")
+    rows = [f"{CELL_TYPES[0]},B cells", f"{CELL_TYPES[1]},T cells", f"{CELL_TYPES[2]},NK cells"]
+    (tmp_path / "all.csv").write_text(MAP + "\n".join([*rows, "B,B cells", "T,T cells"]) + "\n")
+    return [
+        *("--shift-data", tmp_path / "donors.h5ad", "--shift-labels", "kind"),
+        *("--lineages", tmp_path / "all.csv"),
+    ]
+
+
+def test_pseudobulks_of_other_donors(weights, h5ad, other_donors):
+    flags = ["--data", h5ad, "--weights", weights, *FEW[:2], "--n-pseudobulks", 20]
+    flags += ["--proportions-only", *other_donors]
+    done = run_inside("evaluate.py", *flags, "--shift-cells", "condition", "control")
+    assert done.returncode == 0, done.stderr
+    assert "75 of 150 labelled cells are those of --shift-cells" in done.stdout
+    assert "donors: 55 cells of 2 lineages (B cells, T cells), 20 of none" in done.stdout
+    assert "1 cell types of donors without a lineage left out (Platelets)" in done.stdout
+    assert "does not know" not in done.stdout
+    assert "has 55 of the model's 60 genes" in done.stdout
+    assert "random-forest" not in done.stdout  # cells are not measured
+    table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
+    table = table[table["metric"].str.endswith(", donors")].astype({"mean": float, "best": float})
+    assert set(table["metric"]) == set(metrics.proportion_names(", donors"))
+    assert set(table["cell_type"]) == {"", "B cells", "T cells"}
+    value = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"]
+    for method in ("bulk2sc", "NNLS", "DWLS", "MuSiC", "nu-SVR", "BayesPrism"):
+        assert value[method, "proportions CCC, donors"] > 0.9, method
+    # All cells: half of them with wrong labels.
+    done = run_inside("evaluate.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
+    value = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
+    assert value["DWLS", "proportions CCC, donors"] < 0.6
+    assert value["DWLS", "proportions CCC, lineages"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--shift-data", "{0}"], ("--shift-data", "no --lineages")),
+        (["--shift-cells", "condition", "x"], ("--shift-cells", "no --shift-data")),
+        (["--proportions-only", "--generated", "g.h5ad"], ("--proportions-only", "--generated")),
+        (
+            ["--shift-data", "{0}", "{0}", "--lineages", "{1}"],
+            ("found donors as name", "names of their own"),
+        ),
+        (
+            ["--shift-data", "{0}", "--shift-labels", "a", "b", "--lineages", "{1}"],
+            ("--shift-labels", "found 2 for 1"),
+        ),
+        (
+            ["--shift-data", "{0}", "--shift-labels", "nothing", "--lineages", "{1}"],
+            ("--shift-labels nothing", "column of .obs"),
+        ),
+        (
+            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "batch", "1"],
+            ("no column batch",),
+        ),
+        (
+            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "condition", "1"],
+            ("no cell with condition 1", "expected one of control, treated"),
+        ),
+        (
+            ["--shift-data", "{0}", "--shift-labels", "condition", "--lineages", "{1}"],
+            ("none of its 5 cell types", "one of donors's"),
+        ),
+    ],
+)
+def test_other_donors_that_cannot_be_used(trained, h5ad, other_donors, flags, words):
+    paths = other_donors[1], other_donors[5]
+    flags = [flag.format(*paths) for flag in flags]
+    where = ["--data", h5ad, "--weights", trained]
+    assert_one_line_error(run_inside("evaluate.py", *where, *flags), *words)
 
 
 def test_samples_of_other_names_and_bulks_of_other_genes(trained, h5ad, measured, tmp_path):
