@@ -2,13 +2,16 @@
 
     python bulk2sc.py                                          # embedded data, shipped weights
     python bulk2sc.py --bulk samples.csv --n-cells 1000        # 1,000 cells for each bulk sample
+    python bulk2sc.py --proportions mixtures.csv               # 1,000 cells for each mixture
 
 For each bulk: Bulk Encoder -> cell type k ~ proportions -> z ~ N(mu_k, sigma_k^2) -> scDecoder ->
 counts of one cell. Without --bulk, each batch of --batch-size reference cells is summed into one
-bulk, and each batch yields one cell. Writes one .h5ad and, with --bulk, proportions.csv and
-proportions.png beside it (see README, "The output").
+bulk, and each batch yields one cell. Writes one .h5ad and, of bulk samples or mixtures, tables and
+a picture beside it (see README, "The output").
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +21,10 @@ from runtime.errors import InputError
 from runtime.script import lead_with, parse_args, plain_settings, run_script
 
 
-@lead_with("bulk", "n_cells", "out", "weights", "calibrate", "platform", "data", "batch_size")
+@lead_with(
+    *("bulk", "n_cells", "out", "weights", "proportions", "lineages", "mrna_content"),
+    *("calibrate", "platform", "data", "batch_size"),
+)
 @dataclass
 class Settings(DatasetSettings):
     """Generate single cells from bulk RNA-seq samples.
@@ -30,9 +36,20 @@ class Settings(DatasetSettings):
     """Bulk samples: csv, tsv or GCT (genes in rows or columns, symbols or Ensembl ids) or .h5ad.
     Default: batches of --data."""
     n_cells: int = 1000
-    """Cells to generate: for each bulk sample with --bulk, in all without it."""
+    """Cells to generate: for each sample of --bulk or --proportions, in all without them."""
     batch_size: int = 100
     """Reference cells that make one bulk, when there is no --bulk."""
+    proportions: Path | None = None
+    """Known fractions of cells, or percentages: csv, a row for each sample, a column for each cell
+    type. They take the place of estimates; what is empty or missing is estimated within what is
+    left. Without --bulk, the mixtures to generate."""
+    lineages: Path | None = None
+    """The columns of --proportions are lineages: csv cell_type,lineage. Types share the fraction of
+    their lineage as estimated."""
+    mrna_content: Literal["auto", "reference", "published"] = "auto"
+    """By whose mRNA content cells of --bulk are counted. reference: the counts of its cells, right
+    for sums of single cells; published: measurements of blood cells (mrna_content.csv); auto:
+    published if the bulks are of whole transcripts, by their share of ribosomal proteins."""
     calibrate: Literal["auto", "none", "uniform", "types"] = "auto"
     """What generated cells take of their bulk beyond proportions and states (needs --bulk). types:
     what a gene differs by is allotted to the cell types and to the platform; uniform: one factor
@@ -43,7 +60,7 @@ class Settings(DatasetSettings):
     cells show it as the bulks do; remove: cells are as the reference's platform would measure them;
     none: there is none, as the bulks are of the reference's own platform."""
     out: Path = Path("generated.h5ad")
-    """The file of generated cells; proportions of --bulk are written to the same folder."""
+    """The file of generated cells. Tables and pictures get its name with another ending."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,14 +70,40 @@ class Settings(DatasetSettings):
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
         if self.calibrate != "auto" and self.bulk is None:
             raise InputError("--calibrate: found no --bulk, expected bulk samples to add up to")
+        if self.lineages is not None and self.proportions is None:
+            raise InputError("--lineages: found no --proportions, expected fractions of lineages")
         if self.out.suffix != ".h5ad":
             raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
+        for given in (self.bulk, self.proportions, self.lineages, Path(self.data)):
+            if given is not None and (ending := written_over(given, self.out)):
+                raise InputError(
+                    f"--out {self.out}: would write {beside(self.out, ending)} over the input "
+                    f"{given}, expected another name"
+                )
+
+
+ENDINGS = ["h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]  # of --out
+
+
+def beside(out, ending):
+    """The path of a file that is written beside --out; ending: one of ENDINGS."""
+    return out.with_name(f"{out.stem}.{ending}")
+
+
+def written_over(given, out):
+    """The ENDING, if any, that would replace a file; a link of --out to it would be replaced."""
+    for ending in ENDINGS:
+        with contextlib.suppress(OSError):  # one of them is not there
+            if os.path.samestat(beside(out, ending).lstat(), given.stat()):
+                return ending
+    return None
 
 
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
 import sys
+from functools import partial
 
 import anndata
 import numpy as np
@@ -68,15 +111,18 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from expression import expression_table
+from expression import expression_table, mean_library
 from generation import (
     MISFIT,
     BulkSamples,
     encode_batches,
+    encode_mixtures,
     generate_cells,
     load_models,
 )
 from plotting import write_proportions
+from proportions import make_proportions
+from readers.proportions import read_proportions
 from runtime.device import pick_device, seed_everything
 from runtime.errors import some
 from runtime.writing import open_cells, write_whole
@@ -86,7 +132,7 @@ class CellTable:
     """What is kept in memory of all generated cells: everything but their counts."""
 
     def __init__(self, n_types, n_latent):
-        self.proportions = [np.zeros((0, n_types), np.float32)]
+        self.pi = [np.zeros((0, n_types), np.float32)]  # proportions of the bulks
         self.cell_type, self.bulk = [np.zeros(0, int)], [np.zeros(0, int)]
         self.latent = [np.zeros((0, n_latent), np.float32)]
 
@@ -96,12 +142,13 @@ class CellTable:
         self.bulk.append(cells.bulk)
         self.latent.append(cells.latent)
 
-    def to_anndata(self, names, cell_types, cfg, samples=None):
+    def to_anndata(self, proportions, cfg, samples=None):
         """The tables of the output: ``.obs``, ``.obsm`` and ``.uns`` of all cells.
 
         Args:
-            names: of the bulks (S). cell_types: names (K). samples: BulkSamples with --bulk.
+            proportions: Proportions of the bulks (S). samples: BulkSamples with --bulk.
         """
+        names, cell_types = proportions.names, proportions.cell_types
         bulk = np.concatenate(self.bulk)
         obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(bulk))])
         obs["sample"] = pd.Categorical.from_codes(bulk, categories=names)
@@ -109,43 +156,32 @@ class CellTable:
         obs["cell_type"] = pd.Categorical.from_codes(cell_type, categories=cell_types)
         cells = anndata.AnnData(obs=obs)
         cells.obsm["X_latent"] = np.concatenate(self.latent)
-        # An array and two lists of names: cell-type names such as "CD4+/CD25" cannot be hdf5 keys.
-        cells.uns["proportions"] = np.concatenate(self.proportions)
+        cells.uns["proportions"] = proportions.to_table()
         cells.uns["samples"] = np.array(names, dtype=object)
         cells.uns["cell_types"] = np.array(cell_types, dtype=object)
         cells.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
         if samples is not None:
-            cells.uns["proportions_sd"] = samples.sd
             cells.uns["fit"] = samples.fit
             cells.obs["misfit"] = samples.fit["misfit"].to_numpy()[bulk]
         return cells
 
 
-def print_cell_types(cells):
-    """Print mean predicted proportion and number of cells of each type; cells: the AnnData."""
-    pi = cells.uns["proportions"].astype(np.float64)
+def print_cell_types(proportions, cells):
+    """Print mean proportion and number of cells of each type; cells: the AnnData."""
+    pi, known = proportions.cells.astype(np.float64), proportions.known
+    title = "mean predicted proportion" if known is None else "mean proportion"
     table = {
-        "mean predicted proportion": pi.mean(axis=0) if len(pi) else np.nan,
+        title: pi.mean(axis=0) if len(pi) else np.nan,
         "cells": np.bincount(cells.obs["cell_type"].cat.codes, minlength=pi.shape[1]),
     }
-    table = pd.DataFrame(table, index=cells.uns["cell_types"])
+    if known is not None:
+        table["samples where known"] = known.sum(axis=0)
+    table = pd.DataFrame(table, index=proportions.cell_types)
     print(table.to_string(float_format="{:.3f}".format))
 
 
-def proportion_table(samples, cell_types):
-    """One row per bulk: ``sample``, pi of each type, ``sd <type>``, then how well it fits."""
-    names = [*cell_types, *(f"sd {name}" for name in cell_types)]
-    values = pd.DataFrame(np.hstack([samples.proportions, samples.sd]), columns=names)
-    sample = pd.Series(samples.names, name="sample")
-    return pd.concat([sample, values, samples.fit.reset_index(drop=True)], axis=1)
-
-
-def write_samples(cfg, samples, cell_types):
-    """Write proportions.csv and proportions.png; print how well each sample fits, and warn."""
-    folder, fit = cfg.out.parent, samples.fit
-    table = proportion_table(samples, cell_types)
-    write_whole(folder / "proportions.csv", lambda path: table.to_csv(path, index=False))
-    write_proportions(folder / "proportions.png", samples.proportions, samples.names, cell_types)
+def print_fit(cfg, fit):
+    """Print how well the reference's cell types add up to each sample, and warn; fit: (S) rows."""
     n_shown = min(len(fit), 20)
     print(f"fit of {'the samples' if n_shown == len(fit) else f'the first {n_shown} samples'}:")
     print(fit.head(n_shown).to_string(float_format="{:.3f}".format))
@@ -157,7 +193,27 @@ def write_samples(cfg, samples, cell_types):
             "tissue, or a cell type that the reference lacks",
             file=sys.stderr,
         )
-    print(f"wrote proportions.csv and proportions.png to {folder}")
+
+
+def write_samples(cfg, proportions, samples=None):
+    """Write the proportions of samples or mixtures beside --out and, with --bulk, their fit."""
+    tables = {"proportions.csv": proportions.to_table()}
+    if samples is not None:
+        print_fit(cfg, samples.fit)
+        tables["fit.csv"] = samples.fit.rename_axis("sample").reset_index()
+    for ending, table in tables.items():
+        write_whole(beside(cfg.out, ending), partial(table.to_csv, index=False))
+    write_proportions(beside(cfg.out, "proportions.png"), proportions)
+    written = [beside(cfg.out, ending).name for ending in (*tables, "proportions.png")]
+    print(f"wrote {', '.join(written)} to {cfg.out.parent}")
+
+
+def write_expression(cfg, samples, expression, card):
+    """Write what each type is expected to express in each sample, beside --out."""
+    path = beside(cfg.out, "expression.h5ad")
+    table = expression_table(samples.names, samples.proportions.cells, expression, card)
+    write_whole(path, lambda part: table.write_h5ad(part, compression="gzip"))
+    print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
 
 
 def how_to_calibrate(cfg, encoder):
@@ -170,29 +226,27 @@ def how_to_calibrate(cfg, encoder):
     return "types", cfg.platform
 
 
-def write_expression(cfg, samples, expression, card):
-    """Write what each type is expected to express in each sample, beside --out."""
-    path = cfg.out.with_name(f"{cfg.out.stem}.expression.h5ad")
-    table = expression_table(samples.names, samples.proportions, expression, card)
-    write_whole(path, lambda part: table.write_h5ad(part, compression="gzip"))
-    print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
-
-
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    encoder, encoder_card, decoder, card = load_models(cfg.weights, device)
+    encoder, encoder_card, decoder, card = models = load_models(cfg.weights, device)
     cell_types, genes = card["cell_types"], card["genes"]
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    samples, log_factor = None, None
-    if cfg.bulk is None:
-        names, per_bulk = [f"batch_{i}" for i in range(cfg.n_cells)], 1
-        encoded = encode_batches(cfg, encoder, encoder_card["genes"], device, rng)
-    else:
-        samples = BulkSamples(cfg.bulk, encoder, encoder_card, decoder, card)
-        names, per_bulk, encoded = samples.names, cfg.n_cells, [samples.encoded]
+    known, proportions, samples, log_factor = None, None, None, None
+    if cfg.proportions is not None:
+        known = read_proportions(cfg.proportions, cell_types, cfg.lineages)
+    if cfg.bulk is not None:
+        samples = BulkSamples(cfg.bulk, models, cfg.mrna_content, known)
+        proportions, encoded = samples.proportions, [samples.encoded]
         expression = samples.estimate_expression(*how_to_calibrate(cfg, encoder))
         log_factor = expression.log_factor
+    elif known is not None:
+        proportions, *encoded = encode_mixtures(encoder_card, decoder, known)
+    else:
+        encoded = encode_batches(cfg, encoder, encoder_card["genes"], device, rng)
+    # Of batches, proportions are known when all have been encoded, and each yields one cell.
+    names = [f"batch_{i}" for i in range(cfg.n_cells)] if proportions is None else proportions.names
+    per_bulk = 1 if proportions is None else cfg.n_cells
 
     table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
     bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
@@ -204,18 +258,23 @@ def main(cfg):
                 if samples is not None:
                     samples.add(cells)
                 bar.update(len(cells.bulk))
-            table.proportions.append(bulks[2].cpu().numpy())
+            table.pi.append(bulks[2].cpu().numpy())
             first += len(bulks[2])
         if samples is not None:
             samples.compare_sums()
-        tables = table.to_anndata(names, cell_types, cfg, samples)
+        if proportions is None:
+            pi = np.concatenate(table.pi)
+            proportions = make_proportions(names, cell_types, pi, mean_library(decoder))
+        tables = table.to_anndata(proportions, cfg, samples)
         file.write_tables(tables)
 
-    print_cell_types(tables)
-    if samples is not None:  # without --bulk every cell has a bulk of its own: no table to read
-        write_samples(cfg, samples, cell_types)
+    print_cell_types(proportions, tables)
+    if samples is not None or known is not None:  # else every cell has a bulk of its own
+        write_samples(cfg, proportions, samples)
+    if samples is not None:
         write_expression(cfg, samples, expression, card)
-    print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} bulks")
+    source = "mixtures" if samples is None and known is not None else "bulks"
+    print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} {source}")
 
 
 if __name__ == "__main__":

@@ -201,8 +201,9 @@ def add_samples(adata, samples, settings):
         names = natural_order(samples[column])
         check_names(names, settings.samples, column)
         adata.obs[column] = pd.Categorical(samples[column], categories=names)
-    n = {column: f"{samples[column].nunique():,} {column}s" for column in samples}
-    print(f"{settings.data}: {', '.join(n.values())}")
+    plural = {column: setting for setting, column in GROUPS.items()} | {"sample": "samples"}
+    n = (f"{samples[column].nunique():,} {plural[column]}" for column in samples)
+    print(f"{settings.data}: {', '.join(n)}")
     return adata
 
 
@@ -264,6 +265,13 @@ def donors_of(adata):
     donors = np.zeros(len(adata.obs["sample"].cat.categories), np.int64)
     donors[sample] = donor
     return donors
+
+
+def batches_of(adata):
+    """Code of the batch of each cell (N,); None if there is one or none is given."""
+    if "batch" not in adata.obs or adata.obs["batch"].nunique() == 1:
+        return None
+    return adata.obs["batch"].cat.codes.to_numpy().astype(np.int64)
 
 
 def sample_names(adata):
@@ -366,7 +374,7 @@ PROTOCOL_GENES = re.compile(
 )
 
 
-def choose_marker_genes(adata, codes, n_genes):
+def choose_marker_genes(adata, codes, n_genes, batch=None):
     """Names of the ``n_genes`` genes that best tell the cell types apart, in the data's order.
 
     Ranked by the variance of log-normalised expression between types over that within them (the F
@@ -376,28 +384,48 @@ def choose_marker_genes(adata, codes, n_genes):
         F_g = Σ_k f_k (m_gk - m_g)² / (Σ_k f_k v_gk + 0.02)
 
     with f_k the share of cells of type k, m and v the mean and variance of log1p counts per 10,000.
-    ``PROTOCOL_GENES`` (by name or other name) are not among them, unless no others are left. codes:
-    cell types (N).
+    With batches it is the geometric mean of (F + 0.05) over them, so that genes must tell types
+    apart in each, and all types of a batch count the same. ``PROTOCOL_GENES`` (by name or other
+    name) are not among them, unless no others are left. codes: cell types (N). batch: of the cells
+    (N), or None.
     """
-    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
-    usable = np.array([not any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
+    usable = ~is_protocol_gene(adata)
     if usable.any():
         adata = adata[:, usable]
     if adata.n_vars <= n_genes:
         return list(adata.var_names)
     log = log_normalise(adata.X)
+    if batch is None:
+        rank = type_variance(log, codes)
+    else:
+        parts = (np.flatnonzero(batch == b) for b in np.unique(batch))
+        each = [type_variance(log[rows], codes[rows], even=True) for rows in parts]
+        rank = np.log(np.stack(each) + 0.05).mean(axis=0)
+    best = np.argsort(-rank, kind="stable")[:n_genes]
+    return list(adata.var_names[np.sort(best)])
+
+
+def is_protocol_gene(adata):
+    """Mask (G) of the genes that are ``PROTOCOL_GENES`` by name or other name."""
+    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
+    return np.array([any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
+
+
+def type_variance(log, codes, even=False):
+    """F (G) of :func:`choose_marker_genes`; log (N x G), codes (N); even: f_k is 1 / K."""
     types, share = np.unique(codes, return_counts=True)
     share = share[:, None] / len(codes)  # (K, 1)
+    if even:
+        share = np.full_like(share, 1 / len(types))
     parts = [log[np.flatnonzero(codes == k)] for k in types]
     mean = np.stack([np.asarray(p.mean(axis=0)).ravel() for p in parts])  # (K, G)
     square = np.stack([np.asarray(p.multiply(p).mean(axis=0)).ravel() for p in parts])
     between = (share * (mean - (share * mean).sum(axis=0)) ** 2).sum(axis=0)
     within = (share * (square - mean**2)).sum(axis=0)
-    best = np.argsort(-between / (within + 0.02), kind="stable")[:n_genes]
-    return list(adata.var_names[np.sort(best)])
+    return between / (within + 0.02)
 
 
-def choose_state_genes(adata, codes, sample, n_genes):
+def choose_state_genes(adata, codes, sample, n_genes, batch=None):
     """Names of the ``n_genes`` genes that differ most between samples inside the cell types.
 
         F_g = Σ_sk n_sk ( (m_skg - m_kg)² - v_skg / n_sk ) / Σ_sk n_sk (v_skg + 0.02)
@@ -407,12 +435,14 @@ def choose_state_genes(adata, codes, sample, n_genes):
     not among them. Give it training cells only.
 
     Args:
-        codes, sample: type and sample of each cell (N).
+        codes, sample: type and sample of each cell (N). batch: of each cell (N), or None; with
+            batches m_kg is the mean in the sample's batch.
     """
     log = log_normalise(adata.X)
     above, below = np.zeros(adata.n_vars), np.zeros(adata.n_vars)
-    for k in np.unique(codes):
-        of_type = np.flatnonzero(codes == k)
+    group = codes if batch is None else codes * (batch.max() + 1) + batch
+    for k in np.unique(group):
+        of_type = np.flatnonzero(group == k)
         mean = np.asarray(log[of_type].mean(axis=0)).ravel()
         for s in np.unique(sample[of_type]):
             part = log[of_type[sample[of_type] == s]]
@@ -422,9 +452,7 @@ def choose_state_genes(adata, codes, sample, n_genes):
             v = np.asarray(part.multiply(part).mean(axis=0)).ravel() - m**2
             above += n * (m - mean) ** 2 - v
             below += n * (v + 0.02)
-    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
-    usable = np.array([not any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
-    F = np.where(usable, above / np.maximum(below, 1e-9), -np.inf)
+    F = np.where(is_protocol_gene(adata), -np.inf, above / np.maximum(below, 1e-9))
     best = np.argsort(-F, kind="stable")[:n_genes]
     return list(adata.var_names[np.sort(best[F[best] > 0])])
 

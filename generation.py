@@ -25,13 +25,23 @@ from data import (
     load_cells,
     samples_of,
 )
-from expression import calibration, estimate_expression, expected_bulk, type_profiles
+from expression import (
+    calibration,
+    estimate_expression,
+    expected_bulk,
+    mean_library,
+    type_profiles,
+)
 from models import BulkEncoder, scDecoder
+from mrna_content import counts_reads, published_content
+from proportions import make_proportions, mixtures, normal_interval, reference_composition
 from readers.bulk import read_bulk
-from runtime.errors import InputError
+from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model
 
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
+CONTENT_SD = 0.6  # sd of the log mRNA content of types, per sd of the log-ratios of genes
+LEAST_SD = 0.005  # of a proportion
 MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which users are warned
 
 
@@ -91,16 +101,17 @@ def check_filled(X, samples, where):
 
 
 @torch.inference_mode()
-def encode_bulks(encoder, X, present, device, n_halves=0):
+def encode_bulks(encoder, X, present, device, n_halves=0, one_platform=False, scale=None):
     """Run the Bulk Encoder once over all bulks.
 
     Args:
         X: bulk profiles (S x G) in the encoder's gene order, CSR. present: mask (G) of the genes
             that were measured.
-        n_halves: times to run it again on a random half of the genes. How far these answers lie
-            from the full one shows how much it depends on which genes were read, and on how
-            platform and sampled cells changed them (delete-half jackknife; Shao and Wu, Annals of
-            Statistics 1989).
+        n_halves: times to run it again on a random half of the genes, for :func:`proportion_sd`.
+        one_platform: whether all bulks are of one platform, other than the reference's, so that
+            what they share against it can be taken off.
+        scale: what fractions of cells are multiplied by (K), if the types' mRNA content in these
+            bulks is not that in the reference; see :mod:`mrna_content`.
 
     Returns:
         mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
@@ -111,27 +122,63 @@ def encode_bulks(encoder, X, present, device, n_halves=0):
     genes = np.arange(len(present))
     halves = [np.isin(genes, rng.permutation(measured)[::2]) for _ in range(n_halves)]
     present, *halves = (torch.from_numpy(mask).to(device) for mask in (present, *halves))
+    scale = 1.0 if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device)
     parts = []
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
+    step = X.shape[0] if one_platform and X.shape[0] else step
+    encode = partial(encoder, one_platform=True) if one_platform else encoder
     for i in range(0, max(X.shape[0], 1), step):  # without any bulk the results still have shapes
         bulk = torch.from_numpy(X[i : i + step].toarray().astype(np.float32)).to(device)  # (B, G)
-        mu, var, pi = encoder(bulk, present)
+        mu, var, pi = encode(bulk, present)
         # A thin bulk may have no count at all in half of the genes, hence 1e-9.
-        jackknife = [encoder(bulk + 1e-9, half)[2] for half in halves]
-        square = [(other - pi) ** 2 for other in jackknife]
-        sd = torch.stack(square).mean(dim=0).sqrt() if square else torch.full_like(pi, torch.nan)
-        parts.append((mu, var, pi, sd))
+        jackknife = [rescale(encode(bulk + 1e-9, half)[2], scale) for half in halves]
+        deviation = encoder.deviation(pi, bulk, present)  # (B)
+        pi = rescale(pi, scale)
+        parts.append((mu, var, pi, proportion_sd(pi, jackknife, deviation)))
     mu, var, pi, sd = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, var, pi, sd if n_halves else None
 
 
-def encode_in_all_genes(encoder, bulk, measured, genes, names, where, n_halves=0):
+def rescale(pi, scale):
+    """Proportions (S, K) times a factor for each type (K) or 1, rows summing to 1 again."""
+    if isinstance(scale, float):
+        return pi
+    pi = pi * scale
+    return pi / pi.sum(dim=1, keepdim=True)
+
+
+def proportion_sd(pi, jackknife, deviation):
+    """Standard deviation of proportions (S, K): by the genes read, and by the types' mRNA content.
+
+        sd_k² = mean_h (π_hk - π_k)² + Σ_j (π_k (δ_kj - π_j))² (c d)² + sd_0²
+
+    The first term, over halves h of the genes, shows how much the answer depends on which genes
+    were read, and on how platform and sampled cells changed them (delete-half jackknife; Shao and
+    Wu, Annals of Statistics 1989). All halves share the mRNA content of the types, whose error
+    moves proportions like a factor for each. The farther the bulk is from the reference, by the
+    robust sd d of its log-ratios, the less it is known: c = 0.6 and sd_0 = 0.005 give 90 %
+    intervals that hold 90 % of the truths over pseudobulks of four single-cell sets, each read with
+    a reference of others.
+
+    Args:
+        pi: (S, K). jackknife: list of (S, K). deviation: d (S).
+    """
+    if not jackknife:
+        return torch.full_like(pi, torch.nan)
+    of_genes = torch.stack([(other - pi) ** 2 for other in jackknife]).mean(dim=0)
+    # Σ_j (π_k (δ_kj - π_j))² = π_k² (1 - 2 π_k + Σ_j π_j²)
+    moved = pi**2 * (1 - 2 * pi + (pi**2).sum(dim=1, keepdim=True))
+    of_content = moved * (CONTENT_SD * deviation[:, None]) ** 2
+    return (of_genes + of_content + LEAST_SD**2).sqrt()
+
+
+def encode_in_all_genes(encoder, bulk, measured, genes, names, where, **options):
     """:func:`encode_bulks` of bulks in the decoder's genes, checked to have counts.
 
     Args:
         bulk: (S x G), CSR or dense. measured: mask (G). genes: ``(decoder's, encoder's)``.
-        names: of the bulks (S). where: what messages name.
+        names: of the bulks (S). where: what messages name. options: of encode_bulks.
 
     Raises:
         InputError: see :func:`check_filled`.
@@ -139,7 +186,94 @@ def encode_in_all_genes(encoder, bulk, measured, genes, names, where, n_halves=0
     X, _ = align_genes(bulk, *genes, where, report=False)
     check_filled(X, names, where)
     present = measured[pd.Index(genes[0]).get_indexer(genes[1])]
-    return encode_bulks(encoder, X, present, encoder.mu.device, n_halves)
+    return encode_bulks(encoder, X, present, encoder.mu.device, **options)
+
+
+@dataclass
+class EncodedSamples:
+    """What the Bulk Encoder answers for bulk samples, with the mRNA content that they call for."""
+
+    mu: torch.Tensor
+    """(S, K, D)."""
+    var: torch.Tensor
+    """(S, K, D)."""
+    cells: torch.Tensor
+    """Fractions of cells (S, K)."""
+    sd: torch.Tensor
+    """Their standard deviations (S, K)."""
+    content: np.ndarray
+    """mRNA of a cell of each type (K), on any scale: counts or picograms."""
+    library: np.ndarray
+    """Mean counts of a generated cell of each type (K)."""
+
+    def mixing(self, cells=None):
+        """Fractions of generated cells that would make these bulks (S, K).
+
+        Generated cells have the reference's counts, which need not be in proportion to the mRNA of
+        cells. cells: fractions of cells, where known; default the estimates.
+        """
+        cells = self.cells if cells is None else cells
+        return rescale(cells, torch.from_numpy(self.content / self.library).to(cells))
+
+
+def encode_samples(models, bulk, measured, names, where, mrna_content="auto", n_halves=20):
+    """Encode bulk samples, and find out by whose mRNA content their cells are to be counted.
+
+    Bulks of whole transcripts are also taken to be of one platform (:meth:`BulkEncoder.
+    deconvolve_cohort`).
+
+    Args:
+        models: encoder, its card, decoder, its card. bulk: (S x G) in the decoder's genes, CSR or
+            dense. measured: mask (G). names: of the bulks (S). where: what messages name.
+        mrna_content: ``auto``, ``reference`` or ``published``; see :func:`choose_content`.
+
+    Returns:
+        EncodedSamples.
+
+    Raises:
+        InputError: see :func:`check_filled` and :func:`choose_content`.
+    """
+    encoder, card, decoder, decoder_card = models
+    given = bulk, measured, (decoder_card["genes"], card["genes"]), names, where
+    pi = encode_in_all_genes(encoder, *given)[2]
+    library = mean_library(decoder)
+    counts = np.array(card["content"]) if "content" in card else library
+    as_counted = rescale(pi, torch.from_numpy(counts / library).to(pi))
+    expected = (as_counted @ decoder.type_means()).cpu().numpy()
+    dense = bulk.toarray() if sp.issparse(bulk) else bulk
+    reads, why = counts_reads(dense, expected, decoder_card["genes"], measured)
+    content = choose_content(mrna_content, card["cell_types"], counts, reads, why, where)
+    mu, var, cells, sd = encode_in_all_genes(
+        encoder, *given, n_halves=n_halves, one_platform=reads, scale=counts / content
+    )
+    return EncodedSamples(mu, var, cells, sd, content, library)
+
+
+def choose_content(mrna_content, cell_types, counts, reads, why, where):
+    """mRNA content (K) of the cell types by which cells are counted; says which and why.
+
+    Args:
+        mrna_content: ``reference``: counts; ``published``: :func:`mrna_content.published_content`;
+            ``auto``: published for bulks of whole transcripts, if types are known there.
+        counts: mean counts of a cell of each type in the reference (K). reads, why: of
+            :func:`mrna_content.counts_reads`. where: what messages name.
+
+    Raises:
+        InputError: ``published``, but fewer than two of the types are known there.
+    """
+    content, n_known = published_content(cell_types, counts)
+    if mrna_content == "published" and content is None:
+        raise InputError(
+            f"--mrna-content published: found measurements for {n_known} of the {len(counts)} cell "
+            f"types ({some(cell_types)}), expected two or more"
+        )
+    published = mrna_content == "published" or (mrna_content == "auto" and reads)
+    if published and content is not None:
+        source = f"as published, for {n_known} of {len(counts)} cell types"
+    else:
+        content, source = counts, "as counted in the reference"
+    print(f"{where}: {why}; mRNA content of cells {source}")
+    return content
 
 
 def encode_batches(cfg, encoder, genes, device, rng):
@@ -178,6 +312,25 @@ def encode_batches(cfg, encoder, genes, device, rng):
             first += len(bulk)
 
     return encode()
+
+
+def encode_mixtures(encoder_card, decoder, known):
+    """Mixtures of the reference's cell types, as a table of known proportions says.
+
+    Args:
+        known: readers.proportions.KnownProportions (R rows).
+
+    Returns:
+        Proportions of the R rows; and mu, var (R, K, D), the types' own moments, and pi (R, K).
+    """
+    composition, source = reference_composition(encoder_card)
+    cell_types, library = encoder_card["cell_types"], mean_library(decoder)
+    proportions = mixtures(known, cell_types, composition, library)
+    pi = torch.from_numpy(proportions.cells).to(decoder.mu)
+    print(f"{len(pi):,} mixtures of {pi.shape[1]} cell types")
+    if n := np.sum(~proportions.known.all(axis=1)):
+        print(f"{known.path}: in {n:,} of them what is not given is shared {source}")
+    return proportions, [part.expand(len(pi), -1, -1) for part in (decoder.mu, decoder.var)] + [pi]
 
 
 # --------------------------------------------------------------------------------- to cells
@@ -345,28 +498,53 @@ def sum_agreement(bulk, sums, present):
 # ------------------------------------------------------------------------- samples of a table
 
 
+def sample_proportions(names, cell_types, answer, known=None):
+    """Proportions of bulk samples: what the encoder answers, its error, and what is known.
+
+    Args:
+        names: (S). cell_types: (K). answer: EncodedSamples. known: see
+            :func:`proportions.make_proportions`.
+    """
+    pi, sd = (part.cpu().numpy().astype(np.float64) for part in (answer.cells, answer.sd))
+    interval = normal_interval(pi, sd)
+    return make_proportions(names, cell_types, pi, answer.content, interval, known)
+
+
 class BulkSamples:
     """The samples of --bulk, encoded, and how the reference's cell types add up to them.
 
     Attributes:
         names: of the samples (S). bulk: (S, G) in the decoder's genes. measured: mask (G).
-        encoded: mu, var (S, K, D) and pi (S, K). sd: of pi (S, K). expected: (S, G), the sum that
-            pi makes. profiles: expected of each type (S, K, G). sums: (S, G), of the cells
-            generated so far. fit: a row for each sample.
+        proportions: of the samples, estimated or known. encoded: mu, var (S, K, D) and pi (S, K),
+            the proportions of cells. mixed: the same, with proportions at which the reference's
+            cells make the bulk's RNA. expected: (S, G), the sum that these make. profiles: expected
+            of each type (S, K, G). sums: (S, G), of the cells generated so far, each at its type's
+            weight (S, K). fit: a row for each sample.
     """
 
-    def __init__(self, path, encoder, encoder_card, decoder, decoder_card):
+    def __init__(self, path, models, mrna_content="auto", known=None):
+        """Args:
+        path: of the table. models: encoder, its card, decoder, its card. mrna_content: see
+            :func:`choose_content`. known: readers.proportions.KnownProportions, in place of what
+            the encoder answers.
+        """
+        _, encoder_card, decoder, decoder_card = models
         # In all genes of the decoder: those that the encoder does not read still show the fit.
         genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
         bulk, self.measured, self.names = read_bulk(path, genes, decoder_card.get("gene_ids"))
         n_read = np.isin(encoder_genes, np.array(genes)[self.measured]).sum()
         print(f"{path}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
-        *self.encoded, sd = encode_in_all_genes(
-            encoder, bulk, self.measured, (genes, encoder_genes), self.names, path, n_halves=20
-        )
-        self.bulk, self.sd, self.decoder = bulk.toarray(), sd.cpu().numpy(), decoder
-        self.profiles = type_profiles(decoder, *self.encoded[:2])
-        self.expected = expected_bulk(decoder, self.encoded, self.profiles)
+        answer = encode_samples(models, bulk, self.measured, self.names, path, mrna_content)
+        self.bulk, self.decoder = bulk.toarray(), decoder
+        self.proportions = sample_proportions(self.names, decoder_card["cell_types"], answer, known)
+        cells = torch.from_numpy(self.proportions.cells).to(answer.cells)
+        mixing = answer.mixing(cells)
+        # A cell stands for as much of the bulk as the mRNA of its type, whatever its counts.
+        self.weight = (mixing / cells.clamp(min=1e-12)).cpu().numpy()  # (S, K)
+        self.encoded = [answer.mu, answer.var, cells]
+        self.mixed = [answer.mu, answer.var, mixing]
+        self.profiles = type_profiles(decoder, answer.mu, answer.var)
+        self.expected = expected_bulk(decoder, self.mixed, self.profiles)
         self.sums = np.zeros(self.bulk.shape)
         self.fit = pd.DataFrame(index=self.names)
         correlation, unexplained = bulk_fit(self.bulk, self.expected, self.measured)
@@ -374,14 +552,10 @@ class BulkSamples:
         reference = encoder_card.get("fit")
         self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
 
-    @property
-    def proportions(self):
-        """pi (S, K) as a numpy array, float64."""
-        return self.encoded[2].cpu().numpy().astype(np.float64)
-
     def add(self, cells):
         """Add generated Cells to the sums of their samples."""
-        add_to_sums(self.sums, cells.counts, cells.bulk)
+        weight = sp.diags_array(self.weight[cells.bulk, cells.cell_type])
+        add_to_sums(self.sums, weight @ cells.counts, cells.bulk)
 
     def compare_sums(self):
         """Add to ``fit`` how well the generated cells of each sample add up to it."""
@@ -391,5 +565,5 @@ class BulkSamples:
         """:func:`expression.estimate_expression` of these samples."""
         bulks = self.bulk, self.measured
         return estimate_expression(
-            self.decoder, self.encoded, *bulks, calibrate, platform, self.profiles
+            self.decoder, self.mixed, *bulks, calibrate, platform, self.profiles
         )

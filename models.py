@@ -20,6 +20,9 @@ from data import DEPTH, library_size, sum_by_type
 from runtime.device import in_batches, to_csr, to_dense
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
+UNROLLED = 15  # updates of the deconvolution with a gradient: more change nothing but the time
+SMALLEST_COHORT = 5  # bulks; what fewer have in common is as likely their own
+PLATFORM_VAR = 0.25  # prior variance of what all bulks of a table share against the reference
 TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has
 
 # ---------------------------------------------------------------------------- seed and device
@@ -730,6 +733,16 @@ class BulkEncoder(nn.Module):
         ratio = torch.log((fractions + self.floor) / (q + self.floor)) * present
         return ratio.clamp(-4, 4)
 
+    def deviation(self, pi, bulk, present):
+        """Robust sd (S) of the log-ratios of genes of bulks (S, G) to what pi (S, K) explains."""
+        present = present.to(bulk.dtype)
+        ratio = self.ratio_to(pi @ self.signature, self.normalise(bulk, present), present)
+        ratio = ratio[:, present > 0]
+        if ratio.shape[1] == 0:
+            return ratio.new_zeros(len(ratio))
+        median = ratio.median(dim=1, keepdim=True).values
+        return 1.4826 * (ratio - median).abs().median(dim=1).values
+
     def state(self, ratio, present):
         """t (S, R), where bulks stand along the directions in which the reference's samples differ.
 
@@ -751,7 +764,8 @@ class BulkEncoder(nn.Module):
         highly expressed genes decide. w_g is learned and, after the first updates, divided by
         1 + ln(p_g / q_g)², the weight of Cauchy's robust loss: a gene that is off by a large factor
         reflects the platform rather than the cells. Stopping early regularises types that the data
-        can hardly tell apart.
+        can hardly tell apart. Only the last ``UNROLLED`` updates have a gradient: the ones before
+        them start far from the solution, and what they do to it has faded by then.
 
         Args:
             fractions: (S, G). present: (G). signature: (K, G), default the model's.
@@ -759,39 +773,58 @@ class BulkEncoder(nn.Module):
         Returns:
             (S, K), rows summing to 1.
         """
-        floor = self.floor
         weight = self.log_weight.exp() * present  # (G,)
         S = self.signature if signature is None else signature  # (K, G)
-        p = fractions + floor  # (S, G)
+        p = fractions + self.floor  # (S, G)
         pi = torch.full((len(p), len(S)), 1 / len(S), device=p.device)
-        for i in range(self.config["n_iterations"]):
-            q = pi @ S + floor  # (S, G)
-            w = weight
-            if i >= 20:  # before that, q is too far off for its errors to mean much
-                w = weight / (1 + torch.log(p / q).detach() ** 2)  # (S, G)
-            denominator = (w / q) @ S.T  # (S, K)
-            pi = pi * ((w * p / q**2) @ S.T) / denominator.clamp(min=1e-12)
+        n = self.config["n_iterations"]
+        with torch.no_grad():
+            for i in range(n - UNROLLED):
+                # Before the 20th, q is too far off for its errors to mean much.
+                pi = self.update_proportions(pi, p, weight, S, robust=i >= 20)
+        for i in range(max(n - UNROLLED, 0), n):
+            pi = self.update_proportions(pi, p, weight, S, robust=i >= 20)
         return pi / pi.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
-    def forward(self, bulk, present=None, signature=None):
+    def update_proportions(self, pi, p, weight, S, robust):
+        """One update of :meth:`deconvolve`: pi (S, K), p (S, G), weight (G), signature (K, G)."""
+        q = pi @ S + self.floor  # (S, G)
+        if robust:
+            weight = weight / (1 + torch.log(p / q).detach() ** 2)  # (S, G)
+        denominator = (weight / q) @ S.T  # (S, K)
+        return pi * ((weight * p / q**2) @ S.T) / denominator.clamp(min=1e-12)
+
+    def forward(self, bulk, present=None, one_platform=False):
         """Args:
             bulk: (S, G), any scale, positive sums. present: mask (G) of measured genes, default
-                all. signature: (K, G) to deconvolve with instead of the model's.
+                all. one_platform: whether to :meth:`deconvolve_cohort`.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
         """
         present = torch.ones_like(self.profile) if present is None else present.to(bulk.dtype)
         fractions = self.normalise(bulk, present)  # (S, G)
+        deconvolve = self.deconvolve_cohort if one_platform else self.deconvolve
+        return self.correct(deconvolve(fractions, present), fractions, present)
+
+    def correct(self, first, fractions, present, signature=None):
+        """What the network makes of deconvolved proportions: see :meth:`forward`.
+
+        The network does not train the gene weights, which have a loss of their own: together they
+        would leave to the network what weights can do, and it repeats less well on other platforms.
+
+        Args:
+            first: of :meth:`deconvolve` (S, K). fractions: (S, G). present: (G).
+        """
+        first = first.detach()
         x = (torch.log1p(fractions * DEPTH) - self.center) / self.scale
         # An absent gene counts as average, and no gene goes far beyond what training has seen.
         h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
-        shape = (len(bulk), self.config["n_types"], self.config["n_latent"])
-        first = self.deconvolve(fractions, present, signature)  # (S, K)
+        shape = (len(first), self.config["n_types"], self.config["n_latent"])
         mu, log_var = self.mu, self.var_head(h).view(shape)
         if self.n_state:
             S = self.signature if signature is None else signature  # (K, G)
-            ratio = self.ratio_to(first.detach() @ S, fractions, present)  # (S, G)
+            ratio = self.ratio_to(first @ S, fractions, present)  # (S, G)
             t = self.state(ratio, present)  # (S, R)
             mu = mu + self.var.sqrt() * torch.einsum("sr,rkd->skd", t, self.state_mu)
             log_var = log_var + torch.einsum("sr,rkd->skd", t, self.state_log_var)
@@ -799,3 +832,35 @@ class BulkEncoder(nn.Module):
         # Regression: unconstrained, a negative variance became NaN under the square root.
         var = self.var * torch.exp(log_var.clamp(-5, 5))
         return mu, var, torch.softmax(torch.log(first + 1e-3) + self.pi_head(h), dim=-1)
+
+    def platform_offset(self, first, fractions, present):
+        """What all bulks of a table share against the sum of the types: log factors of genes (G).
+
+            P_g = τ² / (τ² + e_g² / S) · median_s r_sg,   r = ln((p + ε) / (q + ε)),  τ = 0.5
+
+        with e_g² the mean squared deviation of r_sg from its median. The mean composition of a
+        cohort cannot be told from its platform, but how its samples differ can: without their
+        common part, genes say so with less noise.
+
+        Args:
+            first: of :meth:`deconvolve` (S, K). fractions: (S, G). present: (G).
+        """
+        r = self.ratio_to(first @ self.signature, fractions, present)  # (S, G)
+        median = r.median(dim=0).values
+        error = ((r - median) ** 2).mean(dim=0)
+        return median * PLATFORM_VAR / (PLATFORM_VAR + error / len(r))
+
+    def deconvolve_cohort(self, fractions, present):
+        """:meth:`deconvolve` of bulks of one platform, whose common deviation is taken off first.
+
+        The cohort's mean proportions stay those of :meth:`deconvolve`. (S, G), (G) -> (S, K).
+        """
+        first = self.deconvolve(fractions, present)  # (S, K)
+        if len(first) < SMALLEST_COHORT:
+            return first
+        offset = self.platform_offset(first, fractions, present)  # (G)
+        moved = ((fractions + self.floor) * torch.exp(-offset) - self.floor).clamp(min=0) * present
+        moved = moved / moved.sum(dim=1, keepdim=True) * fractions.sum(dim=1, keepdim=True)
+        second = self.deconvolve(moved, present)
+        second = second * ((first.mean(dim=0) + 1e-4) / (second.mean(dim=0) + 1e-4))
+        return second / second.sum(dim=1, keepdim=True)

@@ -52,11 +52,14 @@ class BulkCells:
     """Of the S samples."""
     mixed: bool = True
     """Whether half of the bulks are mixtures of two samples."""
+    batch: np.ndarray | None = None
+    """Dataset or protocol of each cell (N); None if the reference is of one."""
 
     def take(self, rows):
         """The same with some of the cells."""
-        sample = None if self.sample is None else self.sample[rows]
-        return dataclasses.replace(self, X=self.X[rows], codes=self.codes[rows], sample=sample)
+        sample, batch = (None if v is None else v[rows] for v in (self.sample, self.batch))
+        X, codes = self.X[rows], self.codes[rows]
+        return dataclasses.replace(self, X=X, codes=codes, sample=sample, batch=batch)
 
 
 @dataclass
@@ -172,6 +175,47 @@ def concatenate(batches):
     )
 
 
+def combine_batches(means):
+    """Mean counts of the types over batches, each of its own depth and with types missing.
+
+        S_kg = e^{a_k} · mean over batches b of m_bkg / t_bk,   ln t_bk ≈ a_k + d_b
+
+    with t the totals of m, a the mRNA content of types and d the depth of batches by least squares.
+    In S each batch weighs the same, however deep it is.
+
+    Args:
+        means: mean counts of each batch (K, G), rows of zeros where it lacks a type.
+
+    Returns:
+        (K, G) float64; rows of zeros for types that no batch has.
+    """
+    means = np.stack(means).astype(np.float64)  # (B, K, G)
+    total = means.sum(axis=2)  # (B, K)
+    there = total > 0
+    log_total = np.where(there, np.log(np.where(there, total, 1)), 0)
+    depth = np.zeros(len(means))
+    for _ in range(100):  # backfitting: with types missing there is no closed form
+        content = np.where(there, log_total - depth[:, None], 0).sum(axis=0)
+        content = content / np.maximum(there.sum(axis=0), 1)  # (K)
+        depth = np.where(there, log_total - content, 0).sum(axis=1) / there.sum(axis=1)
+    profiles = means / np.where(there, total, 1)[:, :, None]
+    mean = profiles.sum(axis=0) / np.maximum(there.sum(axis=0), 1)[:, None]  # (K, G)
+    return mean * np.exp(content)[:, None] * there.any(axis=0)[:, None]
+
+
+def mean_of_types(cells):
+    """Mean counts of the cells of each type (K, G): of batches, as :func:`combine_batches`."""
+    if cells.batch is None:
+        return mean_counts(cells.X, cells.codes, cells.n_types)
+    return combine_batches([mean for _, mean in means_of_batches(cells)])
+
+
+def means_of_batches(cells):
+    """list of (rows, mean counts (K, G)) of each batch of BulkCells that has cells."""
+    parts = (np.flatnonzero(cells.batch == b) for b in np.unique(cells.batch))
+    return [(rows, mean_counts(cells.X[rows], cells.codes[rows], cells.n_types)) for rows in parts]
+
+
 def split_folds(codes, n_folds, rng):
     """Fold of each cell (N): every type is spread evenly over the folds."""
     fold = np.zeros(len(codes), int)
@@ -181,24 +225,78 @@ def split_folds(codes, n_folds, rng):
     return fold
 
 
+@dataclass
+class Fold:
+    """Cells that training bulks are drawn from, and the means they are deconvolved with."""
+
+    cells: BulkCells
+    means: torch.Tensor
+    """(K, G) on the model's device."""
+    other_batches: bool = False
+    """Whether these are the means of other batches rather than of other cells of this one."""
+
+
 def make_folds(cells, model, signature, n_folds, rng):
-    """Folds of the training cells, each with the mean counts of all other cells.
+    """Folds of the training cells, each with the mean counts of cells that are not in it.
+
+    Without batches a fold is a part of the cells, and the means are those of all others. With
+    batches there are two of each: all its cells, with the means of the other batches, which differ
+    as a foreign bulk will; and a part of its cells, with the means of its others.
 
     Args:
         cells: BulkCells (N). signature: mean counts of all of them (K x G).
 
     Returns:
-        list of ``(BulkCells, means)``: n cells, (K, G) on the model's device.
+        list of Fold.
     """
+    if cells.batch is None:
+        return split_cells_into_folds(cells, model, signature, n_folds, rng)
+    folds, batches = [], means_of_batches(cells)
+    for i, (rows, own) in enumerate(batches):
+        of_batch = cells.take(rows)
+        others = combine_batches([mean for j, (_, mean) in enumerate(batches) if j != i])
+        means = fill_missing(others, signature)
+        means = scale_to_content(means, own)
+        folds.append(Fold(of_batch, to_signature(means, model), other_batches=True))
+        own = fill_missing(own, signature)
+        folds.append(split_cells_into_folds(of_batch, model, own, n_folds, rng)[0])
+    return folds
+
+
+def split_cells_into_folds(cells, model, signature, n_folds, rng):
+    """Folds that are parts of the cells; arguments as for :func:`make_folds`."""
     fold = split_folds(cells.codes, n_folds, rng)
     folds = []
     for i in range(n_folds):
         inside, outside = fold == i, (fold != i) | (n_folds == 1)
-        codes = cells.codes[outside]
-        means = mean_counts(cells.X[np.flatnonzero(outside)], codes, len(signature))
-        lost = np.bincount(codes, minlength=len(signature)) == 0
+        rest = np.flatnonzero(outside)
+        means = mean_counts(cells.X[rest], cells.codes[rest], len(signature))
+        lost = means.sum(axis=1) == 0
         means[lost] = signature[lost]  # a type whose only cell is in this fold
-        means = model.scale_signature(torch.from_numpy(means).float()).to(model.mu.device)
         if inside.any():
-            folds.append((cells.take(np.flatnonzero(inside)), means))
+            folds.append(Fold(cells.take(np.flatnonzero(inside)), to_signature(means, model)))
     return folds
+
+
+def to_signature(means, model):
+    """Mean counts (K, G) as a tensor on the scale and device of the model's signature."""
+    return model.scale_signature(torch.from_numpy(means).float()).to(model.mu.device)
+
+
+def fill_missing(means, signature):
+    """means (K, G), its types without counts taken from the signature (K, G), to its depth."""
+    there = means.sum(axis=1) > 0
+    depth = means[there].sum() / signature[there].sum()
+    return np.where(there[:, None], means, depth * signature)
+
+
+def scale_to_content(means, own):
+    """means (K, G) with the totals of a batch's own types (K, G); a mean factor for those it lacks.
+
+    Weights of genes cannot learn how much mRNA the types of a batch hold, only distort for it.
+    """
+    there = own.sum(axis=1) > 0
+    ratio = own.sum(axis=1)[there] / means.sum(axis=1)[there]
+    factor = np.full(len(means), np.exp(np.log(ratio).mean()))
+    factor[there] = ratio
+    return means * factor[:, None]

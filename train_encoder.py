@@ -28,6 +28,9 @@ class Settings(TrainingSettings):
     Example: python train_encoder.py --data filtered_feature_bc_matrix --labels celltypes.csv
     """
 
+    batches: str | None = None
+    """Dataset or protocol of each cell, given as --samples is. Bulks of one batch are then
+    deconvolved with the profiles of the others, so that the encoder learns how platforms differ."""
     n_genes: int = 1000
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
     n_state_genes: int = 500
@@ -70,6 +73,8 @@ class Settings(TrainingSettings):
             if not 1 <= a <= b:
                 names = f"{flag(low)}, {flag(high)}"
                 raise InputError(f"{names}: found {a} to {b}, expected 1 or more, in order")
+        if self.batches and self.samples is None:
+            raise InputError("--batches: found no --samples, expected samples of batches")
         if self.noise < 0:
             raise InputError(f"--noise: found {self.noise}, expected 0 or more")
         if not 0 <= self.lost < 1:
@@ -85,21 +90,24 @@ class Settings(TrainingSettings):
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
+import dataclasses
 import sys
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from data import (
     align_genes,
+    batches_of,
     choose_held_out,
     choose_marker_genes,
     choose_state_genes,
     codes_of,
     donors_of,
     draw_pseudobulks,
+    library_size,
     load_cells,
-    mean_counts,
     sample_names,
     samples_of,
 )
@@ -107,7 +115,14 @@ from expression import expected_bulk
 from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from moments import SampleMoments, read_samples_card, sample_moments
-from pseudobulks import BulkCells, Bulks, concatenate, make_folds, simulate_bulks
+from pseudobulks import (
+    BulkCells,
+    Bulks,
+    concatenate,
+    make_folds,
+    mean_of_types,
+    simulate_bulks,
+)
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
@@ -260,11 +275,21 @@ def choose_encoder_genes(cells, codes, sample, cfg):
 
     cells: training cells. codes, sample: their types and samples (N); sample None without.
     """
-    genes = choose_marker_genes(cells, codes, cfg.n_genes)
-    if sample is None:
+    genes = choose_marker_genes(cells, codes, cfg.n_genes, batches_of(cells))
+    if sample is None or cfg.n_state_genes == 0:
         return genes
-    genes = {*genes, *choose_state_genes(cells, codes, sample, cfg.n_state_genes)}
+    of_states = choose_state_genes(cells, codes, sample, cfg.n_state_genes, batches_of(cells))
+    genes = {*genes, *of_states}
     return [name for name in cells.var_names if name in genes]
+
+
+def mean_of_totals(cells, training, rows):
+    """Mean counts of a cell of each type (K), in all genes; with batches, at one depth for all.
+
+    cells: AnnData (N) with all genes. training: BulkCells of its ``rows``.
+    """
+    total = sp.csr_matrix(library_size(cells.X[rows])[:, None].astype(np.float64))
+    return mean_of_types(dataclasses.replace(training, X=total)).sum(axis=1)
 
 
 def start_model(cells, mu, var, cfg, rng):
@@ -276,7 +301,7 @@ def start_model(cells, mu, var, cfg, rng):
     Returns:
         the model, and the mean counts of the cells of each type (K, G).
     """
-    signature = mean_counts(cells.X, cells.codes, len(mu))  # (K, G)
+    signature = mean_of_types(cells)  # (K, G)
     model = BulkEncoder(cells.X.shape[1], *mu.shape, cfg.n_hidden, cfg.dropout)
     model.mu.copy_(mu)
     model.var.copy_(var)
@@ -290,16 +315,18 @@ def add_states(model, folds, donor, cfg, rng):
     """The same model with what the samples teach of states (:mod:`states`), if it can be told.
 
     Args:
-        folds: of :func:`pseudobulks.make_folds`. donor: code of each sample's donor (S).
+        folds: of :func:`pseudobulks.make_folds`; those within a batch, as what other batches differ
+            by is no state. donor: code of each sample's donor (S).
     """
+    folds = [fold for fold in folds if not fold.other_batches]
     ratios, mu, log_var, shares = [], [], [], []
     present = torch.ones_like(model.profile)
     for i in range(-(-N_STATE_BULKS // cfg.batch_size)):
-        cells, means = folds[i % len(folds)]
-        bulks = simulate_bulks(cells, cfg, rng, noise=STATE_NOISE)
+        fold = folds[i % len(folds)]
+        bulks = simulate_bulks(fold.cells, cfg, rng, noise=STATE_NOISE)
         fractions = model.normalise(torch.from_numpy(bulks.counts), present)
-        first = model.deconvolve(fractions, present, means)  # (B, K)
-        ratios.append(model.ratio_to(first @ means, fractions, present).numpy())
+        first = model.deconvolve(fractions, present, fold.means)  # (B, K)
+        ratios.append(model.ratio_to(first @ fold.means, fractions, present).numpy())
         mu.append((bulks.mu - model.mu.numpy()) / model.var.sqrt().numpy())
         log_var.append(np.log(bulks.var / model.var.numpy()))
         shares.append(bulks.share)
@@ -321,15 +348,25 @@ def add_states(model, folds, donor, cfg, rng):
     return model
 
 
-def batch_losses(model, bulks, signature=None, part=slice(None)):
-    """The three losses of a part of a batch of bulks, as its share of the mean over the batch.
+def batch_losses(model, bulks, signature, part=slice(None)):
+    """The losses of a part of a batch of bulks, as its share of the mean over the batch.
 
     Args:
-        bulks: Bulks (B). signature: mean counts to deconvolve with (K, G), by default the model's.
+        bulks: Bulks (B). signature: mean counts to deconvolve with (K, G).
+
+    Returns:
+        dict: ``mu``, ``var`` and ``pi`` of :func:`encoder_losses`, and ``deconvolved``, which is pi
+        of the deconvolution alone, before the network corrects it.
     """
     counts = torch.from_numpy(bulks.counts[part]).to(model.mu.device)
-    predicted = model(counts, signature=signature)
-    return encoder_losses(predicted, bulks.target(model, part), len(bulks.counts))
+    present, n = torch.ones_like(model.profile), len(bulks.counts)
+    fractions = model.normalise(counts, present)  # (B, G)
+    first = model.deconvolve(fractions, present, signature)  # (B, K)
+    predicted = model.correct(first, fractions, present, signature)
+    target = bulks.target(model, part)
+    error = first - target[2]
+    deconvolved = (error**2).sum() / (n * error.shape[1])
+    return encoder_losses(predicted, target, n) | {"deconvolved": deconvolved}
 
 
 @torch.no_grad()
@@ -386,12 +423,13 @@ def train_model(run, optimizer, schedule, folds, test, rng):
     cfg, model = run.cfg, run.model
     for epoch in run.epochs():
         model.train()
-        cells, means = folds[epoch % len(folds)]
+        fold = folds[epoch % len(folds)]
         # Every process draws all bulks, because each draw depends on the ones before it.
-        bulks = simulate_bulks(cells, cfg, rng)  # (B, G), (B, K)
-        losses = batch_losses(model, bulks, means, run.part(cfg.batch_size))
+        bulks = simulate_bulks(fold.cells, cfg, rng)  # (B, G), (B, K)
+        losses = batch_losses(model, bulks, fold.means, run.part(cfg.batch_size))
         # Squared errors of proportions are a hundred times smaller by their very scale.
-        loss = losses["mu"] + losses["var"] + 100 * losses["pi"]
+        of_proportions = losses["deconvolved"] + (0 if cfg.batches else losses["pi"])
+        loss = losses["mu"] + losses["var"] + 100 * of_proportions
         optimizer.zero_grad()
         loss.backward()
         run.all_reduce(loss, *losses.values())
@@ -445,7 +483,8 @@ def main(cfg):
     genes = choose_encoder_genes(cells[~held_out], codes[train], sample_of_train, cfg)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     X = X.astype(np.float32)  # once, rather than at every step
-    every = BulkCells(X, codes, len(cell_types), sample, moments)
+    batch = batches_of(cells)
+    every = BulkCells(X, codes, len(cell_types), sample, moments, batch=batch)
     training, testing = every.take(train), every.take(test)
     testing.moments, testing.mixed = raw_moments, False
     print(
@@ -460,8 +499,9 @@ def main(cfg):
     if sample is not None:
         model = add_states(model, folds, donors_of(cells), cfg, rng)
     model = model.to(device)
-    folds = [(part, means.to(device)) for part, means in folds]
-    optimizer, schedule = two_rate_optimizer(model, [], cfg, cfg.epochs)
+    for fold in folds:
+        fold.means = fold.means.to(device)
+    optimizer, schedule = two_rate_optimizer(model, [model.log_weight], cfg, cfg.epochs)
     test_bulks = simulate_test_bulks(model, testing, cfg, rng) if len(test) else None
     run = TrainingRun("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
     train_model(run, optimizer, schedule, folds, test_bulks, rng)
@@ -475,6 +515,8 @@ def main(cfg):
         held_out=held_out_names,
         held_out_fraction=fraction,
         fit=reference_fit(model, decoder, measured_on, genes, rng),
+        composition=(np.bincount(training.codes, minlength=len(cell_types)) / len(train)).tolist(),
+        content=mean_of_totals(cells, training, train).tolist(),
     )
     last = run.progress.curve[-1]
     report_constant(last)

@@ -5,24 +5,28 @@ import pandas as pd
 from readers.labels import read_column
 from runtime.errors import InputError, some
 
-GROUPS = {"donors": "donor", "conditions": "condition"}  # setting -> what it says of each sample
+GROUPS = {
+    "donors": "donor",
+    "conditions": "condition",
+    "batches": "batch",
+}  # setting -> what it says of each sample
 
 
 def read_samples(adata, settings):
     """Read the sample of each cell, and what the settings say of the samples.
 
     Args:
-        adata: AnnData or BackedCells (N cells). settings: with ``samples``; ``donors`` and
-            ``conditions`` where the script has them.
+        adata: AnnData or BackedCells (N cells). settings: with ``samples``; ``donors``,
+            ``conditions`` and ``batches`` where the script has them.
 
     Returns:
         data frame (N) with the columns sample, donor (the sample itself if no donors are given)
-        and, if conditions are given, condition; missing where a cell has no sample. None without
-        ``settings.samples``.
+        and, if they are given, condition and batch; missing where a cell has no sample. None
+        without ``settings.samples``.
 
     Raises:
         InputError: a source is neither a file nor a column, no cell has a sample, or the cells of
-            one sample have several donors or conditions, or none.
+            one sample have several donors, conditions or batches, or none.
     """
     source = getattr(settings, "samples", None)
     if source is None:

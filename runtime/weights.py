@@ -134,6 +134,7 @@ def check_card(card, model_class):
     names, K = card["genes"], config["n_types"]
     check_samples(card.get("samples"), (K, config.get("n_latent")))
     fraction, fit = card["held_out_fraction"], card.get("fit", {})
+    composition = card.get("composition", [1.0] * K)  # of the reference; older files have none
     sound = {
         "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
         "gene_ids": is_list_of_names(card.get("gene_ids", names), len(names)),  # older have none
@@ -141,6 +142,10 @@ def check_card(card, model_class):
         "held_out": is_list_of_names(card["held_out"]),
         "held_out_fraction": isinstance(fraction, int | float) and 0 <= fraction < 1,
         "settings": isinstance(card["settings"], dict),
+        "composition": isinstance(composition, list)
+        and len(composition) == K
+        and all(isinstance(share, float) and share >= 0 for share in composition)
+        and 0 < sum(composition) < float("inf"),
         "components": sorted(card.get("components", range(K))) == list(range(K)),
         "fit": isinstance(fit, dict)
         and all(

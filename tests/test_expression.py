@@ -503,9 +503,7 @@ def test_expression_of_each_type_in_each_sample(trained_samples, bulk_csv, tmp_p
     samples = list(cells.uns["samples"])
     assert list(table.obs["sample"]) == list(np.repeat(samples, 3))
     assert list(table.obs["cell_type"]) == CELL_TYPES * 8
-    np.testing.assert_allclose(
-        table.obs["proportion"].to_numpy().reshape(8, 3), cells.uns["proportions"]
-    )
+    np.testing.assert_allclose(table.obs["proportion"], cells.uns["proportions"]["proportion"])
     assert set(table.layers) == {"log2_fold_change", "log2_fold_change_sd"}
     for values in (table.X, *table.layers.values()):
         assert values.dtype == np.float32 and np.isfinite(values).all()

@@ -141,7 +141,8 @@ def test_code_blocks_run_in_order(clone):
             assert language == "text", f"a block of {language or 'no language'}"
     scripts = {word for command in ran for word in command.split() if word.endswith(".py")}
     assert scripts == set(SMALL)  # the pages show every script
-    for name in ("generated.h5ad", "proportions.csv", "proportions.png", "figures/joint.png"):
+    endings = ("h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad")
+    for name in (*(f"generated.{ending}" for ending in endings), "figures/joint.png"):
         assert (clone / name).is_file(), name
     # The example bulk is what its script writes, up to rounding on another machine.
     again, shipped = (
@@ -176,7 +177,8 @@ def test_links_lead_somewhere(name):
             "barcode_to_celltype.csv",
             "found_celltypes.csv",
             "clusters.csv",
-            "proportions.csv",
+            "generated.proportions.csv",
+            "generated.fit.csv",
             "evaluation.csv",
         }
         assert path in generated or (ROOT / path).exists() or (folder / path).exists(), path

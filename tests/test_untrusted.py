@@ -319,8 +319,9 @@ def test_odd_names_are_read_as_text_and_written_as_they_are(tmp_path, cells, tra
     assert done.returncode == 0, done.stderr
     generated = anndata.read_h5ad(out)
     assert list(generated.obs["sample"].cat.categories) == samples
-    table = pd.read_csv(tmp_path / "proportions.csv")
-    assert list(table["sample"]) == samples
+    table = pd.read_csv(tmp_path / "out.proportions.csv")
+    assert list(table["sample"].unique()) == samples
+    assert list(pd.read_csv(tmp_path / "out.fit.csv")["sample"]) == samples
     refused(lambda: read_bulk(tmp_path / "bulk.csv", ["X\n\x1b[31m"]), r"X\n\x1b[31m")
 
 
