@@ -29,9 +29,11 @@ from runtime.script import lead_with, parse_args, plain_settings, run_script
 class Settings(DatasetSettings):
     """Generate single cells from bulk RNA-seq samples.
 
-    Example: python bulk2sc.py --weights weights/pbmc1k --bulk samples.csv --n-cells 1000
+    Example: python bulk2sc.py --bulk samples.csv --n-cells 1000
     """
 
+    weights: Path | None = None
+    """Folder of the models. Default: weights/pbmc with --bulk or --proportions, else weights."""
     bulk: Path | None = None
     """Bulk samples: csv, tsv or GCT (genes in rows or columns, symbols or Ensembl ids) or .h5ad.
     Default: batches of --data."""
@@ -64,6 +66,9 @@ class Settings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.weights is None:  # models of blood, unless the bulks are of the reference's batches
+            of_samples = self.bulk is not None or self.proportions is not None
+            self.weights = Path("weights/pbmc" if of_samples else "weights")
         if self.n_cells < 0:
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
         if self.batch_size < 1:

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+import mrna_content
+from conftest import ROOT
+from generation import choose_content, encode_samples, load_models
 from mrna_content import counts_reads, published_content, to_cells
+from runtime.errors import InputError
 
 RIBOSOMAL = [f"RPL{i}" for i in range(3, 15)]
 
@@ -91,3 +96,73 @@ def test_without_ribosomal_genes_the_other_genes_tell(noise, reads):
     measured = np.array([name.startswith("GENE") for name in genes])
     found, why = counts_reads(bulk, expected, genes, measured)
     assert found == reads and "factor" in why
+
+
+# --------------------------------------------------------------------- bulks of the shipped models
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_models(ROOT / "weights" / "pbmc1k", "cpu")
+
+
+def mix(models, reads, seed=0, S=6):
+    """Bulks of the model's own types (S, G), as single cells or as whole transcripts count them."""
+    decoder, genes = models[2], models[3]["genes"]
+    pi = np.random.default_rng(seed).dirichlet(np.ones(len(decoder.mu)), S)
+    bulk = pi @ decoder.type_means().numpy()
+    if reads:
+        bulk[:, [bool(mrna_content.RIBOSOMAL.fullmatch(name)) for name in genes]] *= 0.3
+    return bulk, pi
+
+
+def encode(models, bulk, **options):
+    names = [f"s{i}" for i in range(len(bulk))]
+    return encode_samples(models, bulk, np.ones(bulk.shape[1], bool), names, "x.csv", **options)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_bulks_of_whole_transcripts_are_counted_by_published_content(models, reads, capsys):
+    bulk, _ = mix(models, reads)
+    answer = encode(models, bulk)
+    said = capsys.readouterr().out
+    assert ("as published" in said) == reads and ("as counted in the reference" in said) != reads
+    named = encode(models, bulk, mrna_content="published" if reads else "reference")
+    assert torch.equal(answer.cells, named.cells)
+
+
+def test_content_moves_fractions_of_cells_and_not_what_makes_the_bulk(models):
+    """Monocytes hold more mRNA than their counts say, so fewer of them make the same bulk."""
+    bulk, _ = mix(models, reads=False)
+    as_counted, published = (
+        encode(models, bulk, mrna_content=m) for m in ("reference", "published")
+    )
+    counts, content = as_counted.content, published.content
+    expected = to_cells(as_counted.cells.numpy().astype(float), counts, content)
+    np.testing.assert_allclose(published.cells, expected, atol=1e-5)
+    torch.testing.assert_close(published.mixing(), as_counted.mixing(), atol=1e-5, rtol=0)
+    monocytes = [k for k, name in enumerate(models[1]["cell_types"]) if "onocyte" in name]
+    assert (published.cells[:, monocytes] < as_counted.cells[:, monocytes]).all()
+    assert (published.sd > 0).all()
+
+
+def test_known_cells_are_mixed_by_their_content(models):
+    answer = encode(models, mix(models, reads=True)[0])
+    cells = torch.full_like(answer.cells, 1 / answer.cells.shape[1])
+    mixing = answer.mixing(cells).numpy()
+    expected = answer.content / answer.library
+    np.testing.assert_allclose(mixing[0], expected / expected.sum(), rtol=1e-4)
+
+
+def test_published_content_needs_types_that_somebody_measured():
+    with pytest.raises(InputError, match="--mrna-content published: found measurements for 0 of the 2"):
+        choose_content("published", ["Hepatocytes", "Acinar"], np.ones(2), True, "", "x.csv")
+    # auto falls back to the reference's counts, as no better are known
+    counts = np.array([3.0, 4.0])
+    assert choose_content("auto", ["Hepatocytes", "Acinar"], counts, True, "", "x.csv") is counts
+
+
+def test_intervals_widen_with_the_distance_from_the_reference(models):
+    bulk, _ = mix(models, reads=False)
+    moved = bulk * np.random.default_rng(1).lognormal(0, 0.6, bulk.shape[1])
+    assert (encode(models, moved).sd.mean() > 2 * encode(models, bulk).sd.mean()).item()

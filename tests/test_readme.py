@@ -67,7 +67,7 @@ def clone(tmp_path_factory):
     """The files of the repository, and those that a reader is assumed to have."""
     folder = tmp_path_factory.mktemp("readme") / "bulk2sc"
     folder.mkdir()
-    for path in [*ROOT.glob("*.py"), ROOT / "markers.csv", ROOT / "README.md"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.csv"), ROOT / "README.md"]:
         shutil.copy(path, folder)
     for name in ("weights", "benchmarks", "examples", "readers", "runtime"):
         shutil.copytree(ROOT / name, folder / name)
