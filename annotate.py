@@ -39,6 +39,8 @@ class Settings:
     Default: cell_types.csv beside this script."""
     min_confidence: float = 0.8
     """Cells whose lineage is less probable than this are Unknown, for --method refined."""
+    min_cells: int = 10
+    """Cells of a type with fewer are Unknown, for --method refined: no model can learn from them."""
     out: Path | None = None
     """Folder to write to. Default: where the data is, unless cell types are there already."""
     resolution: float = 0.8
@@ -55,7 +57,7 @@ class Settings:
     """Only write the counts to this folder in 10x layout, for scType.R or other tools."""
 
     def __post_init__(self):
-        for name in ("dims", "n_genes", "n_neighbors"):
+        for name in ("dims", "n_genes", "n_neighbors", "min_cells"):
             if (found := getattr(self, name)) < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 < self.resolution < float("inf"):
@@ -402,7 +404,7 @@ def refine_labels(cells, clustered, labels, genes, types, cfg):
     counts, log = sp.csr_matrix(cells.X), sp.csr_matrix(clustered.X)
     found = type_cells(counts, log, pd.Index(genes), types, clustered.obsm["X_pca"], cfg.seed)
     undecided = (found["lineage_confidence"] < cfg.min_confidence).to_numpy()
-    name = found["cell_type"].where(~undecided, UNKNOWN).to_numpy()
+    name = leave_out_rare(found["cell_type"].where(~undecided, UNKNOWN), cfg.min_cells).to_numpy()
     rows = [types.get(n) for n in name]
     refined = labels[["barcode"]].assign(
         cell_type=name,
@@ -414,6 +416,16 @@ def refine_labels(cells, clustered, labels, genes, types, cfg):
     )
     print_changes(refined, types)
     return refined
+
+
+def leave_out_rare(cell_type, min_cells):
+    """Cell types (N) in which those of fewer cells are Unknown; the types are reported."""
+    size = cell_type[cell_type != UNKNOWN].value_counts()
+    rare = size[size < min_cells]
+    if len(rare):
+        which = ", ".join(f"{n} {name}" for name, n in rare.items())
+        print(f"--min-cells {min_cells}: types with fewer cells are Unknown ({which})")
+    return cell_type.where(~cell_type.isin(rare.index), UNKNOWN)
 
 
 def print_changes(refined, types):

@@ -140,6 +140,7 @@ PLATFORM_SD = 1.5
 # How states show in a bulk is learned from bulks of any platform, so that a bulk of another one
 # reads as unchanged rather than as some state.
 STATE_NOISE = 1.0
+STATE_LOG_WEIGHT = -4.0  # of genes of states in the deconvolution, before training
 N_STATE_BULKS = 2000  # from which it is learned
 FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
 
@@ -271,16 +272,20 @@ def read_samples(cfg, cells, codes, held_out):
 
 
 def choose_encoder_genes(cells, codes, sample, cfg):
-    """Names of the encoder's genes, in the data's order: of types and, with samples, of states.
+    """The encoder's genes, in the data's order: of types and, with samples, of states.
 
     cells: training cells. codes, sample: their types and samples (N); sample None without.
+
+    Returns:
+        names (G), and a mask (G) of those of types.
     """
-    genes = choose_marker_genes(cells, codes, cfg.n_genes, batches_of(cells))
-    if sample is None or cfg.n_state_genes == 0:
-        return genes
-    of_states = choose_state_genes(cells, codes, sample, cfg.n_state_genes, batches_of(cells))
-    genes = {*genes, *of_states}
-    return [name for name in cells.var_names if name in genes]
+    batch = batches_of(cells)
+    of_types = set(choose_marker_genes(cells, codes, cfg.n_genes, batch))
+    genes = of_types
+    if sample is not None and cfg.n_state_genes:
+        genes = genes | set(choose_state_genes(cells, codes, sample, cfg.n_state_genes, batch))
+    genes = [name for name in cells.var_names if name in genes]
+    return genes, np.array([name in of_types for name in genes])
 
 
 def mean_of_totals(cells, training, rows):
@@ -292,11 +297,12 @@ def mean_of_totals(cells, training, rows):
     return mean_of_types(dataclasses.replace(training, X=total)).sum(axis=1)
 
 
-def start_model(cells, mu, var, cfg, rng):
+def start_model(cells, of_types, mu, var, cfg, rng):
     """A Bulk Encoder that answers with the mixture and the deconvolution, not trained yet.
 
     Args:
-        cells: BulkCells, the training cells (N). mu, var: (K, D).
+        cells: BulkCells, the training cells (N). of_types: mask of the genes that tell types apart
+            (G); the others, of states, hardly count in the deconvolution. mu, var: (K, D).
 
     Returns:
         the model, and the mean counts of the cells of each type (K, G).
@@ -305,6 +311,7 @@ def start_model(cells, mu, var, cfg, rng):
     model = BulkEncoder(cells.X.shape[1], *mu.shape, cfg.n_hidden, cfg.dropout)
     model.mu.copy_(mu)
     model.var.copy_(var)
+    model.log_weight.data[torch.from_numpy(~of_types)] = STATE_LOG_WEIGHT
     bulks = concatenate([simulate_bulks(cells, cfg, rng) for _ in range(20)])
     model.fit_input(torch.from_numpy(bulks.counts), torch.from_numpy(signature).float())
     return model, signature
@@ -480,7 +487,7 @@ def main(cfg):
     sample = None if sample is None else sample[rows]
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     sample_of_train = None if sample is None else sample[train]
-    genes = choose_encoder_genes(cells[~held_out], codes[train], sample_of_train, cfg)
+    genes, of_types = choose_encoder_genes(cells[~held_out], codes[train], sample_of_train, cfg)
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
     X = X.astype(np.float32)  # once, rather than at every step
     batch = batches_of(cells)
@@ -494,7 +501,7 @@ def main(cfg):
     if already_finished(cfg, cfg.weights / "bulkEncoder_model.pt", BulkEncoder, made_from):
         return
 
-    model, signature = start_model(training, mu, var, cfg, rng)
+    model, signature = start_model(training, of_types, mu, var, cfg, rng)
     folds = make_folds(training, model, signature, cfg.folds, rng)
     if sample is not None:
         model = add_states(model, folds, donors_of(cells), cfg, rng)

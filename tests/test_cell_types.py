@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import annotate
 import cell_types
 from annotate import COLUMNS, read_markers
 from cell_types import agreement, is_doublet, read_cell_types, type_cells
@@ -317,3 +318,11 @@ def test_pbmc3k_gets_the_lineages_of_its_tutorial(tmp_path):
     cd8 = cells[:, ["CD8A", "CD8B"]].X.toarray().sum(axis=1) > 0
     assert cd8[labels["lineage"] == "CD4+ T cells"].mean() < 0.06
     assert cd8[labels["lineage"] == "CD8+ T cells"].mean() > 0.7
+
+
+def test_types_of_few_cells_are_unknown_and_reported(capsys):
+    cell_type = pd.Series(["T cells"] * 12 + ["Platelets"] * 3 + ["Unknown"] * 2)
+    kept = annotate.leave_out_rare(cell_type, 10)
+    assert list(kept) == ["T cells"] * 12 + ["Unknown"] * 5
+    assert "3 Platelets" in capsys.readouterr().out
+    assert list(annotate.leave_out_rare(cell_type, 3)) == list(cell_type)

@@ -155,7 +155,9 @@ def test_known_cells_are_mixed_by_their_content(models):
 
 
 def test_published_content_needs_types_that_somebody_measured():
-    with pytest.raises(InputError, match="--mrna-content published: found measurements for 0 of the 2"):
+    with pytest.raises(
+        InputError, match="--mrna-content published: found measurements for 0 of the 2"
+    ):
         choose_content("published", ["Hepatocytes", "Acinar"], np.ones(2), True, "", "x.csv")
     # auto falls back to the reference's counts, as no better are known
     counts = np.array([3.0, 4.0])
