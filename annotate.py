@@ -40,7 +40,7 @@ class Settings:
     min_confidence: float = 0.8
     """Cells whose lineage is less probable than this are Unknown, for --method refined."""
     min_cells: int = 10
-    """Cells of a type with fewer are Unknown, for --method refined: no model can learn from them."""
+    """Cells of a type with fewer are Unknown, for --method refined: no model can learn of them."""
     out: Path | None = None
     """Folder to write to. Default: where the data is, unless cell types are there already."""
     resolution: float = 0.8

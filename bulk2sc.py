@@ -185,26 +185,39 @@ def print_cell_types(proportions, cells):
     print(table.to_string(float_format="{:.3f}".format))
 
 
-def print_fit(cfg, fit):
-    """Print how well the reference's cell types add up to each sample, and warn; fit: (S) rows."""
+def print_fit(cfg, samples):
+    """Print how well the reference's cell types add up to each sample; warn where they do not."""
+    fit, unknown = samples.fit, samples.unknown
     n_shown = min(len(fit), 20)
     print(f"fit of {'the samples' if n_shown == len(fit) else f'the first {n_shown} samples'}:")
     print(fit.head(n_shown).to_string(float_format="{:.3f}".format))
+    if unknown.is_flagged.any():
+        worst = int(np.argmax(np.where(unknown.is_flagged, unknown.share, -1)))
+        warn(
+            f"{cfg.bulk}: {unknown.is_flagged.sum()} of {len(fit)} samples "
+            f"({some(fit.index[unknown.is_flagged])}) hold much RNA of types that the reference "
+            f"lacks; in {fit.index[worst]} {unknown.share[worst]:.0%} ({unknown.describe(worst)}). "
+            "Proportions are of the other cells"
+        )
     unlike = fit.index[fit["misfit"] > MISFIT]
     if len(unlike):
-        print(
-            f"warning: {cfg.bulk}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are "
-            f"not what the reference's cell types add up to (misfit above {MISFIT}): another "
-            "tissue, or a cell type that the reference lacks",
-            file=sys.stderr,
+        warn(
+            f"{cfg.bulk}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are not what the "
+            f"reference's cell types add up to (misfit above {MISFIT}): another tissue, or a cell "
+            "type that the reference lacks"
         )
+
+
+def warn(text):
+    """Print a warning in one line on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def write_samples(cfg, proportions, samples=None):
     """Write the proportions of samples or mixtures beside --out and, with --bulk, their fit."""
     tables = {"proportions.csv": proportions.to_table()}
     if samples is not None:
-        print_fit(cfg, samples.fit)
+        print_fit(cfg, samples)
         tables["fit.csv"] = samples.fit.rename_axis("sample").reset_index()
     for ending, table in tables.items():
         write_whole(beside(cfg.out, ending), partial(table.to_csv, index=False))

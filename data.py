@@ -274,6 +274,17 @@ def batches_of(adata):
     return adata.obs["batch"].cat.codes.to_numpy().astype(np.int64)
 
 
+def batches_of_samples(adata):
+    """Code of the batch of each biological sample (S,); None as of :func:`batches_of`."""
+    batch = batches_of(adata)
+    if batch is None:
+        return None
+    sample, names = samples_of(adata)
+    of_sample = np.zeros(len(names), np.int64)
+    of_sample[sample] = batch  # cells of a sample are of one
+    return of_sample
+
+
 def sample_names(adata):
     """Sample and donor of each cell, two lists (N); none without samples. For digests."""
     return [list(adata.obs[name].astype(str)) for name in ("sample", "donor") if name in adata.obs]

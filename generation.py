@@ -38,6 +38,7 @@ from proportions import make_proportions, mixtures, normal_interval, reference_c
 from readers.bulk import read_bulk
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model
+from unknown import unknown_share
 
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
 CONTENT_SD = 0.6  # sd of the log mRNA content of types, per sd of the log-ratios of genes
@@ -519,7 +520,7 @@ class BulkSamples:
             the proportions of cells. mixed: the same, with proportions at which the reference's
             cells make the bulk's RNA. expected: (S, G), the sum that these make. profiles: expected
             of each type (S, K, G). sums: (S, G), of the cells generated so far, each at its type's
-            weight (S, K). fit: a row for each sample.
+            weight (S, K). unknown: UnknownShare. fit: a row for each sample.
     """
 
     def __init__(self, path, models, mrna_content="auto", known=None):
@@ -551,6 +552,9 @@ class BulkSamples:
         self.fit["correlation"], self.fit["unexplained"] = correlation, unexplained
         reference = encoder_card.get("fit")
         self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
+        self.unknown = unknown_share(self.bulk, self.measured, self.profiles, genes)
+        self.fit["unknown"] = self.unknown.share
+        self.fit["unknown_low"], self.fit["unknown_high"] = self.unknown.low, self.unknown.high
 
     def add(self, cells):
         """Add generated Cells to the sums of their samples."""

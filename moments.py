@@ -105,6 +105,37 @@ def prior_cells(raw, within):
     return np.clip(np.where(n_ratios > 0, weight, 1e6), 1, 1e6)[:, None]
 
 
+def relative_to_batches(moments, batch, mu, var, training=None):
+    """Moments of samples as if all were of one batch: what batches differ by is no state.
+
+        μ'_ks = μ_k + μ_ks - μ_kb,   σ'_ks² = σ_k² σ_ks² / σ_kb²
+
+    with μ_kb, σ_kb² the means over the samples of batch b, weighted by cells. A bulk of another
+    platform is of no batch at all, and must not be answered with one of them.
+
+    Args:
+        moments: SampleMoments (S, K, D). batch: of each sample (S). mu, var: of the types (K, D).
+        training: moments that the batches' means are of, default ``moments``; as many samples.
+
+    Returns:
+        SampleMoments; the types' own where a sample or its batch has no cell.
+    """
+    training = moments if training is None else training
+    new_mu, new_var = (np.broadcast_to(v, moments.mu.shape).copy() for v in (mu, var))
+    for b in np.unique(batch):
+        rows = np.flatnonzero(batch == b)
+        n = training.n_cells[rows][:, :, None].astype(np.float64)  # (S_b, K, 1)
+        total = n.sum(axis=0)  # (K, 1)
+        mean_mu = (n * training.mu[rows]).sum(axis=0) / np.maximum(total, 1)  # (K, D)
+        mean_var = (n * training.var[rows]).sum(axis=0) / np.maximum(total, 1)
+        there = (moments.n_cells[rows] > 0)[:, :, None] & (total > 0)  # (S_b, K, 1)
+        moved = mu + moments.mu[rows] - mean_mu
+        scaled = var * moments.var[rows] / np.where(total > 0, mean_var, 1)
+        new_mu[rows] = np.where(there, moved, mu)
+        new_var[rows] = np.where(there, scaled, var)
+    return SampleMoments(moments.n_cells, new_mu, new_var)
+
+
 def describe_samples(names, moments):
     """The training samples as a model's file keeps them: names and tensors, none without cells.
 

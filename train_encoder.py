@@ -100,6 +100,7 @@ import torch
 from data import (
     align_genes,
     batches_of,
+    batches_of_samples,
     choose_held_out,
     choose_marker_genes,
     choose_state_genes,
@@ -114,7 +115,7 @@ from data import (
 from expression import expected_bulk
 from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
-from moments import SampleMoments, read_samples_card, sample_moments
+from moments import SampleMoments, read_samples_card, relative_to_batches, sample_moments
 from pseudobulks import (
     BulkCells,
     Bulks,
@@ -262,6 +263,7 @@ def read_samples(cfg, cells, codes, held_out):
     order = [known.index(name) if name in known else -1 for name in names]  # (S)
     # A held-out sample is never drawn from in training, so any numbers will do for it.
     moments = SampleMoments(*(part[order] for part in vars(moments).values()))
+    moments.n_cells[[i for i, name in enumerate(names) if name not in known]] = 0
     rows = np.flatnonzero(held_out)
     if len(rows) == 0:
         return sample, moments, None
@@ -477,6 +479,11 @@ def main(cfg):
         cells, codes, cfg, card, cfg.weights / "scDecoder_model.pt"
     )
     sample, moments, raw_moments = read_samples(cfg, cells, codes, held_out)
+    if (batch := batches_of_samples(cells)) is not None:
+        types = batch, mu.numpy(), var.numpy()
+        if raw_moments is not None:
+            raw_moments = relative_to_batches(raw_moments, *types, moments)
+        moments = relative_to_batches(moments, *types)
     made_from = digest(
         *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
         *(mu, var, decoder.state_dict(), *sample_names(cells)),

@@ -9,6 +9,7 @@ import torch
 
 from data import batches_of, choose_marker_genes, choose_state_genes
 from models import BulkEncoder
+from moments import SampleMoments, relative_to_batches
 from pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
 
 K, G = 3, 60
@@ -135,3 +136,26 @@ def test_common_deviation_of_a_cohort_is_taken_off():
     assert correlation[1] > correlation[0] and correlation[1] > 0.98
     # The mean is left as it was: what a cohort shares says nothing of its mean composition.
     torch.testing.assert_close(together.mean(dim=0), alone.mean(dim=0), atol=0.03, rtol=0)
+
+
+def test_moments_relative_to_batches_keep_what_samples_of_a_batch_differ_by():
+    """By hand: batch 0 has two samples of 10 and 30 cells, batch 1 one, and a type is missing."""
+    n_cells = np.array([[10, 0], [30, 5], [20, 5]])
+    mu = np.array([[[1.0], [9.0]], [[5.0], [2.0]], [[40.0], [7.0]]])  # (S, K, D)
+    var = np.array([[[1.0], [9.0]], [[3.0], [4.0]], [[8.0], [4.0]]])
+    of_types = np.array([[10.0], [20.0]]), np.array([[2.0], [6.0]])
+    found = relative_to_batches(SampleMoments(n_cells, mu, var), np.array([0, 0, 1]), *of_types)
+    # The mean of batch 0 is 4 and its variance 2.5; the sample without cells has the type's.
+    expected = [[[10 + 1 - 4], [20]], [[10 + 5 - 4], [20]], [[10], [20]]]
+    np.testing.assert_allclose(found.mu, expected)
+    np.testing.assert_allclose(found.var, [[[0.8], [6]], [[2.4], [6]], [[2], [6]]])
+
+
+def test_held_out_samples_are_relative_to_their_batch_in_training():
+    training = SampleMoments(np.array([[10], [0]]), np.ones((2, 1, 1)), np.ones((2, 1, 1)))
+    held_out = SampleMoments(np.array([[0], [4]]), np.full((2, 1, 1), 3.0), np.full((2, 1, 1), 2.0))
+    of_types = np.zeros((1, 1)), np.ones((1, 1))
+    found = relative_to_batches(held_out, np.array([0, 0]), *of_types, training)
+    assert found.mu[1, 0, 0] == 2 and found.var[1, 0, 0] == 2
+    alone = relative_to_batches(held_out, np.array([0, 1]), *of_types, training)
+    assert alone.mu[1, 0, 0] == 0 and alone.var[1, 0, 0] == 1
