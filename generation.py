@@ -552,7 +552,8 @@ class BulkSamples:
         self.fit["correlation"], self.fit["unexplained"] = correlation, unexplained
         reference = encoder_card.get("fit")
         self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
-        self.unknown = unknown_share(self.bulk, self.measured, self.profiles, genes)
+        own = type_profiles(decoder, decoder.mu[None], decoder.var[None])[0]  # (K, G), of no state
+        self.unknown = unknown_share(self.bulk, self.measured, own, genes)
         self.fit["unknown"] = self.unknown.share
         self.fit["unknown_low"], self.fit["unknown_high"] = self.unknown.low, self.unknown.high
 
