@@ -7,10 +7,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from conftest import OF_SAMPLES, assert_one_line_error, run_inside
 from data import batches_of, choose_marker_genes, choose_state_genes
 from models import BulkEncoder
 from moments import SampleMoments, relative_to_batches
 from pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
+from runtime.weights import load_model
 
 K, G = 3, 60
 
@@ -159,3 +161,32 @@ def test_held_out_samples_are_relative_to_their_batch_in_training():
     assert found.mu[1, 0, 0] == 2 and found.var[1, 0, 0] == 2
     alone = relative_to_batches(held_out, np.array([0, 1]), *of_types, training)
     assert alone.mu[1, 0, 0] == 0 and alone.var[1, 0, 0] == 1
+
+
+def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
+    """Its network leaves proportions alone, and its file holds composition and mRNA content."""
+    cells = anndata.read_h5ad(sample_h5ad)
+    batch = cells.obs["donor"].isin(["d1", "d2"]).map({True: "v2", False: "v3"})
+    pd.DataFrame({"batch": batch}).to_csv(tmp_path / "batches.csv", index_label="barcode")
+    flags = ["--data", sample_h5ad, "--weights", trained_samples, *OF_SAMPLES]
+    few = ["--epochs", 4, "--n-hidden", 8, "--batch-size", 16]
+    done = run_inside("train_encoder.py", *flags, *few, "--batches", tmp_path / "batches.csv")
+    assert done.returncode == 0, done.stderr
+    assert "2 batches" in done.stdout
+    model, card = load_model(trained_samples / "bulkEncoder_model.pt", BulkEncoder)
+    assert (model.pi_head.weight == 0).all() and (model.log_weight != 0).any()
+    assert len(card["content"]) == len(card["composition"]) == K
+    assert sum(card["composition"]) == pytest.approx(1)
+    total = cells.X.sum(axis=1).A1[~cells.obs["donor"].isin(["d4"])].mean()
+    assert np.mean(card["content"]) == pytest.approx(total, rel=0.2)
+
+
+def test_batches_need_samples(sample_h5ad, tmp_path):
+    flags = ["--data", sample_h5ad, "--weights", tmp_path, "--batches", "donor"]
+    assert_one_line_error(run_inside("train_encoder.py", *flags), "--batches", "--samples")
+
+
+def test_samples_are_of_one_batch(trained_samples, sample_h5ad):
+    flags = ["--data", sample_h5ad, "--weights", trained_samples, *OF_SAMPLES]
+    done = run_inside("train_encoder.py", *flags, "--batches", "cell_type")
+    assert_one_line_error(done, "--batches cell_type", "several")
