@@ -48,14 +48,14 @@ WEIGHTS = ROOT / "weights" / "pbmc1k" / "scDecoder_model.pt"
 # Cell types of each sample in per cent of its cells.
 COMPOSITION = pd.DataFrame(
     {
-        "CD8+ NKT-like cells": [10, 5, 12, 4],
-        "Classical Monocytes": [30, 60, 8, 15],
-        "Effector CD8+ T cells": [10, 4, 12, 5],
-        "Naive B cells": [6, 3, 6, 20],
-        "Naive CD4+ T cells": [22, 15, 35, 18],
-        "Naive CD8+ T cells": [10, 6, 15, 8],
-        "Natural killer  cells": [6, 4, 7, 5],  # two blanks, as ScType writes it
-        "Pre-B cells": [6, 3, 5, 25],
+        "Classical monocytes": [30, 60, 8, 15],
+        "Effector CD8+ T cells": [20, 9, 24, 9],
+        "Memory B cells": [6, 3, 6, 20],
+        "Memory CD4+ T cells": [12, 8, 20, 10],
+        "Naive B cells": [6, 3, 5, 25],
+        "Naive CD4+ T cells": [12, 8, 18, 10],
+        "Naive CD8+ T cells": [8, 5, 12, 6],
+        "Natural killer cells": [6, 4, 7, 5],
     },
     index=pd.Index(["balanced", "monocyte_rich", "lymphocyte_rich", "b_cell_rich"], name="sample"),
 )
