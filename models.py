@@ -797,15 +797,20 @@ class BulkEncoder(nn.Module):
     def forward(self, bulk, present=None, one_platform=False):
         """Args:
             bulk: (S, G), any scale, positive sums. present: mask (G) of measured genes, default
-                all. one_platform: whether to :meth:`deconvolve_cohort`.
+                all. one_platform: the bulks are of one platform, and not the reference's:
+            :meth:`deconvolve_cohort` says their proportions. The network's correction is left out,
+            as what it learned on simulated platforms does not carry over to whole transcripts.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
         """
         present = torch.ones_like(self.profile) if present is None else present.to(bulk.dtype)
         fractions = self.normalise(bulk, present)  # (S, G)
-        deconvolve = self.deconvolve_cohort if one_platform else self.deconvolve
-        return self.correct(deconvolve(fractions, present), fractions, present)
+        if one_platform:
+            first = self.deconvolve_cohort(fractions, present)  # (S, K)
+            mu, var, _ = self.correct(first, fractions, present)
+            return mu, var, first
+        return self.correct(self.deconvolve(fractions, present), fractions, present)
 
     def correct(self, first, fractions, present, signature=None):
         """What the network makes of deconvolved proportions: see :meth:`forward`.

@@ -190,3 +190,17 @@ def test_samples_are_of_one_batch(trained_samples, sample_h5ad):
     flags = ["--data", sample_h5ad, "--weights", trained_samples, *OF_SAMPLES]
     done = run_inside("train_encoder.py", *flags, "--batches", "cell_type")
     assert_one_line_error(done, "--batches cell_type", "several")
+
+
+def test_bulks_of_another_platform_are_not_corrected_by_the_network():
+    """A head that would move every answer moves those of the reference's own platform alone."""
+    model = BulkEncoder(G, K, 2, 4, 0.0).eval()
+    signature = torch.rand(K, G, generator=torch.Generator().manual_seed(0)) + 0.1
+    model.fit_input(signature, signature)
+    model.pi_head.bias.data[0] = 3.0
+    bulk = torch.distributions.Dirichlet(torch.ones(K)).sample((6,)) @ signature
+    fractions = model.normalise(bulk, torch.ones(G))
+    with torch.no_grad():
+        expected = model.deconvolve_cohort(fractions, torch.ones(G))
+        torch.testing.assert_close(model(bulk, one_platform=True)[2], expected)
+        assert (model(bulk)[2][:, 0] > expected[:, 0] + 0.05).all()
