@@ -218,6 +218,7 @@ def resume(path, sound):
     cfg = importlib.import_module(script).Settings(**settings, weights=path.parent, resume=True)
     model, _ = load_model(sound.with_name(f"{name}_model.pt"), MODELS[f"{name}_model.pt"])
     fast = {"scGMVAE": ["mu", "log_var", "decoder.log_theta"], "scDecoder": ["log_theta"]}
+    fast["bulkEncoder"] = ["log_weight"]
     fast = [model.get_parameter(p) for p in fast.get(name, [])]
     optimizer, schedule = training.two_rate_optimizer(model, fast, cfg, 2, name != "scGMVAE")
     rng = np.random.default_rng(0)

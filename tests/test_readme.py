@@ -52,6 +52,7 @@ SMALL = {
     "annotate.py": "",
     "benchmarks/benchmark.py": """--only '["bulk2sc, in memory", 50, 20]' """,
     "examples/simulate_bulk.py": "",
+    "examples/pbmc_reference.py": "",
 }
 
 
