@@ -123,7 +123,8 @@ def encode_bulks(encoder, X, present, device, n_halves=0, one_platform=False, sc
     genes = np.arange(len(present))
     halves = [np.isin(genes, rng.permutation(measured)[::2]) for _ in range(n_halves)]
     present, *halves = (torch.from_numpy(mask).to(device) for mask in (present, *halves))
-    scale = 1.0 if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device)
+    if scale is not None:
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=device)  # (K)
     parts = []
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
@@ -142,8 +143,8 @@ def encode_bulks(encoder, X, present, device, n_halves=0, one_platform=False, sc
 
 
 def rescale(pi, scale):
-    """Proportions (S, K) times a factor for each type (K) or 1, rows summing to 1 again."""
-    if isinstance(scale, float):
+    """Proportions (S, K) times a factor for each type (K), rows summing to 1; unchanged if None."""
+    if scale is None:
         return pi
     pi = pi * scale
     return pi / pi.sum(dim=1, keepdim=True)

@@ -797,9 +797,9 @@ class BulkEncoder(nn.Module):
     def forward(self, bulk, present=None, one_platform=False):
         """Args:
             bulk: (S, G), any scale, positive sums. present: mask (G) of measured genes, default
-                all. one_platform: the bulks are of one platform, and not the reference's:
-            :meth:`deconvolve_cohort` says their proportions. The network's correction is left out,
-            as what it learned on simulated platforms does not carry over to whole transcripts.
+                all. one_platform: the bulks are of one platform, and not the reference's. Their
+                proportions are those of :meth:`deconvolve_cohort`, without the network's
+                correction: what it learned on simulated platforms does not carry over.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
@@ -816,7 +816,7 @@ class BulkEncoder(nn.Module):
         """What the network makes of deconvolved proportions: see :meth:`forward`.
 
         The network does not train the gene weights, which have a loss of their own: together they
-        would leave to the network what weights can do, and it repeats less well on other platforms.
+        would leave to the network what weights can do, and it carries over to other platforms less.
 
         Args:
             first: of :meth:`deconvolve` (S, K). fractions: (S, G). present: (G).

@@ -25,6 +25,7 @@ FEWEST_RIBOSOMAL = 10  # of these genes, for their share to say anything
 WHOLE_TRANSCRIPTS = -0.6  # log2 of their share to the expected one, below which a bulk counts reads
 # Without them: robust sd of log-ratios of genes from which a bulk is of another protocol.
 OTHER_PROTOCOL = 0.65
+EXPRESSED = 30  # CPM
 
 
 def published_content(cell_types, counts):
@@ -60,16 +61,21 @@ def published_content(cell_types, counts):
     return np.where(known, found, scale * counts), int(known.sum())
 
 
-def log_ratios(bulk, expected, genes):
-    """log2 ratios (S, genes chosen) of bulks to what is expected, both in CPM, plus 10.
+def deviation_of_genes(bulk, expected, genes):
+    """Robust sd (S) of the natural log-ratios of bulks to what is expected, both in CPM plus 10.
+
+    Over genes above EXPRESSED in either: the ratios of others are about 1 on any platform.
 
     bulk, expected: (S, G). genes: mask (G) that CPM are taken over.
     """
-    parts = (
-        part[:, genes] / part[:, genes].sum(axis=1, keepdims=True) for part in (bulk, expected)
-    )
-    b, e = (np.log2(part * 1e6 + 10) for part in parts)
-    return b - e
+    parts = (part[:, genes] for part in (bulk, expected))
+    pairs = zip(*(p / p.sum(axis=1, keepdims=True) * 1e6 for p in parts), strict=True)
+    sds = []
+    for b, e in pairs:
+        expressed = np.maximum(b, e) > EXPRESSED
+        ratio = np.log((b[expressed] + 10) / (e[expressed] + 10))
+        sds.append(1.4826 * np.median(np.abs(ratio - np.median(ratio))))
+    return np.array(sds)
 
 
 def counts_reads(bulk, expected, genes, measured):
@@ -96,10 +102,10 @@ def counts_reads(bulk, expected, genes, measured):
         why = f"ribosomal proteins at {2**change:.0%} of what single cells would give"
         return change < WHOLE_TRANSCRIPTS, why
     others = measured & np.array([not PROTOCOL_GENES.fullmatch(name) for name in genes])
-    ratio = log_ratios(bulk, expected, others)
-    ratio = ratio - np.median(ratio, axis=1, keepdims=True)
-    sd = float(np.median(1.4826 * np.median(np.abs(ratio), axis=1))) * np.log(2)
-    return sd > OTHER_PROTOCOL, f"genes lie off the expected by a factor of {np.exp(sd):.1f}"
+    sd = float(np.median(deviation_of_genes(bulk, expected, others)))
+    why = f"genes lie off the expected by a factor of {np.exp(sd):.1f}"
+    unsure = "too few ribosomal genes to be sure, --mrna-content settles it"
+    return sd > OTHER_PROTOCOL, f"{why} ({unsure})"
 
 
 def to_cells(pi, counts, content):

@@ -168,3 +168,14 @@ def test_intervals_widen_with_the_distance_from_the_reference(models):
     bulk, _ = mix(models, reads=False)
     moved = bulk * np.random.default_rng(1).lognormal(0, 0.6, bulk.shape[1])
     assert (encode(models, moved).sd.mean() > 2 * encode(models, bulk).sd.mean()).item()
+
+
+def test_genes_that_are_hardly_expressed_do_not_hide_another_protocol():
+    """Their ratios are about 1 on any platform, so many of them would."""
+    rng = np.random.default_rng(0)
+    bulk, expected, genes = make_bulk(1.0, 0.9, rng)
+    few, n = np.full((len(bulk), 4000), 1e-4), len(RIBOSOMAL)
+    bulk, expected = (np.hstack([part[:, n:], few]) for part in (bulk, expected))
+    names = [*genes[n:], *(f"LOW{i}" for i in range(4000))]
+    reads, why = counts_reads(bulk, expected, names, np.ones(len(names), bool))
+    assert reads and "--mrna-content" in why
