@@ -212,20 +212,29 @@ def h5ad(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, h5ad, worker_id):
-    """A weights folder, trained by the three real scripts with tiny settings.
+def train_once(name, tmp_path_factory, worker_id, train_into):
+    """A copy of a weights folder that the first pytest worker to need it trains.
 
-    The first pytest worker that needs it trains it; each worker gets a copy.
+    name: of the shared folder. train_into: function of the folder.
     """
     shared, copy = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
-    shared = (shared if worker_id == "master" else shared.parent) / "trained"
+    shared = (shared if worker_id == "master" else shared.parent) / name
     with FileLock(f"{shared}.lock"):
         if not (shared / "bulkEncoder_loss.png").exists():  # the last file of the last stage
-            for script, settings in TINY.items():
-                run(script, "--data", h5ad, "--weights", shared, *settings)
+            train_into(shared)
     shutil.copytree(shared, copy, dirs_exist_ok=True)
     return copy
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, h5ad, worker_id):
+    """A weights folder, trained by the three real scripts with tiny settings."""
+
+    def train_into(folder):
+        for script, settings in TINY.items():
+            run(script, "--data", h5ad, "--weights", folder, *settings)
+
+    return train_once("trained", tmp_path_factory, worker_id, train_into)
 
 
 # ------------------------------------------------------------------ references of many samples
@@ -295,15 +304,13 @@ def sample_h5ad(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_samples(tmp_path_factory, sample_h5ad, worker_id):
     """As ``trained``, on a reference of eight samples; donor d4 is held out."""
-    shared, copy = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("weights")
-    shared = (shared if worker_id == "master" else shared.parent) / "trained_samples"
-    with FileLock(f"{shared}.lock"):
-        if not (shared / "bulkEncoder_loss.png").exists():
-            import train_encoder
 
-            with pytest.MonkeyPatch.context() as patch:  # enough bulks for states of 60 genes
-                patch.setattr(train_encoder, "N_STATE_BULKS", 640)
-                flags = ["--data", sample_h5ad, "--weights", shared, *OF_SAMPLES]
-                train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
-    shutil.copytree(shared, copy, dirs_exist_ok=True)
-    return copy
+    def train_into(folder):
+        import train_encoder
+
+        with pytest.MonkeyPatch.context() as patch:  # enough bulks for states of 60 genes
+            patch.setattr(train_encoder, "N_STATE_BULKS", 640)
+            flags = ["--data", sample_h5ad, "--weights", folder, *OF_SAMPLES]
+            train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
+
+    return train_once("trained_samples", tmp_path_factory, worker_id, train_into)

@@ -1,5 +1,7 @@
 """References of several batches: profiles at one depth, and folds of other batches' profiles."""
 
+import shutil
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -168,12 +170,14 @@ def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
     cells = anndata.read_h5ad(sample_h5ad)
     batch = cells.obs["donor"].isin(["d1", "d2"]).map({True: "v2", False: "v3"})
     pd.DataFrame({"batch": batch}).to_csv(tmp_path / "batches.csv", index_label="barcode")
-    flags = ["--data", sample_h5ad, "--weights", trained_samples, *OF_SAMPLES]
+    weights = tmp_path / "weights"
+    shutil.copytree(trained_samples, weights)  # others read what is trained there
+    flags = ["--data", sample_h5ad, "--weights", weights, *OF_SAMPLES]
     few = ["--epochs", 4, "--n-hidden", 8, "--batch-size", 16]
     done = run_inside("train_encoder.py", *flags, *few, "--batches", tmp_path / "batches.csv")
     assert done.returncode == 0, done.stderr
     assert "2 batches" in done.stdout
-    model, card = load_model(trained_samples / "bulkEncoder_model.pt", BulkEncoder)
+    model, card = load_model(weights / "bulkEncoder_model.pt", BulkEncoder)
     assert (model.pi_head.weight == 0).all() and (model.log_weight != 0).any()
     assert len(card["content"]) == len(card["composition"]) == K
     assert sum(card["composition"]) == pytest.approx(1)
