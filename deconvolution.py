@@ -14,14 +14,20 @@ Notation in shape comments: S bulks, N cells, G genes, M genes of a signature, K
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import scipy.optimize
 import scipy.sparse as sp
-import scipy.stats
 from sklearn.svm import NuSVR
 from sklearn.utils.parallel import Parallel, delayed
 
-from data import PROTOCOL_GENES, library_size, log_normalise, mean_counts, sum_by_type
+from data import PROTOCOL_GENES, library_size, mean_counts, sum_by_type
+from dwls import (
+    choose_signature,
+    differential_expression,
+    dwls,
+    significant_change,
+    solve_nonnegative,
+    to_proportions,
+)
 
 # ------------------------------------------------------------------------------- the reference
 
@@ -38,16 +44,14 @@ class Reference:
     """Mean over subjects of each gene's share of the counts (K, G)."""
     variance: np.ndarray
     """Variance over subjects of that share (K, G)."""
-    log2_change: np.ndarray
-    """log2 fold change of each type against all other cells (K, G)."""
-    p_adjusted: np.ndarray
-    """p of that change, adjusted over genes (K, G)."""
+    change: np.ndarray
+    """log2 fold change of each type against all other cells, -inf if not significant (K, G)."""
     is_protocol: np.ndarray
     """Mask of PROTOCOL_GENES (G)."""
 
     def select(self, types, genes):
         """The reference of some types and genes, both indices."""
-        names = ("mean", "abundance", "variance", "log2_change", "p_adjusted")
+        names = ("mean", "abundance", "variance", "change")
         parts = {name: getattr(self, name)[np.ix_(types, genes)] for name in names}
         return Reference(size=self.size[types], is_protocol=self.is_protocol[genes], **parts)
 
@@ -64,7 +68,7 @@ def read_reference(X, codes, n_types, genes, sample=None):
         mean,
         mean.sum(axis=1),
         *moments_of_shares(X, codes, n_types, sample),
-        *differential_expression(X, codes, n_types),
+        significant_change(*differential_expression(X, codes, n_types)),
         np.array([bool(PROTOCOL_GENES.fullmatch(str(name))) for name in genes]),
     )
 
@@ -85,60 +89,7 @@ def moments_of_shares(X, codes, n_types, sample=None):
     return mean, np.maximum(square - mean**2, 0) * n / np.maximum(n - 1, 1)
 
 
-def differential_expression(X, codes, n_types):
-    """Each type against all other cells: log2 fold changes and adjusted p, both (K, G).
-
-    Fold changes are of mean counts per 10,000, with 0.1 added to both. p is Welch's, of
-    log-normalised expression, adjusted over genes by Benjamini and Hochberg; 1 for a type of fewer
-    than two cells.
-    """
-    log, n = log_normalise(X), np.bincount(codes, minlength=n_types)[:, None]
-    parts = (lambda X: X, lambda X: X.power(2), np.expm1)  # expm1: counts per 10,000
-    sums = [sum_by_type(log, codes, n_types, part) for part in parts]  # each (K, G)
-    inside = [part / np.maximum(n, 1) for part in sums]
-    outside = [(part.sum(axis=0) - part) / np.maximum(len(codes) - n, 1) for part in sums]
-    change = np.log2((inside[2] + 0.1) / (outside[2] + 0.1))
-    p = np.ones_like(change)
-    for k in np.flatnonzero((n[:, 0] > 1) & (len(codes) - n[:, 0] > 1)):
-        sd = [np.sqrt(np.maximum(part[1] - part[0] ** 2, 0)[k]) for part in (inside, outside)]
-        with np.errstate(invalid="ignore", divide="ignore"):  # a gene without counts
-            test = scipy.stats.ttest_ind_from_stats(
-                *(inside[0][k], sd[0], n[k, 0], outside[0][k], sd[1], len(codes) - n[k, 0]),
-                equal_var=False,
-            )
-        p[k] = scipy.stats.false_discovery_control(np.nan_to_num(test.pvalue, nan=1.0))
-    return change, p
-
-
-def choose_signature(reference, fewest=50, most=200, max_p=0.01, min_change=0.5):
-    """Genes of a signature: the top of each type's differentially expressed ones, as indices (M).
-
-    Of genes with p and log2 fold change within the limits, the G of largest fold change of each
-    type; G from 50 to 200 is the one that gives the signature the lowest condition number
-    (CIBERSORT: Newman et al. 2015; DWLS: Tsoucas et al. 2019). Without any such gene, all genes.
-    """
-    passed = (reference.p_adjusted < max_p) & (reference.log2_change > min_change)
-    ranked = [
-        genes[np.argsort(-change[genes], kind="stable")]
-        for change, genes in zip(reference.log2_change, map(np.flatnonzero, passed), strict=True)
-    ]
-    candidates = [
-        np.unique(np.concatenate([genes[:n] for genes in ranked])) for n in range(fewest, most + 1)
-    ]
-    usable = [genes for genes in candidates if len(genes) >= len(ranked)]
-    if not usable:
-        return np.arange(reference.mean.shape[1])
-    condition = [np.linalg.cond(reference.mean[:, genes]) for genes in usable]
-    return usable[int(np.argmin(condition))]
-
-
 # ------------------------------------------------------------------------------ least squares
-
-
-def to_proportions(weights):
-    """Weights (S, K) or (K), none negative, scaled to sum to 1; uniform where all are 0."""
-    total = weights.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[-1])
 
 
 def nnls_proportions(bulk, profiles):
@@ -156,74 +107,10 @@ def nnls_proportions(bulk, profiles):
     return to_proportions(weights)
 
 
-def solve_nonnegative(gram, target):
-    """argmin_x x' gram x - 2 x' target over x ≥ 0, with gram (K, K) and target (K)."""
-    scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))  # so that no type's size decides
-    gram = gram / np.outer(scale, scale) + 1e-10 * np.eye(len(gram))
-    L = np.linalg.cholesky(gram)
-    right = scipy.linalg.solve_triangular(L, target / scale, lower=True)
-    return scipy.optimize.nnls(L.T, right)[0] / scale
-
-
-def dampened_weights(fitted, j):
-    """DWLS's weights of genes (M): 1 / fitted², over their minimum, none above 2^j."""
-    weights = 1 / np.maximum(fitted, 1e-100 * fitted.max()) ** 2
-    return np.minimum(weights / weights.min(), 2.0**j)
-
-
-def choose_dampening(S, b, start, rng, n_subsets=100):
-    """The exponent j of :func:`dampened_weights` that DWLS finds by cross-validation.
-
-    For each j, weighted least squares without constraint on random halves of the genes; the j with
-    the least variance of the solution, summed over types, wins.
-
-    Args:
-        S: signature (M, K). b: bulk (M). start: weights of the types (K), which give the fit.
-    """
-    fitted = S @ start
-    largest = (fitted.max() / fitted[fitted > 0].min()) ** 2
-    products = (S[:, :, None] * S[:, None, :]).reshape(len(S), -1)  # (M, K * K)
-    subsets = rng.random((n_subsets, len(S))).argsort(axis=1) < len(S) // 2  # (100, M)
-    variance = []
-    for j in range(max(int(np.ceil(np.log2(largest))), 1)):
-        w = dampened_weights(fitted, j)
-        gram = (subsets * w) @ products
-        gram = gram.reshape(n_subsets, S.shape[1], S.shape[1])
-        gram += 1e-10 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(S.shape[1])
-        target = (subsets * w) @ (S * b[:, None])  # (100, K)
-        solution = np.linalg.solve(gram, target[:, :, None])[:, :, 0]
-        solution *= start.sum() / solution.sum(axis=1, keepdims=True)
-        variance.append(solution.var(axis=0, ddof=1).mean())
-    return int(np.argmin(variance))
-
-
-def dwls(bulk, reference, seed=0):
-    """Dampened weighted least squares (Tsoucas et al., Nature Communications 2019).
-
-        min_x Σ_g w_g (b_g - (S x)_g)²,   x ≥ 0,   w_g = min(1 / (S x)_g² / its minimum, 2^j)
-
-    S: mean counts in genes of :func:`choose_signature`, at the natural depth of the cells, so that
-    x are numbers of cells. Weights follow x from the unweighted solution on, in steps of a fifth,
-    until x changes by less than 0.01. Bulks are scaled to 1,000 cells at first, as their own scale
-    would set what 0.01 means.
-    """
-    genes = choose_signature(reference)
-    S, weights = reference.mean[:, genes].T, []  # (M, K)
-    for i, b in enumerate(bulk[:, genes].astype(float)):
-        x = solve_nonnegative(S.T @ S, S.T @ b)
-        if x.sum() == 0:
-            weights.append(x)
-            continue
-        b, x = b * 1000 / x.sum(), x * 1000 / x.sum()
-        j = choose_dampening(S, b, x, np.random.default_rng([seed, i]))
-        for _ in range(1000):
-            w = dampened_weights(S @ x, j)[:, None]
-            step = (solve_nonnegative(S.T @ (w * S), S.T @ (w[:, 0] * b)) - x) / 5
-            x = x + step
-            if np.abs(step).sum() < 0.01:
-                break
-        weights.append(x)
-    return to_proportions(np.array(weights))
+def dwls_of_cells(bulk, reference, seed=0):
+    """:func:`dwls.dwls` in the signature of the training cells."""
+    genes = choose_signature(reference.mean, reference.change)
+    return dwls(bulk[:, genes], reference.mean[:, genes].T, seed)
 
 
 def music_weights(residual, x, size, variance):
@@ -274,7 +161,7 @@ def nu_svr(bulk, reference):
     differs from DWLS (the paper's limit of q is 0.3). The paper's fractions are of RNA; here they
     are divided by the library sizes of the types.
     """
-    genes = choose_signature(reference)
+    genes = choose_signature(reference.mean, reference.change)
     X = (reference.mean / reference.size[:, None])[:, genes].T  # (M, K)
     X = (X - X.mean()) / X.std()
     fits = (delayed(fit_nu_svr)(X, y) for y in bulk[:, genes].astype(float))
@@ -372,7 +259,7 @@ def without_protocol(estimate, bulk, reference):
 
 METHODS = {
     "NNLS": lambda bulk, reference, seed: nnls_proportions(bulk, reference.mean),
-    "DWLS": dwls,
+    "DWLS": dwls_of_cells,
     "MuSiC": lambda bulk, reference, seed: music(bulk, reference),
     "MuSiC, no ribosomal/mitochondrial": lambda bulk, reference, seed: without_protocol(
         music, bulk, reference

@@ -107,11 +107,11 @@ from data import (
     codes_of,
     donors_of,
     draw_pseudobulks,
-    library_size,
     load_cells,
     sample_names,
     samples_of,
 )
+from dwls import make_signature
 from expression import expected_bulk
 from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
@@ -290,13 +290,20 @@ def choose_encoder_genes(cells, codes, sample, cfg):
     return genes, np.array([name in of_types for name in genes])
 
 
-def mean_of_totals(cells, training, rows):
-    """Mean counts of a cell of each type (K), in all genes; with batches, at one depth for all.
+def describe_types(cells, training, rows):
+    """What the encoder's file says of the types in all genes: mRNA content and signature.
 
     cells: AnnData (N) with all genes. training: BulkCells of its ``rows``.
+
+    Returns:
+        dict: ``content``, mean counts of a cell of each type (K), of batches at one depth for all;
+        and ``signature``, the fields of :class:`dwls.Signature`.
     """
-    total = sp.csr_matrix(library_size(cells.X[rows])[:, None].astype(np.float64))
-    return mean_of_types(dataclasses.replace(training, X=total)).sum(axis=1)
+    X = sp.csr_matrix(cells.X[rows])
+    mean = mean_of_types(dataclasses.replace(training, X=X))  # (K, G)
+    several = training.batch is not None
+    signature = make_signature(mean, X, training.codes, list(cells.var_names), several)
+    return {"content": mean.sum(axis=1).tolist(), "signature": vars(signature)}
 
 
 def start_model(cells, of_types, mu, var, cfg, rng):
@@ -530,7 +537,7 @@ def main(cfg):
         held_out_fraction=fraction,
         fit=reference_fit(model, decoder, measured_on, genes, rng),
         composition=(np.bincount(training.codes, minlength=len(cell_types)) / len(train)).tolist(),
-        content=mean_of_totals(cells, training, train).tolist(),
+        **describe_types(cells, training, train),
     )
     last = run.progress.curve[-1]
     report_constant(last)

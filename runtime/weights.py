@@ -101,6 +101,16 @@ def is_list_of_names(value, length=None):
     )
 
 
+def is_list_of_weights(value, length):
+    """Whether a value is a list of some length of numbers ≥ 0 that can be scaled to sum to 1."""
+    return (
+        isinstance(value, list)
+        and len(value) == length
+        and all(isinstance(weight, float) and weight >= 0 for weight in value)
+        and 0 < sum(value) < float("inf")
+    )
+
+
 def check_card(card, model_class):
     """Check that what a file says of a model fits together, before anything is built from it.
 
@@ -133,8 +143,11 @@ def check_card(card, model_class):
             raise ValueError(f"tensor {name}")
     names, K = card["genes"], config["n_types"]
     check_samples(card.get("samples"), (K, config.get("n_latent")))
+    check_signature(card.get("signature"), K)
     fraction, fit = card["held_out_fraction"], card.get("fit", {})
-    composition = card.get("composition", [1.0] * K)  # of the reference; older files have none
+    of_types = {  # of the reference; older files have none
+        name: card.get(name, [1.0] * K) for name in ("composition", "content")
+    }
     sound = {
         "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
         "gene_ids": is_list_of_names(card.get("gene_ids", names), len(names)),  # older have none
@@ -142,10 +155,7 @@ def check_card(card, model_class):
         "held_out": is_list_of_names(card["held_out"]),
         "held_out_fraction": isinstance(fraction, int | float) and 0 <= fraction < 1,
         "settings": isinstance(card["settings"], dict),
-        "composition": isinstance(composition, list)
-        and len(composition) == K
-        and all(isinstance(share, float) and share >= 0 for share in composition)
-        and 0 < sum(composition) < float("inf"),
+        **{name: is_list_of_weights(value, K) for name, value in of_types.items()},
         "components": sorted(card.get("components", range(K))) == list(range(K)),
         "fit": isinstance(fit, dict)
         and all(
@@ -156,6 +166,24 @@ def check_card(card, model_class):
     }
     if wrong := [name for name, good in sound.items() if not good]:
         raise ValueError(", ".join(wrong))
+
+
+def check_signature(signature, n_types):
+    """Check the fields of dwls.Signature that a file has, if any.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not fit together.
+    """
+    if signature is None:
+        return
+    genes = signature["genes"]
+    sound = is_list_of_names(genes) and len(set(genes)) == len(genes) and len(signature) == 3
+    for name in ("mean", "change"):
+        value = signature[name]
+        sound = sound and is_plain_tensor(value) and tuple(value.shape) == (n_types, len(genes))
+        sound = sound and value.is_floating_point() and not bool(value.isnan().any())
+    if not sound or not bool(((signature["mean"] >= 0) & signature["mean"].isfinite()).all()):
+        raise ValueError("signature")
 
 
 def check_samples(samples, shape):
