@@ -1,31 +1,79 @@
-"""Bulk samples from csv, tsv, GCT or ``.h5ad``, with genes in rows or in columns."""
+"""Bulk samples from any table that tools, R and spreadsheets write, or from ``.h5ad``.
 
-import csv
-import itertools
+From bytes to samples: containers (what the file is), tables (its header and numbers), this module
+(genes, samples and units), quantifiers (whose columns they are), scale (whether values are on a
+linear scale). What could be read in two ways is refused with the flag that settles it.
+"""
+
+import re
 import sys
-import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from readers.bounded import MAX_COLUMNS, UNREADABLE, open_bounded, read_table
-from readers.counts import check_sparse
-from readers.gene_names import bare_id, find_genes, n_found, name_map
-from readers.hdf5 import check_hdf5
-from runtime.errors import InputError, one_line, some
+from readers.bulk_files import read_any_table
+from readers.gene_names import (
+    GeneFinder,
+    bare_id,
+    describe_kinds,
+    likely_cause,
+    n_found,
+)
+from readers.quantifiers import (
+    STRANDS,
+    choose_strand,
+    choose_unit,
+    expand,
+    is_no_gene,
+    is_no_sample,
+    plain_name,
+    sample_name,
+    split_unit,
+)
+from readers.scale import FLAG, describe_unit, find_scale, undo_log
+from readers.tables import (
+    NO_VALUE,
+    may_be_thousands,
+    read_numbers,
+)
+from runtime.errors import InputError, some
 
-# Columns of numbers that are not samples, in the tables of featureCounts, RSEM, Salmon, biomaRt and
-# others; compared in lower case.
-NOT_SAMPLES = {
-    *("chr", "chrom", "chromosome", "seqname", "seqnames", "start", "end", "strand", "width"),
-    *("length", "gene_length", "effective_length", "effectivelength", "eff_length"),
-    *("entrez", "entrezid", "entrez_id", "entrezgene", "entrezgene_id", "entrez_gene_id"),
-}
+# Genes of the model that must be found: a tenth of them, or this many of a large model.
+FEWEST_FOUND = 200
 
-NO_VALUE = ("", "NA", "NaN", "nan")  # how tables write a missing value
+FEW = 0.02  # of the model's genes, so few that names may need mending before they are known
+
+FEWEST_ROWS = 50  # for a column that is the sum of the others not to be so by chance
+
+BARCODE = re.compile(r"(.*[^ACGT])?[ACGT]{12,}([-_.].*)?")
+
+FEWEST_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
+
+
+@dataclass
+class BulkOptions:
+    """What settles how bulk samples are read, where their file leaves it open."""
+
+    genes_in: Literal["auto", "rows", "columns"] = "auto"
+    """Where the genes of --bulk are."""
+    gene_column: str | None = None
+    """Column of --bulk that names the genes, if they are in rows. Default: the one in which most of
+    the model's genes are found."""
+    columns: tuple[str, ...] = ()
+    """Columns of --bulk that are samples. Default: all columns of numbers that are not known to be
+    annotation, statistics or other units."""
+    unit: Literal["auto", "counts", "tpm", "cpm", "fpkm"] = "auto"
+    """What is read where --bulk has several values of a sample. auto: counts if there are any."""
+    log: Literal["auto", "no", "2", "e", "10"] = "auto"
+    """Base of the logarithm that --bulk is on, which is undone. auto: a table on a logarithmic
+    scale is refused; no: values are taken as they are."""
+    pseudocount: float = 1.0
+    """What was added before the logarithm of --log."""
 
 
 @dataclass
@@ -35,233 +83,496 @@ class BulkTable:
     Attributes:
         values: (S x G), numbers or text. samples: names (S). genes: names (G).
         positions: of each gene in the model (G), -1 if the model does not have it.
+        notes: lines for the report: what was understood, mended and left out.
     """
 
     values: np.ndarray
     samples: np.ndarray
     genes: np.ndarray
     positions: np.ndarray
+    notes: list[str] = field(default_factory=list)
 
 
-def read_bulk(path, genes, gene_ids=None):
-    """Read bulk samples: csv, tsv or GCT (plain or .gz), or ``.h5ad``; genes in rows or in columns.
+def read_bulk(paths, genes, gene_ids=None, options=None):
+    """Read bulk samples of one file, of several, or of a folder of quantifications.
 
-    A gene is found by its exact name, else by its Ensembl id without version; rows or columns of
-    the same gene are summed. Genes are taken to be where more of the model's genes are found.
-    Values may be counts, TPM or CPM, as only ratios within a sample matter. Columns of annotation
-    are left out; if one names more of the model's genes than the first column does, it names the
-    rows.
+    A gene is found by its exact name, else by its Ensembl id without version, else by a spelling
+    of which there is one reading; rows or columns of the same gene are summed. Values may be
+    counts, TPM or CPM, as only ratios within a sample matter.
 
     Args:
-        path: the file. genes: the model's genes (M). gene_ids: their other names (M), "" where
-            there is none.
+        paths: a path, or several. genes: the model's genes (M). gene_ids: their other names (M), ""
+            where there is none. options: BulkOptions.
 
     Returns:
-        ``(X, present, samples)``: CSR float64 (S x M), a mask (M) of the genes found, and the
-        names of the samples (S).
+        ``(X, present, samples)``: CSR float64 (S x M), a mask (M) of the genes found in all files,
+        and the names of the samples (S).
 
     Raises:
-        InputError: the file is unreadable, has no gene of the model, or see :func:`check_bulk`.
+        InputError: a file is unreadable, has too few genes of the model, is on a logarithmic scale,
+            could be read in two ways, or see :func:`check_bulk`.
     """
-    path = Path(path)
+    options = BulkOptions() if options is None else options
     gene_ids = genes if gene_ids is None else gene_ids
-    bulk = find_samples(read_any_table(path), genes, gene_ids, path)
+    finder = GeneFinder(genes, gene_ids)
+    files = expand([paths] if isinstance(paths, (str, Path)) else paths)
+    parts = [read_file(path, finder, genes, gene_ids, options, len(files)) for path in files]
+    X = sp.vstack([part[0] for part in parts]).tocsr()
+    present = np.all([part[1] for part in parts], axis=0)
+    samples = [name for part in parts for name in part[2]]
+    if len(files) > 1:
+        check_together(parts, present, samples, files)
+        X = X @ sp.diags_array(present.astype(np.float64))
+        X.eliminate_zeros()
+    return X.tocsr(), present, samples
+
+
+def read_file(path, finder, genes, gene_ids, options, n_files):
+    """``(X, present, samples)`` of one file, as :func:`read_bulk`, and a report."""
+    source = read_any_table(Path(path))
+    bulk = find_samples(source, finder, genes, gene_ids, options)
     bulk = check_bulk(bulk, path)
-    report(bulk, genes, gene_ids, path)
+    bulk.values = on_linear_scale(bulk, path, options)
+    check_values(bulk, bulk.values, path)
+    check_found(bulk, finder, genes, gene_ids, path)
+    report(bulk, genes, gene_ids, path, brief=n_files > 3)
     return *sum_by_gene(bulk, len(genes)), list(bulk.samples)
 
 
-# -------------------------------------------------------------------------------------- files
-
-
-def read_any_table(path):
-    """The table of a file as a DataFrame, in the orientation that it has there.
+def check_together(parts, present, samples, files):
+    """Check that files can stand beside each other, and say what only some of them have.
 
     Raises:
-        InputError: the file is missing, unreadable or an Excel file.
+        InputError: two samples have the same name, or no gene is in all files.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected bulk samples for --bulk")
-    if path.suffix.lower() in (".xlsx", ".xls"):
-        raise InputError(f"{path}: found an Excel file, expected a table; export it as csv")
-    return (read_bulk_h5ad if path.suffix == ".h5ad" else read_bulk_csv)(path)
-
-
-def read_bulk_h5ad(path):
-    """The bulk samples of an ``.h5ad`` (samples x genes), with genes in rows.
-
-    Columns of text in ``.var`` stand before the samples.
-    """
-    import anndata
-
-    try:
-        with warnings.catch_warnings():  # repeated genes are summed
-            warnings.filterwarnings("ignore", message=".*names are not unique")
-            check_hdf5(path)
-            adata = anndata.read_h5ad(path)
-    except InputError:
-        raise
-    except Exception as error:  # h5py and anndata raise many types of errors on broken files
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
-    if adata.X is None:
-        raise InputError(f"{path}: found no matrix in it, expected bulk samples in X")
-    X = check_sparse(adata.X, path)
-    X = X.toarray() if sp.issparse(X) else X
-    text = adata.var.select_dtypes(exclude=["number", "bool"]).astype(str)
-    return pd.concat([text, pd.DataFrame(X.T, adata.var_names, adata.obs_names)], axis=1)
-
-
-def read_bulk_csv(path):
-    """A csv, tsv or GCT as it is, with its first column as the index, and all names as text."""
-    try:
-        with open_bounded(path) as file:
-            longest = 100 * MAX_COLUMNS  # a file without line breaks is one line
-            lines = [file.readline(longest).decode("utf-8-sig") for _ in range(20)]
-        lines = list(itertools.takewhile(bool, lines))  # to the end of the file
-        n_skipped = find_header(lines)
-        header, *below = *lines[n_skipped:], ""
-        first_row = next((line for line in below if line.strip()), "")
-        separator = find_separator(header, first_row)
-        names, fields = (split(line, separator) for line in (header, first_row))
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
-    if len(fields) == len(names) + 1:  # R's write.table leaves the row names without a header
-        names = ["", *names]
-    if not names or len(fields) > len(names):
+    counts = Counter(samples)
+    repeated = [name for name, n in counts.items() if n > 1]
+    if repeated:
         raise InputError(
-            f"{path}: found {len(names)} names in its header ({some(names)}) and {len(fields)} "
-            "fields in the line below, expected a table"
+            f"--bulk: sample names occur more than once in {len(files)} files ({some(repeated)}), "
+            "expected files or folders named after their samples"
         )
-    table = read_table(
-        path,
-        sep=separator,
-        header=None,  # pandas would rename repeated columns, but repeated genes are summed
-        names=range(len(names)),
-        skiprows=n_skipped + 1,
-        dtype={0: str},  # a sample named 001 stays 001
-        low_memory=False,
-        encoding="utf-8-sig",
+    if not present.any():
+        raise InputError(f"--bulk: found no gene of the model that is in all of {len(files)} files")
+    n_some = np.any([part[1] for part in parts], axis=0).sum() - present.sum()
+    print(
+        f"--bulk: {len(samples)} bulk samples of {len(files)} files ({some(samples)})"
+        + (f"; {n_some:,} genes that are not in all of them left out" if n_some else "")
     )
-    return table.set_index(0).set_axis(names[1:], axis=1)
-
-
-def find_header(lines):
-    """Position of the header among a table's first lines.
-
-    Empty lines, comments and the size of a GCT come before it. A line that begins with # is a
-    comment unless it has as many fields as the next line.
-    """
-    i = 0
-    while i < len(lines) - 1:
-        line, next_line = lines[i : i + 2]
-        separator = max("\t,;", key=next_line.count)
-        n_separators = line.count(separator)
-        is_header = next_line[:1] != "#" and 0 < n_separators == next_line.count(separator)
-        if line.startswith(("#1.2", "#1.3")):  # GCT: the next line is its size
-            i += 2
-        elif line.strip("\t,; \r\n") and (line[0] != "#" or is_header):
-            break
-        else:
-            i += 1
-    return i
-
-
-def split(line, separator):
-    """The fields of a line of a csv."""
-    return next(csv.reader([line], delimiter=separator), [])
-
-
-def find_separator(header, row):
-    """The most frequent of tab, comma and semicolon that gives two lines the same number of fields.
-
-    The header may be a field short, as in :func:`read_bulk_csv`.
-    """
-
-    def score(separator):
-        try:
-            n_names, n_fields = (len(split(line, separator)) for line in (header, row))
-        except csv.Error:  # the field is too long, so it is not the separator
-            return False, 0
-        # Equal lengths count first: names may hold more commas than there are tabs.
-        return n_fields > 1 and n_fields - n_names in (0, 1), header.count(separator)
-
-    return max("\t,;", key=score)
 
 
 # --------------------------------------------------------------------------- samples and genes
 
 
-def find_samples(table, genes, gene_ids, path):
+@dataclass
+class Columns:
+    """What the columns of a table are; masks (C)."""
+
+    text: np.ndarray
+    """Columns without a single number."""
+    named_otherwise: np.ndarray
+    """Columns whose names are of annotation, statistics or summaries."""
+
+
+def find_samples(source, finder, genes, gene_ids, options):
     """Find the genes of a table and put the samples into rows.
 
     Args:
-        table: of :func:`read_any_table`. genes, gene_ids: the model's (M). path: for messages.
+        source: Source. finder: GeneFinder of the model. genes, gene_ids: the model's (M), for
+            messages. options: BulkOptions.
 
     Returns:
         BulkTable; values are numbers or text.
 
     Raises:
-        InputError: neither rows nor columns are genes of the model.
+        InputError: neither rows nor columns are genes of the model, or both may be.
     """
-    known = name_map(genes, gene_ids)
-    in_columns = find_genes(table.columns, known)
-    annotation = is_annotation(table) & (in_columns < 0)
-    row_names, in_rows, named_by = find_row_names(table, annotation, known)
-    genes_in_rows = n_found(in_rows) > n_found(in_columns)
-    if not genes_in_rows and n_found(in_columns) == 0:
-        no_ids = "; the weights hold no ids or other names of them"
-        raise InputError(
-            f"{path}: neither its rows ({some(table.index)}) nor its columns "
-            f"({some(table.columns)}) are genes known to the model ({examples(genes, gene_ids)}"
-            f"{'' if second_names(genes, gene_ids) else no_ids})"
-        )
-    if annotation.any():
-        print(
-            f"{path}: {annotation.sum():,} columns that are not "
-            f"{'samples' if genes_in_rows else 'genes'} left out "
-            f"({some(table.columns[annotation], 8)})"
-        )
-    values = table.loc[:, ~annotation].to_numpy()
-    column_names = np.array(table.columns[~annotation], object)
-    if not genes_in_rows:
-        samples = np.array(table.index, object)
-        return BulkTable(values, samples, column_names, in_columns[~annotation])
-    if named_by is not None:
-        print(f"{path}: gene names taken from column {named_by}")
-    return BulkTable(values.T, column_names, np.array(row_names, object), in_rows)
+    table, path = source.table, source.path
+    is_text = text_columns(table)
+    gene_column, n_rows = choose_gene_column(table, is_text, finder, options, path)
+    n_columns = finder.count(table.columns[1:])
+    if max(n_rows, n_columns) <= FEW * finder.n_genes:
+        n_columns = n_found(finder.find(table.columns[1:])[0])
+    in_rows = choose_orientation(n_rows, n_columns, finder, source, genes, gene_ids, options)
+    if in_rows:
+        return samples_in_columns(source, gene_column, is_text, finder, options)
+    return samples_in_rows(source, is_text, finder, options)
 
 
-def is_annotation(table):
-    """Which columns (C) of a table cannot be samples, as a mask.
-
-    Those are the columns named in ``NOT_SAMPLES``, and columns of text without a single number.
-    """
-    mask = np.array([str(name).lower() in NOT_SAMPLES for name in table.columns], bool)
-    for i in np.flatnonzero([dtype.kind not in "iuf" for dtype in table.dtypes]):
+def text_columns(table):
+    """Mask (C) of the columns that hold text without a single number; the first may be either."""
+    mask = np.zeros(table.shape[1], bool)
+    for i, dtype in enumerate(table.dtypes):
+        if dtype.kind in "iuf":
+            continue
         text = table.iloc[:, i].astype(str)
-        # Decimal commas make a number, too: such a sample is an error, not annotation.
-        numbers = pd.to_numeric(text.str.replace(",", "."), errors="coerce")
-        mask[i] |= numbers.isna().all() and not text.isin(NO_VALUE).all()
+        if i == 0 and table.shape[1] > 1:
+            mask[i] = pd.to_numeric(text, errors="coerce").isna().any()
+            continue
+        # Decimal commas make a number, too.
+        numbers = pd.to_numeric(text.str.replace(",", ".").str.strip(), errors="coerce")
+        several_points = text.str.fullmatch(r"\s*\d{1,3}([.,]\d{3})+\s*")
+        mask[i] = (numbers.isna() & ~several_points).all() and not text.isin(NO_VALUE).all()
     return mask
 
 
-def find_row_names(table, annotation, known):
-    """The names of the rows: the first column, or one of annotation that has more known genes.
+def choose_gene_column(table, is_text, finder, options, path):
+    """Position of the column that names the genes of rows, and how many of the model it finds.
+
+    Raises:
+        InputError: the column that options name is not there.
+    """
+    names = [str(name) for name in table.columns]
+    if options.gene_column is not None:
+        if names.count(options.gene_column) != 1:
+            raise InputError(
+                f"--gene-column {options.gene_column}: found {names.count(options.gene_column)} "
+                f"columns of this name in {path} ({some(names, 8)}), expected one"
+            )
+        i = names.index(options.gene_column)
+        return i, n_found(finder.find(table.iloc[:, i].astype(str))[0])
+    columns = [0, *(int(i) for i in np.flatnonzero(is_text) if i)]
+    for count in (finder.count, lambda names: n_found(finder.find(names)[0])):
+        n = [count(table.iloc[:, i].astype(str)) for i in columns]
+        best = int(np.argmax(n))
+        if n[best] > FEW * finder.n_genes:
+            break  # hardly any are known as they stand, so names are mended
+    return columns[best], n[best]
+
+
+def choose_orientation(n_rows, n_columns, finder, source, genes, gene_ids, options):
+    """Whether genes are in rows; by options, else by where more of the model's genes are found.
 
     Args:
-        table: of R rows and C columns. annotation: mask (C). known: see :func:`name_map`.
+        n_rows, n_columns: number of the model's genes found there.
+
+    Raises:
+        InputError: there are none, or about as many in both.
+    """
+    if options.genes_in != "auto" or options.gene_column is not None:
+        return options.genes_in != "columns"
+    table, path = source.table, source.path
+    if n_rows == n_columns == 0:
+        names = max((list(table.iloc[:, 0]), list(table.columns[1:])), key=len)
+        cause = likely_cause(names, finder)
+        no_ids = "; the weights hold no ids or other names of them"
+        raise InputError(
+            f"{path}: neither its rows ({some(table.iloc[:, 0])}) nor its columns "
+            f"({some(table.columns[1:])}) are genes known to the model "
+            f"({examples(genes, gene_ids)}{'' if second_names(genes, gene_ids) else no_ids})"
+            + (f": {cause}" if cause else "")
+        )
+    if min(n_rows, n_columns) > 0.5 * max(n_rows, n_columns) and min(n_rows, n_columns) > 1:
+        raise InputError(
+            f"{path}: found {n_rows:,} genes of the model in rows and {n_columns:,} in columns, "
+            "expected them in one; --genes-in rows or --genes-in columns settles it"
+        )
+    return n_rows > n_columns
+
+
+def left_out(names, what):
+    """A note on columns or rows that are left out."""
+    return f"{len(names):,} {what} left out ({some(names, 8)})"
+
+
+def samples_in_rows(source, is_text, finder, options):
+    """BulkTable of a table whose columns are genes."""
+    table = source.table
+    positions, kinds = finder.find(table.columns)
+    is_gene = positions >= 0
+    name_column, notes = choose_name_column(source, is_text & ~is_gene)
+    dropped = is_text & ~is_gene
+    dropped |= np.array([is_no_sample(name) for name in table.columns]) & ~is_gene
+    dropped[0] |= not is_gene[0] or name_column == 0
+    if name_column is not None:
+        dropped[name_column] = True
+    names = [n for i, n in enumerate(table.columns) if dropped[i] and i not in (0, name_column)]
+    if names:
+        notes.append(left_out(names, "columns that are not genes"))
+    if kinds:
+        notes.append(f"gene names mended: {describe_kinds(kinds)}")
+    if name_column is None:
+        samples = np.array([str(i) for i in range(1, len(table) + 1)], object)
+        notes.append("samples are numbered, as no column names them")
+    else:
+        samples = table.iloc[:, name_column].astype(str).to_numpy(object)
+    kept = np.flatnonzero(~dropped)
+    values = numbers_of(source, kept, notes)
+    notes.insert(0, f"{source.format}, genes in columns")
+    return BulkTable(values, samples, np.array(table.columns[kept], object), positions[kept], notes)
+
+
+def choose_name_column(source, is_text):
+    """Column that names the samples in rows: the first, unless it only numbers them.
 
     Returns:
-        ``(names, positions, column)``: names (R), their positions in the model (R), and the name
-        of the column of annotation, None for the first column.
+        its position, None if there is none; and notes.
     """
-    names, positions, named_by = table.index, find_genes(table.index, known), None
-    for i in np.flatnonzero(annotation):
-        column = table.iloc[:, i].astype(str)
-        in_column = find_genes(column, known)
-        if n_found(in_column) > n_found(positions):
-            names, positions, named_by = column, in_column, table.columns[i]
-    return names, positions, named_by
+    table = source.table
+    first = table.iloc[:, 0].astype(str).str.strip()
+    others = [i for i in np.flatnonzero(is_text) if i and table.iloc[:, i].is_unique]
+    if not numbers_rows(first) and (first.is_unique or not others):
+        return 0, []
+    if others:
+        named = [i for i in others if re.search("sample|name|id", str(table.columns[i]), re.I)]
+        best = (named or others)[0]
+        return best, [f"sample names taken from column {table.columns[best]}"]
+    header = str(table.columns[0])
+    return (0 if header or len(first) < 2 else None), []
+
+
+def numbers_rows(names):
+    """Whether names (R) are 0 to R - 1 or 1 to R, in this order."""
+    n = len(names)
+    return list(names) in ([str(i) for i in range(n)], [str(i) for i in range(1, n + 1)])
+
+
+def samples_in_columns(source, gene_column, is_text, finder, options):
+    """BulkTable of a table whose rows are genes.
+
+    Raises:
+        InputError: see :func:`find_long_table` and :func:`choose_columns`.
+    """
+    table = source.table
+    genes = table.iloc[:, gene_column].astype(str)
+    notes = [f"{source.format}, genes in rows"]
+    if gene_column:
+        notes.append(f"gene names taken from column {table.columns[gene_column]}")
+    outside = is_no_gene(genes) | is_no_gene(table.iloc[:, 0].astype(str))
+    if outside.any():
+        notes.append(left_out(list(table.iloc[:, 0][outside]), "rows that count no genes"))
+    kept, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
+    values = numbers_of(source, kept, notes)
+    long = find_long_table(source, gene_column, is_text, kept, names, outside, options)
+    if long is not None:
+        genes, names, values, note = long
+        notes.append(note)
+        outside = is_no_gene(genes)
+    rows = np.flatnonzero(~outside)
+    genes = np.asarray(genes, object)[rows]
+    positions, kinds = finder.find(genes)
+    if kinds:
+        notes.append(f"gene names mended: {describe_kinds(kinds)}")
+    return BulkTable(values[rows].T, np.array(names, object), genes, positions, notes)
+
+
+def choose_columns(source, gene_column, is_text, options, is_gene, notes):
+    """Positions and names of the columns that are samples.
+
+    Args:
+        is_gene: mask of the rows that are genes (R). notes: to add to.
+
+    Raises:
+        InputError: a column that options name is not there, or a unit is not.
+    """
+    table, path = source.table, source.path
+    columns = [str(name) for name in table.columns]
+    if options.columns:
+        return named_columns(columns, options.columns, path)
+    candidates = [i for i in range(len(columns)) if i != gene_column and not is_text[i]]
+    dropped = [i for i in range(len(columns)) if i != gene_column and is_text[i]]
+    if gene_column and 0 in candidates and numbers_rows(table.iloc[:, 0].astype(str).str.strip()):
+        candidates.remove(0)
+        notes.append("the first column numbers the rows")
+    strands = strand_columns(source, candidates)
+    if strands is not None:
+        return strand_of(source, strands, is_gene, notes)
+    kept, names = columns_by_unit(columns, candidates, options, path)
+    if kept is None:
+        kept = [i for i in candidates if not is_no_sample(columns[i])]
+        names = [columns[i] for i in kept]
+        kept, names = without_sums(table, kept, names)
+    elif len(kept) == 1 and not names[0]:
+        names = [sample_name(path)]
+    if source.headerless or (len(kept) == 1 and is_unit(columns[kept[0]])):
+        stem = sample_name(path)
+        names = [stem] if len(kept) == 1 else [f"{stem}_{columns[i]}" for i in kept]
+    dropped += [i for i in candidates if i not in kept]
+    if dropped:
+        notes.append(
+            left_out([columns[i] for i in sorted(dropped)], "columns that are not samples")
+        )
+    return kept, names
+
+
+def is_unit(name):
+    """Whether the name of a column is a unit alone, as in the file of one sample."""
+    return split_unit(name)[0] == "" and split_unit(name)[1] != "length"
+
+
+def named_columns(columns, wanted, path):
+    """Positions and names of the columns that the user names.
+
+    Raises:
+        InputError: one is not there, or there several times.
+    """
+    wrong = [name for name in wanted if columns.count(name) != 1]
+    if wrong:
+        raise InputError(
+            f"--columns {wrong[0]}: found {columns.count(wrong[0])} columns of this name in "
+            f"{path} ({some(columns, 8)}), expected one"
+        )
+    return [columns.index(name) for name in wanted], list(wanted)
+
+
+def strand_columns(source, candidates):
+    """Positions of STAR's three columns of counts, unstranded first; None if these are others."""
+    columns = [plain_name(name) for name in source.table.columns]
+    if all(name in columns for name in STRANDS):
+        return [columns.index(name) for name in STRANDS]
+    first = source.table.iloc[:, 0].astype(str).str.strip()
+    of_star = source.headerless and len(candidates) == 3
+    rows = {"N_unmapped", "N_noFeature"} & set(first)
+    named = re.search("ReadsPerGene", source.path.name, re.I) is not None
+    return candidates if of_star and (rows or named) else None
+
+
+def strand_of(source, strands, is_gene, notes):
+    """The column of STAR's counts that the reads themselves speak for; one sample."""
+    counts = source.table.iloc[:, strands].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    best, why = choose_strand(np.nan_to_num(counts[is_gene]))
+    notes.append(f"counts of STAR: {why}")
+    return [strands[best]], [sample_name(source.path)]
+
+
+def columns_by_unit(columns, candidates, options, path):
+    """Columns of the unit to read, of a table with several for each sample.
+
+    Returns:
+        positions and sample names ("" for the one sample of a file); None twice if names of
+        columns hold no units.
+    """
+    split = {i: split_unit(columns[i]) for i in candidates}
+    with_unit = [i for i in candidates if split[i][1] is not None]
+    units = {split[i][1] for i in with_unit}
+    single = [i for i in with_unit if split[i][0] == "" and split[i][1] != "length"]
+    if single:
+        others = [i for i in candidates if split[i][1] is None and not is_no_sample(columns[i])]
+        if others:
+            return None, None
+        unit = choose_unit({split[i][1] for i in single}, options.unit, path)
+        return [next(i for i in single if split[i][1] == unit)], [""]
+    left = [i for i in candidates if split[i][1] is None and not is_no_sample(columns[i])]
+    if len(units - {"length"}) < 2 or left:
+        if options.unit != "auto" and units - {"length"} and not left:
+            choose_unit(units, options.unit, path)
+        if units == {"length"} or left or not units:
+            return None, None
+        kept = [i for i in with_unit if split[i][1] != "length"]
+        several = len(units) > 1
+        return (kept, [split[i][0] for i in kept]) if several else (None, None)
+    unit = choose_unit(units, options.unit, path)
+    kept = [i for i in with_unit if split[i][1] == unit]
+    return kept, [split[i][0] for i in kept]
+
+
+def without_sums(table, kept, names):
+    """Columns without those that are the sum or the mean of all others."""
+    if len(kept) < 4 or len(table) < FEWEST_ROWS:
+        return kept, names
+    numbers = table.iloc[:, kept]
+    if any(dtype.kind not in "iuf" for dtype in numbers.dtypes):
+        return kept, names
+    X = numbers.to_numpy(np.float64)
+    total, n = X.sum(axis=1), X.shape[1] - 1
+    scale = np.abs(X).max() + 1e-300
+    for j in range(X.shape[1]):
+        others = total - X[:, j]
+        if not X[:, j].any():
+            continue
+        if any(np.abs(X[:, j] - rest).max() < 1e-6 * scale for rest in (others, others / n)):
+            return kept[:j] + kept[j + 1 :], names[:j] + names[j + 1 :]
+    return kept, names
+
+
+def find_long_table(source, gene_column, is_text, kept, names, outside, options):
+    """A long table (a row for each gene of each sample) as one of genes x samples.
+
+    Returns:
+        genes (G), names (S), values (G x S) and a note; None if the table is a wide one.
+
+    Raises:
+        InputError: several columns may hold the values.
+    """
+    table, path = source.table, source.path
+    genes = table.iloc[:, gene_column].astype(str).str.strip()
+    if genes.nunique() > 0.7 * len(genes) or len(genes) < 4:
+        return None
+    candidates = [
+        i
+        for i in range(table.shape[1])
+        if i != gene_column
+        and (is_text[i] or re.search("sample|^id$|run", str(table.columns[i]), re.I))
+    ]
+    pairs = {i: genes + "\t" + table.iloc[:, i].astype(str) for i in candidates}
+    n = {i: table.iloc[:, i].astype(str).nunique() for i in candidates}
+    usable = [
+        i
+        for i in candidates
+        if 1 < n[i] < len(genes) / 2
+        and pairs[i].duplicated().mean() < 0.01
+        and n[i] * genes.nunique() < 4 * len(genes)
+    ]
+    if not usable:
+        return None
+    named = [
+        i
+        for i in usable
+        if re.search("sample|run|subject|donor|patient", str(table.columns[i]), re.I)
+    ]
+    by = (named or usable)[0]
+    sample = table.iloc[:, by].astype(str).str.strip()
+    columns = [i for i in kept if i != by and table.iloc[:, i].groupby(sample).nunique().max() > 1]
+    if len(columns) != 1:
+        labels = [str(table.columns[i]) for i in columns]
+        raise InputError(
+            f"{path}: found a long table with {len(columns)} columns of values ({some(labels)}) "
+            "beside genes and samples, expected one; --columns names it"
+        )
+    values = pd.to_numeric(table.iloc[:, columns[0]], errors="coerce")
+    keys = pd.DataFrame({"gene": genes, "sample": sample, "value": values})[~outside]
+    wide = keys.pivot_table(
+        index="gene", columns="sample", values="value", aggfunc="sum", sort=False
+    )
+    n_missing = int(wide.isna().sum().sum())
+    note = f"a long table: samples by column {table.columns[by]}"
+    note += f", values by {table.columns[columns[0]]}"
+    note += f"; {n_missing:,} missing pairs are 0" if n_missing else ""
+    return list(wide.index), list(wide.columns), wide.fillna(0).to_numpy(), note
+
+
+def numbers_of(source, kept, notes):
+    """Values of columns (R x C') as numbers, or as text where some are none.
+
+    Args:
+        kept: positions of the columns (C'). notes: to add to.
+    """
+    table = source.table.iloc[:, kept]
+    is_number = [dtype.kind in "iuf" for dtype in table.dtypes]
+    if all(is_number):
+        values = table.to_numpy(np.float64)
+        if not may_be_thousands(values.ravel()):
+            return values
+        text = source.as_text(list(kept))
+        if text is None:
+            return values
+        numbers, note = read_numbers(text, source.path)
+        if not note:
+            return values
+        notes.append(note)
+        return numbers.reshape(text.shape)
+    values = table.to_numpy(object)
+    text = values.astype(str)
+    has_separator = np.char.find(text.astype(str), ",") >= 0
+    has_separator |= np.char.count(text.astype(str), ".") > 1
+    if not has_separator.any():
+        return values
+    text = source.as_text(list(kept)) if source.data is not None else text
+    numbers, note = read_numbers(text, source.path)
+    if not note or np.isnan(numbers).mean() > np.isin(text.astype(str), NO_VALUE).mean() + 1e-9:
+        return values
+    notes.append(note)
+    return numbers.reshape(text.shape)
 
 
 def second_names(genes, gene_ids):
@@ -285,12 +596,12 @@ def check_bulk(bulk, where):
         bulk: BulkTable; values are numbers or text. where: what messages name.
 
     Returns:
-        BulkTable; values are float64. A sample without values is dropped only if it has no name
-        either, as the empty columns of spreadsheets.
+        BulkTable; values are float64, and may still be negative. A sample without values is dropped
+        only if it has no name either, as the empty columns of spreadsheets.
 
     Raises:
-        InputError: a value is not a number, not finite, negative or too large; a sample is empty;
-            two samples have the same name; or there is no sample.
+        InputError: a value is not a number or not finite; two samples have the same name; samples
+            are single cells; or there is no sample.
     """
     X = pd.to_numeric(bulk.values.ravel(), errors="coerce").astype(np.float64)
     X = X.reshape(bulk.values.shape)
@@ -299,38 +610,106 @@ def check_bulk(bulk, where):
     measured = ~missing.all(axis=0)  # (G)
     text = bulk.values[:, ~measured].astype(str)
     measured[~measured] = ~np.isin(text, NO_VALUE).all(axis=0)  # other text is an error
-    original, left_out = bulk.values[filled][:, measured], bulk.genes[~measured]
+    original, left = bulk.values[filled][:, measured], bulk.genes[~measured]
     X = X[filled][:, measured]
-    bulk = BulkTable(X, bulk.samples[filled], bulk.genes[measured], bulk.positions[measured])
-    if not len(bulk.samples):
+    parts = bulk.samples[filled], bulk.genes[measured], bulk.positions[measured], bulk.notes
+    bulk = BulkTable(X, *parts)
+    if not len(bulk.samples) or not len(bulk.genes):
         raise InputError(f"{where}: found no sample beside the genes, expected columns of numbers")
-    if (left_out != "").any():
-        print(f"{where}: {np.sum(left_out != ''):,} genes without any value left out")
-    check_values(bulk, original, where)
+    if (left != "").any():
+        print(f"{where}: {np.sum(left != ''):,} genes without any value left out")
+    wrong = ~np.isfinite(X) | (X > 1e15)  # sums must stay finite
+    if wrong.any():
+        raise_value(bulk, original, np.argwhere(wrong)[0], where)
+    repeated = bulk.samples[pd.Index(bulk.samples).duplicated()]
+    if len(repeated):
+        raise InputError(f"{where}: sample names occur more than once ({some(repeated)})")
+    barcodes = [name for name in bulk.samples if BARCODE.fullmatch(str(name))]
+    if len(barcodes) >= FEWEST_CELLS and len(barcodes) > len(bulk.samples) / 2:
+        raise InputError(
+            f"{where}: found {len(bulk.samples):,} samples named like the barcodes of single cells "
+            f"({some(barcodes)}), expected bulk samples; sum the cells of each sample first"
+        )
     return bulk
 
 
-def check_values(bulk, original, where):
-    """Raise the errors of :func:`check_bulk`; original: the values (S x G) as the file has them."""
-    X, samples = bulk.values, bulk.samples
-    wrong = ~np.isfinite(X) | (X < 0) | (X > 1e15)  # sums must stay finite
-    if wrong.any():
-        i, j = np.argwhere(wrong)[0]
-        value = original[i, j]
-        shown = repr(value) if isinstance(value, str) else f"{value:g}"
+def raise_value(bulk, original, place, where):
+    """Raise the error of a value; original: as the file has them (S x G); place: row and column."""
+    i, j = place
+    value = original[i, j]
+    shown = repr(value) if isinstance(value, str) else f"{value:g}"
+    raise InputError(
+        f"{where}: found {shown} (sample {bulk.samples[i]}, gene {bulk.genes[j]}), expected a "
+        "number: counts, TPM or CPM, 0 to 1e15"
+    )
+
+
+def on_linear_scale(bulk, where, options):
+    """Values (S x G) on a linear scale, as they are or by undoing a logarithm.
+
+    Raises:
+        InputError: they seem to be on another scale, and options do not say so.
+    """
+    X = bulk.values
+    if options.log == "no":
+        return X
+    if options.log != "auto":
+        bulk.notes.append(f"logarithm to base {options.log} undone, less {options.pseudocount:g}")
+        return undo_log(X, options.log, options.pseudocount)
+    scale = find_scale(X)
+    if scale.name == "log":
+        which = some([str(name) for name in bulk.samples[scale.samples]])
+        part = "" if scale.samples.all() else f" in {scale.samples.sum()} samples ({which})"
         raise InputError(
-            f"{where}: found {shown} (sample {samples[i]}, gene {bulk.genes[j]}), expected a "
-            "number: counts, TPM or CPM, 0 to 1e15"
+            f"{where}: found values on a log scale or another transformed one{part} ({scale.why}), "
+            f"expected counts, TPM or CPM; {FLAG}"
         )
-    repeated = samples[pd.Index(samples).duplicated()]
-    if len(repeated):
-        raise InputError(f"{where}: sample names occur more than once ({some(repeated)})")
+    if scale.name in ("z-scores", "ranks"):
+        raise InputError(
+            f"{where}: found {scale.name} ({scale.why}), which do not give the counts back; "
+            "expected counts, TPM or CPM (a log scale can be undone with --log)"
+        )
+    if scale.name == "quantile":
+        raise InputError(
+            f"{where}: found quantile-normalised samples ({scale.why}), expected counts, TPM or "
+            "CPM; --log no takes the values as they are"
+        )
+    bulk.notes[0] += f", {describe_unit(X, scale)}"
+    return X
+
+
+def check_values(bulk, original, where):
+    """Raise an error for values below 0, too large ones, or empty samples."""
+    X, samples = bulk.values, bulk.samples
+    wrong = ~np.isfinite(X) | (X < 0) | (X > 1e15)
+    if wrong.any():
+        raise_value(bulk, original, np.argwhere(wrong)[0], where)
     empty = samples[X.sum(axis=1) < 1e-6]
     if len(empty):
         raise InputError(
             f"{where}: {len(empty)} of {len(samples)} samples are empty ({some(empty)}), expected "
             "counts in every sample"
         )
+
+
+def check_found(bulk, finder, genes, gene_ids, where):
+    """Check that enough genes of the model are in a table.
+
+    Raises:
+        InputError: they are not; names the likely cause.
+    """
+    n = n_found(bulk.positions)
+    floor = max(1, min(FEWEST_FOUND, len(genes) // 10))
+    if n >= floor:
+        n_other = finder.n_in_other_case(bulk.genes[bulk.positions < 0])
+        if n_other <= max(n, 100):
+            return
+    cause = likely_cause(bulk.genes, finder)
+    raise InputError(
+        f"{where}: found {n:,} of the model's {len(genes):,} genes among its {len(bulk.genes):,} "
+        f"({some(bulk.genes)}), expected {floor:,} or more, with names such as "
+        f"{examples(genes, gene_ids)}" + (f": {cause}" if cause else "")
+    )
 
 
 def sum_by_gene(bulk, n_genes):
@@ -347,8 +726,8 @@ def sum_by_gene(bulk, n_genes):
     return sp.csr_matrix(bulk.values @ S), present
 
 
-def report(bulk, genes, gene_ids, path):
-    """Print how many of the model's genes were found, and warn if they are few."""
+def report(bulk, genes, gene_ids, path, brief=False):
+    """Print what was understood: format, orientation, unit, what was left out, samples, genes."""
     n = n_found(bulk.positions)
     n_repeated = np.sum(bulk.positions >= 0) - n
     if n_repeated:
@@ -356,6 +735,9 @@ def report(bulk, genes, gene_ids, path):
     n_by_symbol = n_found(bulk.positions[[bare_id(name) is None for name in bulk.genes]])
     ways = ((n_by_symbol, "symbol"), (n - n_by_symbol, "Ensembl id"))
     ways = ", ".join(f"{number:,} by {way}" for number, way in ways if number)
+    bulk.notes[0] += f"; samples {some(bulk.samples)}"
+    for note in [] if brief else bulk.notes:
+        print(f"{path}: {note}")
     print(
         f"{path}: {len(bulk.samples):,} bulk samples x {len(bulk.genes):,} genes; {n:,} of the "
         f"model's {len(genes):,} genes found ({100 * n / len(genes):.1f} %: {ways})"

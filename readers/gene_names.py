@@ -1,14 +1,30 @@
 """Matching genes by name: symbols, and Ensembl ids with or without a version."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pandas as pd
+
+from runtime.errors import some
 
 # Columns of .var with a second name of each gene: ids for symbols, symbols for ids.
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "ENSEMBL", "feature_id")
 
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "symbol", "gene_name")
+
+# Lower-case names are mended if that finds so much of the model's genes, or of the table's: human
+# genes in lower case, and not those of another species.
+MOSTLY_FOUND = 0.6
+
+SPECIES = {
+    "ENSMUSG": "mouse",
+    "ENSRNOG": "rat",
+    "ENSDARG": "zebrafish",
+    "ENSSSCG": "pig",
+    "ENSMMUG": "macaque",
+    "ENSG": "human",
+}
 
 
 def bare_id(name):
@@ -66,3 +82,166 @@ def find_genes(names, known):
 def n_found(positions):
     """Number of the model's genes among the positions of :func:`find_genes`."""
     return len(np.unique(positions[positions >= 0]))
+
+
+# --------------------------------------------------------------- names as they are found in files
+
+
+class GeneFinder:
+    """Finds a model's genes under the names that files give them.
+
+    A name that is not known as it stands is mended where there is one reading of it, and the kinds
+    of mended names are counted.
+
+    Args:
+        genes: the model's (M). gene_ids: their other names (M), "" where there is none.
+    """
+
+    def __init__(self, genes, gene_ids):
+        self.known = name_map(genes, gene_ids)
+        self.n_genes = len(genes)
+        upper = Counter(name.upper() for name in set(genes))
+        self.by_upper = {n.upper(): self.known[n] for n in genes if n and upper[n.upper()] == 1}
+        self.symbols = set(genes)
+
+    def count(self, names):
+        """Number of the model's genes among names as they stand."""
+        return n_found(find_genes(map(str, names), self.known))
+
+    def find(self, names):
+        """Positions of names (G) in the model, -1 if unknown, and Counter of the kinds of mending.
+
+        Names are mended one by one, lower-case ones only where most of them are known then.
+        """
+        names = [str(name) for name in names]
+        positions = find_genes(names, self.known)
+        kinds = Counter()
+        for i in np.flatnonzero(positions < 0):
+            for kind, candidate in variants(names[i]):
+                position = self.known.get(candidate, -1)
+                if position >= 0:
+                    positions[i] = position
+                    kinds[kind] += 1
+                    break
+        positions = self.mend_dates(names, positions, kinds)
+        return self.mend_lower_case(names, positions, kinds), kinds
+
+    def mend_dates(self, names, positions, kinds):
+        """Genes that a spreadsheet turned into dates, where one gene of the model can be meant."""
+        dates = {i: genes_of_date(names[i]) for i in np.flatnonzero(positions < 0)}
+        counts = Counter(tuple(genes) for genes in dates.values() if genes)
+        for i, genes in dates.items():
+            possible = {self.known[name] for name in genes if name in self.known}
+            if len(possible) == 1 and counts[tuple(genes)] == 1:
+                positions[i] = possible.pop()
+                kinds["dates in place of genes"] += 1
+        return positions
+
+    def mend_lower_case(self, names, positions, kinds):
+        """Symbols in lower case, if these are the model's genes and not another species'."""
+        lower = [i for i in np.flatnonzero(positions < 0) if names[i].islower()]
+        found = {
+            i: self.by_upper[names[i].upper()] for i in lower if names[i].upper() in self.by_upper
+        }
+        mended = positions.copy()
+        mended[list(found)] = list(found.values())
+        of_model = n_found(mended) / max(self.n_genes, 1)
+        of_table = np.mean(mended >= 0) if len(mended) else 0
+        if not found or max(of_model, of_table) < MOSTLY_FOUND:
+            return positions
+        kinds["in lower case"] += len(found)
+        return mended
+
+    def n_in_other_case(self, names):
+        """Number of names that are known in upper case only, written otherwise."""
+        return sum(
+            name not in self.known and name.upper() in self.by_upper for name in map(str, names)
+        )
+
+
+def variants(name):
+    """Other spellings of a gene's name, each with what is mended by it, the likeliest first."""
+    bare = name.strip().strip("\"'").strip()
+    if bare != name:
+        yield "with blanks or quotes", bare
+        if bare_id(bare):
+            yield "with blanks or quotes", bare_id(bare)
+    parts = [part for part in re.split(r"[|;,]+| \((?=\d+\)$)", bare) if part]
+    if len(parts) == 1:
+        parts = bare.split("_") if "ENS" in bare else parts
+    if len(parts) > 1:
+        for part in parts:
+            if bare_id(part):
+                yield "of several names", bare_id(part)
+        for part in parts:
+            if not part.isdigit():
+                yield "of several names", part
+    if "." in bare:
+        yield "with points for hyphens", bare.replace(".", "-")
+    if match := re.fullmatch(r"C(\d+)ORF(\d+)", bare):
+        yield "in upper case", f"C{match[1]}orf{match[2]}"
+    if match := re.fullmatch(r"MARCH(\d+)|SEPT(\d+)", bare):  # their names since 2020
+        yield "of older names", f"MARCHF{match[1]}" if match[1] else f"SEPTIN{match[2]}"
+    if match := re.fullmatch(r"MARCHF(\d+)|SEPTIN(\d+)", bare):
+        yield "of newer names", f"MARCH{match[1]}" if match[1] else f"SEPT{match[2]}"
+
+
+def genes_of_date(name):
+    """Symbols that a spreadsheet turns into this date: ``1-Mar`` may be MARCH1 or MARC1."""
+    match = re.fullmatch(r"0?(\d{1,2})-(Mar|Sep|Dec)|(Mar|Sep|Dec)-0?(\d{1,2})", name.strip())
+    if match is None:
+        return []
+    number, month = match[1] or match[4], match[2] or match[3]
+    stems = {
+        "Mar": ("MARCH", "MARCHF", "MARC", "MTARC"),
+        "Sep": ("SEPT", "SEPTIN"),
+        "Dec": ("DEC",),
+    }
+    return [f"{stem}{number}" for stem in stems[month]]
+
+
+# What names look like that are no gene symbols of the model, and what helps.
+KINDS_OF_NAMES = (
+    (r"ENST\d+.*", "Ensembl transcripts", "genes: sum them with tximport, or quantify by gene"),
+    (r"(NM|NR|XM|XR)_\d+.*", "RefSeq transcripts", "gene symbols or Ensembl ids"),
+    (r"\d+(_[a-z]+)*_at", "probes of a microarray", "gene symbols or Ensembl ids"),
+    (r"ILMN_\d+", "probes of a microarray", "gene symbols or Ensembl ids"),
+    (r"(hsa|mmu)-(mir|miR|let)-.*", "microRNAs", "genes"),
+    (r"\d+(\.0)?", "numbers, such as Entrez ids", "gene symbols or Ensembl ids"),
+    (r"(chr)?[\dXYM]+:\d+.*", "positions in the genome", "gene symbols or Ensembl ids"),
+)
+
+
+def likely_cause(names, finder):
+    """Why few of these names are genes of the model, in a few words; "" if nothing is known.
+
+    Args:
+        names: as the file has them (G). finder: GeneFinder of the model.
+    """
+    names = [str(name).strip() for name in names if str(name).strip()]
+    if not names:
+        return ""
+    prefixes = Counter(re.match(r"ENS[A-Z]*G(?=\d)", n)[0] for n in names if bare_id(n))
+    if sum(prefixes.values()) > len(names) / 2:
+        prefix = prefixes.most_common(1)[0][0]
+        model = Counter(re.match(r"ENS[A-Z]*G(?=\d)", n)[0] for n in finder.known if bare_id(n))
+        if model and prefix not in model:
+            species = SPECIES.get(prefix, "another species")
+            return f"these are Ensembl ids of {species} ({prefix}...)"
+        if not model:
+            return "the weights hold no Ensembl ids"
+    for pattern, kind, expected in KINDS_OF_NAMES:
+        if sum(re.fullmatch(pattern, name) is not None for name in names) > len(names) / 2:
+            return f"these are {kind}, expected {expected}"
+    n_other = finder.n_in_other_case(names)
+    if n_other > finder.count(names):
+        title = sum(name[:1].isupper() and name[1:] == name[1:].lower() for name in names)
+        if title > len(names) / 2:
+            return f"{n_other:,} are known in upper case only: written as genes of mouse or rat are"
+        return f"{n_other:,} are known in upper case only: in another case, or of another species"
+    return ""
+
+
+def describe_kinds(kinds):
+    """Text on what was mended, of a Counter of :meth:`GeneFinder.find`."""
+    return some([f"{n:,} {kind}" for kind, n in kinds.most_common()], 8)

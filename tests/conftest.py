@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-from readers import backed, bulk, counts, hdf5_probe  # noqa: E402  not an installed package
+from readers import backed, bulk_files, counts, hdf5_probe  # noqa: E402  not an installed package
 from runtime.script import parse_args, run_script  # noqa: E402
 
 # A slash and two spaces, as in real data.
@@ -195,7 +195,7 @@ def hdf5_in_this_process(request, monkeypatch):
     Scripts that run as separate processes, and test_untrusted.py, use the sandboxed check.
     """
     if request.path.stem != "test_untrusted":
-        for module in (counts, bulk, backed):
+        for module in (counts, bulk_files, backed):
             monkeypatch.setattr(module, "check_hdf5", hdf5_probe.look_through)
 
 

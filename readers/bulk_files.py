@@ -1,0 +1,224 @@
+"""Files of bulk samples as tables: what the file is by its bytes, unpacked and parsed."""
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from readers.containers import (
+    HOW_TO_CONVERT,
+    is_pipe,
+    name_of_format,
+    read_source,
+    to_utf8,
+)
+from readers.counts import check_sparse
+from readers.hdf5 import check_hdf5
+from readers.tables import clean_lines, read_text_table
+from runtime.errors import InputError, one_line, some
+
+
+@dataclass
+class Source:
+    """A table as its file has it.
+
+    Attributes:
+        path: the file. table: DataFrame (R x C), the first column text. format: in a few words.
+        headerless: whether the columns have no names of their own. text: the same table with all
+            columns as text, made when it is asked for.
+    """
+
+    path: Path
+    table: pd.DataFrame
+    format: str
+    headerless: bool = False
+    data: bytes | None = None
+
+    def as_text(self, i):
+        """The columns i (a list) as text, as the file has them; None if it is no text file."""
+        if self.data is None:
+            return None
+        table, _ = read_text_table(self.data, self.path, text=True)
+        return table.iloc[:, i].to_numpy(object)
+
+
+def read_any_table(path):
+    """The Source of a file or a pipe, in the orientation that it has there.
+
+    Raises:
+        InputError: the file is missing, unreadable, or of a format that holds no table.
+    """
+    try:
+        regular = not is_pipe(path)
+        with open(path, "rb") as file:
+            head = file.read(8) if regular else b""
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected bulk samples for --bulk") from error
+    except OSError as error:
+        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+    if head.startswith(b"\x89HDF") or path.suffix == ".h5ad":
+        return read_bulk_h5ad(path)
+    data, packing = read_source(path)
+    kind = name_of_format(data)
+    if kind in ("Parquet", "Feather"):
+        return Source(path, read_columnar(data, kind, path), kind)
+    if kind is not None:
+        how = HOW_TO_CONVERT.get(kind, "export it as csv")
+        raise InputError(f"{path}: found a file of format {kind}, expected a table; {how}")
+    if data.startswith(b"PK\x03\x04"):
+        return Source(path, read_workbook(data, path), "Excel")
+    data, encoding = to_utf8(data, path)
+    check_text(data, path)
+    data = clean_lines(data)
+    table, headerless = read_text_table(data, path)
+    details = [packing] * bool(packing) + [encoding] * (encoding != "UTF-8")
+    name = f"text table ({', '.join(details)})" if details else "text table"
+    return Source(path, table, name, headerless, data)
+
+
+def check_text(data, path):
+    """Refuse text that is no table of expression, by how it begins.
+
+    Raises:
+        InputError: it is a web page, reads, variants or the like.
+    """
+    head = data[:2000].lstrip()
+    kinds = {
+        "a web page": head[:1] == b"<",
+        "JSON": head[:1] in (b"{", b"["),
+        "a VCF of variants": head.startswith(b"##fileformat=VCF"),
+        "sequencing reads (FASTQ)": re.match(rb"@[^\n]*\n[ACGTN]+\n\+", head) is not None,
+        "sequences (FASTA)": re.match(rb">[^\n]*\n[ACGTNacgtn]+\n", head) is not None,
+        "a Matrix Market matrix of single cells": head.startswith(b"%%MatrixMarket"),
+        "a GTF or GFF of genes": re.search(
+            rb"^[^\t\n]+\t[^\t\n]+\t(gene|transcript|exon|mRNA|CDS)\t\d+\t\d+\t", head, re.M
+        )
+        is not None,
+        "featureCounts' summary": re.match(rb"Status\t[^\n]*\n(Assigned|Unassigned)", head)
+        is not None,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise InputError(f"{path}: found {kind}, not a readable table of genes and samples")
+
+
+def read_columnar(data, kind, path):
+    """The table of a Parquet or Feather file, if pandas can read it here.
+
+    Raises:
+        InputError: it cannot.
+    """
+    reader = pd.read_parquet if kind == "Parquet" else pd.read_feather
+    try:
+        table = reader(io.BytesIO(data))
+    except ImportError as error:
+        raise InputError(
+            f"{path}: found a file of format {kind}, which takes the package pyarrow; install it "
+            "or export the table as csv"
+        ) from error
+    except Exception as error:  # pyarrow raises errors of its own
+        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+    if not isinstance(table.index, pd.RangeIndex):
+        table = table.reset_index()
+    first = table.columns[0]
+    return table.astype({first: str}).set_axis([str(name) for name in table.columns], axis=1)
+
+
+def read_workbook(data, path):
+    """The first sheet of a workbook that holds a table, through the same reader as text.
+
+    Raises:
+        InputError: it is unreadable, or several sheets hold tables.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sheets = pd.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
+    except Exception as error:  # zipfile, openpyxl and XML parsers raise many types of errors
+        raise InputError(
+            f"{path}: not a readable Excel file ({one_line(error)}); export it as csv"
+        ) from error
+    tables = {name: sheet for name, sheet in sheets.items() if min(sheet.shape) > 1}
+    if not tables:
+        raise InputError(f"{path}: found no table in the workbook, expected bulk samples")
+    name, sheet = next(iter(tables.items()))
+    if len(tables) > 1:
+        print(f"{path}: sheet {name} of {len(tables)} read ({some(list(tables), 8)})")
+    text = sheet.map(lambda value: "" if pd.isna(value) else as_text(value))
+    return read_text_table(text.to_csv(sep="\t", header=False, index=False).encode(), path)[0]
+
+
+def as_text(value):
+    """A cell of a workbook as text; a date as spreadsheets show the gene that became one."""
+    if hasattr(value, "strftime"):
+        return f"{value.day}-{value.strftime('%b')}"
+    return str(value)
+
+
+def read_bulk_h5ad(path):
+    """The bulk samples of an ``.h5ad`` (samples x genes), with genes in rows.
+
+    Counts are taken from ``layers["counts"]`` or ``raw.X`` where X is none, as for ``--data``.
+    Columns of text in ``.var`` stand before the samples.
+    """
+    import anndata
+    import h5py
+
+    try:
+        check_hdf5(path)
+        with h5py.File(path, "r") as file:
+            if "matrix" in file and "barcodes" in file["matrix"]:
+                raise InputError(
+                    f"{path}: found a 10x matrix of single cells, expected bulk samples; for a "
+                    "reference it is --data"
+                )
+        with warnings.catch_warnings():  # repeated genes are summed
+            warnings.filterwarnings("ignore", message=".*names are not unique")
+            adata = anndata.read_h5ad(path)
+    except InputError:
+        raise
+    except Exception as error:  # h5py and anndata raise many types of errors on broken files
+        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+    X, var, place = matrix_of(adata, path)
+    X = check_sparse(X, path)
+    X = X.toarray() if sp.issparse(X) else np.asarray(X)
+    text = var.select_dtypes(exclude=["number", "bool"]).astype(str)
+    table = pd.concat(
+        [
+            pd.DataFrame({"": var.index.astype(str)}),
+            text.reset_index(drop=True),
+            pd.DataFrame(X.T, columns=[str(name) for name in adata.obs_names]),
+        ],
+        axis=1,
+    )
+    return Source(path, table, f".h5ad, {place}")
+
+
+def matrix_of(adata, path):
+    """``(matrix, its .var, name)`` of the counts of an AnnData; X if none is of integers.
+
+    Raises:
+        InputError: it holds no matrix.
+    """
+    places = [("X", adata.X, adata.var)]
+    places += [
+        (f"layers[{n!r}]", adata.layers[n], adata.var)
+        for n in ("counts", "raw_counts")
+        if n in adata.layers
+    ]
+    if adata.raw is not None:
+        places.append(("raw.X", adata.raw.X, adata.raw.var))
+    places = [place for place in places if place[1] is not None]
+    if not places:
+        raise InputError(f"{path}: found no matrix in it, expected bulk samples in X")
+    for name, X, var in places:
+        values = X.data if sp.issparse(X) else np.asarray(X)
+        if values.dtype.kind in "biuf" and np.all(values == np.rint(values)) and values.size:
+            return X, var, name
+    name, X, var = places[0]
+    return X, var, name
