@@ -24,6 +24,7 @@ from readers.gene_names import (
     likely_cause,
     n_found,
 )
+from readers.long_tables import find_sample_column, varies_within, widen
 from readers.quantifiers import (
     STRANDS,
     choose_strand,
@@ -331,7 +332,7 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
     """BulkTable of a table whose rows are genes.
 
     Raises:
-        InputError: see :func:`find_long_table` and :func:`choose_columns`.
+        InputError: see :func:`choose_columns` and :func:`choose_value_column`.
     """
     table = source.table
     genes = table.iloc[:, gene_column].astype(str)
@@ -341,12 +342,16 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
     outside = is_no_gene(genes) | is_no_gene(table.iloc[:, 0].astype(str))
     if outside.any():
         notes.append(left_out(list(table.iloc[:, 0][outside]), "rows that count no genes"))
-    kept, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
-    values = numbers_of(source, kept, notes)
-    long = find_long_table(source, gene_column, is_text, kept, names, outside, options)
-    if long is not None:
-        genes, names, values, note = long
-        notes.append(note)
+    by = find_sample_column(table, genes, is_text, gene_column)
+    if by is None:
+        kept, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
+        values = numbers_of(source, kept, notes)
+    else:
+        sample = table.iloc[:, by].astype(str)
+        i = choose_value_column(source, is_text, sample, {by, gene_column}, options)
+        notes.append(f"a long table: samples by column {table.columns[by]}")
+        notes[-1] += f", values by {table.columns[i]}"
+        genes, names, values = widen(genes, sample, numbers_of(source, [i], notes), source, notes)
         outside = is_no_gene(genes)
     rows = np.flatnonzero(~outside)
     genes = np.asarray(genes, object)[rows]
@@ -386,6 +391,8 @@ def choose_columns(source, gene_column, is_text, options, is_gene, notes):
         names = [sample_name(path)]
     if source.headerless or (len(kept) == 1 and is_unit(columns[kept[0]])):
         stem = sample_name(path)
+        if len(kept) == 1 and not source.headerless:
+            notes.append(f"values by column {columns[kept[0]]}")
         names = [stem] if len(kept) == 1 else [f"{stem}_{columns[i]}" for i in kept]
     dropped += [i for i in candidates if i not in kept]
     if dropped:
@@ -485,60 +492,34 @@ def without_sums(table, kept, names):
     return kept, names
 
 
-def find_long_table(source, gene_column, is_text, kept, names, outside, options):
-    """A long table (a row for each gene of each sample) as one of genes x samples.
+def choose_value_column(source, is_text, sample, others, options):
+    """Position of the column of values in a long table.
 
-    Returns:
-        genes (G), names (S), values (G x S) and a note; None if the table is a wide one.
+    Args:
+        sample: of each row (R). others: positions of the columns of genes and samples.
 
     Raises:
-        InputError: several columns may hold the values.
+        InputError: several columns may hold them, or options name one that is not there.
     """
     table, path = source.table, source.path
-    genes = table.iloc[:, gene_column].astype(str).str.strip()
-    if genes.nunique() > 0.7 * len(genes) or len(genes) < 4:
-        return None
-    candidates = [
+    columns = [str(name) for name in table.columns]
+    if options.columns:
+        return named_columns(columns, options.columns, path)[0][0]
+    possible = [
         i
-        for i in range(table.shape[1])
-        if i != gene_column
-        and (is_text[i] or re.search("sample|^id$|run", str(table.columns[i]), re.I))
+        for i in np.flatnonzero(~is_text)
+        if i not in others and not is_no_sample(columns[i]) and varies_within(table, i, sample)
     ]
-    pairs = {i: genes + "\t" + table.iloc[:, i].astype(str) for i in candidates}
-    n = {i: table.iloc[:, i].astype(str).nunique() for i in candidates}
-    usable = [
-        i
-        for i in candidates
-        if 1 < n[i] < len(genes) / 2
-        and pairs[i].duplicated().mean() < 0.01
-        and n[i] * genes.nunique() < 4 * len(genes)
-    ]
-    if not usable:
-        return None
-    named = [
-        i
-        for i in usable
-        if re.search("sample|run|subject|donor|patient", str(table.columns[i]), re.I)
-    ]
-    by = (named or usable)[0]
-    sample = table.iloc[:, by].astype(str).str.strip()
-    columns = [i for i in kept if i != by and table.iloc[:, i].groupby(sample).nunique().max() > 1]
-    if len(columns) != 1:
-        labels = [str(table.columns[i]) for i in columns]
+    units = {split_unit(columns[i])[1]: i for i in possible if is_unit(columns[i])}
+    if len(possible) > 1 and len(units) == len(possible):
+        return units[choose_unit(units, options.unit, path)]
+    if len(possible) != 1:
         raise InputError(
-            f"{path}: found a long table with {len(columns)} columns of values ({some(labels)}) "
-            "beside genes and samples, expected one; --columns names it"
+            f"{path}: found a long table with {len(possible)} columns of values "
+            f"({some([columns[i] for i in possible])}) beside genes and samples, expected one; "
+            "--columns names it"
         )
-    values = pd.to_numeric(table.iloc[:, columns[0]], errors="coerce")
-    keys = pd.DataFrame({"gene": genes, "sample": sample, "value": values})[~outside]
-    wide = keys.pivot_table(
-        index="gene", columns="sample", values="value", aggfunc="sum", sort=False
-    )
-    n_missing = int(wide.isna().sum().sum())
-    note = f"a long table: samples by column {table.columns[by]}"
-    note += f", values by {table.columns[columns[0]]}"
-    note += f"; {n_missing:,} missing pairs are 0" if n_missing else ""
-    return list(wide.index), list(wide.columns), wide.fillna(0).to_numpy(), note
+    return int(possible[0])
 
 
 def numbers_of(source, kept, notes):

@@ -105,6 +105,6 @@ def describe_unit(X, scale):
     if scale.name == "counts":
         return "counts"
     total = X.sum(axis=1)
-    if np.allclose(total, 1e6, rtol=0.02):
+    if np.allclose(total, 1e6, rtol=1e-3):
         return "CPM or TPM (samples sum to a million)"
     return "not integers, on a linear scale (TPM, CPM, FPKM or estimated counts)"
