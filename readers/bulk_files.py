@@ -179,6 +179,7 @@ def read_bulk_h5ad(path):
                 )
         with warnings.catch_warnings():  # repeated genes are summed
             warnings.filterwarnings("ignore", message=".*names are not unique")
+            warnings.simplefilter("ignore", FutureWarning)  # of files by older versions
             adata = anndata.read_h5ad(path)
     except InputError:
         raise

@@ -62,7 +62,7 @@ NO_GENES = re.compile(
 ENDINGS = re.compile(
     r"(\.rna_seq\.augmented_star_gene_counts|[._-]?ReadsPerGene\.out|\.quant\.genes|"
     r"\.(genes|isoforms)\.results|\.(genes|isoforms)\.fpkm_tracking|[._-]gene_abund(ance)?s?|"
-    r"\.htseq\.counts|\.FPKM(-UQ)?|\.quant|[._-]abundance|[._-]featureCounts)?"
+    r"\.htseq\.counts|\.counts?|\.FPKM(-UQ)?|\.quant|[._-]abundance|[._-]featureCounts)?"
     r"(\.(tab|tsv|txt|csv|sf|counts?|results|gct|xlsx|ctab|out|fpkm_tracking))?"
     r"(\.(gz|bz2|xz|zip))?",
     re.IGNORECASE,
