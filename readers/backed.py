@@ -8,6 +8,7 @@ same results to the bit.
 """
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from readers.counts import check_cells, check_counts, check_shape, first_counts
+from readers.counts import (
+    COUNT_LAYERS,
+    check_cells,
+    check_counts,
+    check_orientation,
+    check_shape,
+    first_counts,
+    name_factors,
+    with_types,
+)
 from readers.hdf5 import check_hdf5
 from runtime.errors import InputError, one_line
 
@@ -135,6 +145,14 @@ class BackedCounts:
             view.select = select if self.select is None else self.select @ select
         return view
 
+    def recount(self):
+        """Take the totals of cells over the chosen genes alone; reads all counts again."""
+        rows = (
+            np.arange(i, min(i + BLOCK, len(self.file_row))) for i in range(0, self.shape[0], BLOCK)
+        )
+        totals = [np.asarray(self[r].sum(axis=1, dtype=np.int64)).ravel() for r in rows]
+        self.library = np.concatenate([np.zeros(0, np.int64), *totals])
+
     def sum(self, axis):
         """Total counts, int64: of each gene (G) for axis 0, of each cell (N) for axis 1.
 
@@ -231,7 +249,7 @@ class BackedCells:
 
 
 def read_backed(path):
-    """Open an ``.h5ad``; counts are ``layers["counts"]``, else ``X``, else ``raw.X``.
+    """Open an ``.h5ad``; counts are in a layer of COUNT_LAYERS, else ``X``, else ``raw.X``.
 
     Returns:
         BackedCells; ``.var["gene_ids"]`` as in :func:`readers.counts.read_counts`.
@@ -265,14 +283,20 @@ def open_counts(file, path):
     from anndata.io import read_elem
 
     try:
-        obs, var = read_elem(file["obs"]), read_elem(file["var"])
-        places = [("layers/counts", "layers['counts']", var), ("X", "X", var)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*without encoding metadata")
+            obs, var = read_elem(file["obs"]), read_elem(file["var"])
+        obs = name_factors(obs, file, path)
+        places = [(f"layers/{name}", f"layers['{name}']", var) for name in COUNT_LAYERS]
+        places.append(("X", "X", var))
         if "raw/X" in file:
-            places.append(("raw/X", "raw.X", read_elem(file["raw/var"])))
+            places.append(("raw/X", "raw.X", with_types(read_elem(file["raw/var"]), var)))
     except Exception as error:  # as in BackedCounts.read
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+    check_orientation(obs.index, var.index, path)
     matrices = [(shown, name, genes) for name, shown, genes in places if name in file]
-    X, var = first_counts(matrices, partial(open_matrix, file), obs.index, path)
+    layers = list(file.get("layers", ()))
+    X, var = first_counts(matrices, partial(open_matrix, file), obs.index, path, layers)
     return BackedCells(X, obs, var)
 
 

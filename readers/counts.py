@@ -1,6 +1,9 @@
 """Raw counts of cells: the embedded dataset, a 10x folder, a 10x ``.h5`` or an ``.h5ad``."""
 
+import os
+import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,26 @@ from runtime.errors import InputError, is_plain_name, one_line, some
 EMBEDDED = "pbmc68k_reduced"  # the dataset that ships with scanpy; needs no download
 
 EMBEDDED_LABELS = "bulk_labels"  # its column of cell types
+
+COUNT_LAYERS = ("counts", "raw_counts")  # of an .h5ad, the first one that holds raw counts
+
+# A barcode of a cell, with the name of a sample before or behind it, if any.
+BARCODE = re.compile(
+    r"(?P<prefix>.*[^A-Za-z0-9])?(?P<core>[ACGT]{10,})"
+    r"(?P<number>[-._]\d+)?(?P<rest>[^A-Za-z0-9].*)?"
+)
+
+ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?([^A-Za-z0-9].*)?")
+
+# Symbols that nearly every count matrix has, of man (and, in another case, of mouse).
+COMMON_GENES = {
+    *("ACTB", "B2M", "MALAT1", "CD3E", "GAPDH", "EEF1A1", "TMSB4X", "PTPRC", "VIM", "FTH1", "FTL"),
+    *("RPLP0", "RPS6", "TPT1", "EPCAM", "CD19", "LYZ", "NKG7", "CD14", "MT-CO1", "MT-ND1"),
+}
+
+FEWEST_NAMES = 20  # Ensembl ids or barcodes that are evidence of what an axis is
+
+GENE_FEATURES = {"gene expression", "gex", "rna", "gene", "genes"}  # feature_types of genes
 
 # ------------------------------------------------------------------------------------ checks
 
@@ -119,6 +142,36 @@ def check_names(names, where, what):
             raise InputError(f"{where}: {what} {name!r} is no plain text, expected names")
 
 
+def check_orientation(cells, genes, path):
+    """Check that names of cells and genes do not show that a matrix is transposed.
+
+    Args:
+        cells, genes: names of the rows (N) and columns (G). path: what messages name.
+
+    Raises:
+        InputError: the rows are named as genes and the columns are not, or the reverse of barcodes.
+    """
+    genes_in_rows = are_genes(cells, 3) and not are_genes(genes, 1)
+    barcodes_in_columns = are_mostly(genes, BARCODE) and not are_mostly(cells, BARCODE)
+    if genes_in_rows or barcodes_in_columns:
+        raise InputError(
+            f"{path}: found {some(cells, 2)} as names of cells and {some(genes, 2)} as names of "
+            "genes, expected cells x genes; it looks transposed: write it again as adata.T"
+        )
+
+
+def are_mostly(names, pattern):
+    """Whether more than half of many names match a compiled pattern as a whole."""
+    n = sum(pattern.fullmatch(str(name)) is not None for name in names)
+    return n >= FEWEST_NAMES and 2 * n > len(names)
+
+
+def are_genes(names, fewest):
+    """Whether names are mostly Ensembl ids, or have at least ``fewest`` of COMMON_GENES."""
+    n_common = sum(str(name).upper() in COMMON_GENES for name in names)
+    return n_common >= fewest or are_mostly(names, ENSEMBL_ID)
+
+
 def check_cells(adata, path):
     """Keep genes alone, and check names.
 
@@ -143,10 +196,7 @@ def check_cells(adata, path):
             "one cell per barcode; add the sample's name to the barcodes when joining samples"
         )
     if "feature_types" in adata.var:
-        is_gene = (adata.var["feature_types"] == "Gene Expression").to_numpy()
-        if not is_gene.all():
-            print(f"{path}: {np.sum(~is_gene)} features that are not gene expression left out")
-            adata = adata[:, is_gene].copy()
+        adata = keep_genes(adata, path)
     check_names(adata.var_names, path, "gene")
     check_names(adata.obs_names, path, "barcode")
     n_repeated = int(adata.var_names.duplicated().sum())
@@ -156,14 +206,74 @@ def check_cells(adata, path):
     return adata
 
 
+def keep_genes(adata, path):
+    """Leave out features that are not genes, by ``.var["feature_types"]``, and count them.
+
+    A feature without a type counts as a gene.
+
+    Raises:
+        InputError: no feature is a gene.
+    """
+    types = adata.var["feature_types"].astype(object)
+    types = types.where(types.notna(), "").astype(str).str.strip()
+    is_gene = types.str.lower().isin({"", *GENE_FEATURES}).to_numpy()
+    if is_gene.all():
+        return adata
+    kinds = some([f"{n:,} {kind}" for kind, n in Counter(types[~is_gene]).most_common()], 5)
+    if not is_gene.any():
+        raise InputError(f"{path}: found no gene in feature_types ({kinds}), expected genes")
+    print(f"{path}: {np.sum(~is_gene)} features that are not gene expression left out ({kinds})")
+    adata = adata[:, is_gene].copy()
+    if hasattr(adata.X, "recount"):  # backed: totals of cells were of all features
+        adata.X.recount()
+    return adata
+
+
 # ------------------------------------------------------------------------------- file formats
+
+
+# Other formats, by their ending: what they are, and how to convert them.
+WRITE_10X = "in R, write its counts as a 10x folder (DropletUtils::write10xCounts)"
+FROM_TABLE = "scanpy.read_csv(file).T.write_h5ad('cells.h5ad') converts genes x cells"
+OTHER_FORMATS = {
+    ".loom": ("a loom file", "scanpy.read_loom(file).write_h5ad('cells.h5ad') converts it"),
+    ".h5seurat": ("an h5Seurat file", WRITE_10X),
+    ".h5mu": ("a MuData file", "mudata.read_h5mu(file).mod['rna'].write_h5ad('cells.h5ad') does"),
+    ".zarr": ("a zarr store", "anndata.read_zarr(file).write_h5ad('cells.h5ad') converts it"),
+    **dict.fromkeys((".rds", ".rda", ".rdata", ".qs"), ("an R object", WRITE_10X)),
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".tab"), ("a table of text", FROM_TABLE)),
+    **dict.fromkeys((".xlsx", ".xls"), ("an Excel file", "export it as csv; " + FROM_TABLE)),
+    **dict.fromkeys((".tar", ".tgz", ".zip"), ("an archive", "unpack it and give what is in it")),
+    ".gz": ("a packed file", "unpack it with gunzip"),
+}
+
+
+def other_format(path):
+    """The error of a path to ``--data`` that is in none of the formats that are read."""
+    endings = [suffix.lower() for suffix in path.suffixes] or [""]
+    if path.is_dir():
+        ending = ".zarr"
+    elif endings[-1] == ".gz" and endings[:-1] and endings[-2] in OTHER_FORMATS:
+        ending = endings[-2]
+    else:
+        ending = endings[-1]
+    expected = "expected a 10x folder, a 10x .h5 or an .h5ad file"
+    what, how = OTHER_FORMATS.get(ending, (None, None))
+    return InputError(f"{path}: found {what}, {expected}; {how}" if what else f"{path}: {expected}")
+
+
+def is_zarr(path):
+    """Whether a folder is a zarr store."""
+    inside = (".zgroup", ".zattrs", "zarr.json")
+    return path.suffix.lower() == ".zarr" or any((path / name).exists() for name in inside)
 
 
 def read_counts(path=EMBEDDED):
     """Read raw counts: the embedded dataset, a 10x folder, a 10x ``.h5`` or an ``.h5ad``.
 
-    Gene symbols that occur more than once get the suffixes -1, -2, ... as in scanpy, so that no
-    gene is lost.
+    A 10x folder may also be given by its ``.mtx`` file, or by a folder above it, see
+    :func:`find_10x`. Gene symbols that occur more than once get the suffixes -1, -2, ... as in
+    scanpy, so that no gene is lost.
 
     Returns:
         AnnData (N x G), ``.X`` CSR int32; ``.var["gene_ids"]`` is the second name of each gene:
@@ -178,11 +288,13 @@ def read_counts(path=EMBEDDED):
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected counts for --data")
     readers = {".h5": read_10x_h5, ".h5ad": read_h5ad}
-    read = read_10x_folder if path.is_dir() else readers.get(path.suffix)
-    if read is None:
-        raise InputError(f"{path}: expected a 10x folder, a 10x .h5 or an .h5ad file")
+    is_folder = path.is_dir() or path.name.lower().endswith((".mtx", ".mtx.gz"))
+    read = read_10x_folder if is_folder else readers.get(path.suffix.lower())
+    if read is None or (path.is_dir() and is_zarr(path)):
+        raise other_format(path)
     with warnings.catch_warnings():  # check_cells reports repeated names and adds suffixes
         warnings.filterwarnings("ignore", message=".*names are not unique")
+        warnings.filterwarnings("ignore", message=".*without encoding metadata")  # old, but sound
         adata = read(path)
     return check_cells(adata, path)
 
@@ -215,27 +327,170 @@ def read_embedded():
     return anndata.AnnData(X, obs=obs, var=var)
 
 
-def find_one(folder, names):
-    """The first of several file names, gzipped or plain, that exists in a folder.
+# ------------------------------------------------------------------------------- 10x folders
+
+# What a 10x matrix consists of -> endings of the files' names, the preferred one first.
+PARTS = {
+    "matrix.mtx": ("matrix.mtx", ".mtx"),
+    "barcodes.tsv": ("barcodes.tsv",),
+    "features.tsv or genes.tsv": ("features.tsv", "genes.tsv"),
+}
+
+MOST_LEVELS, MOST_FOLDERS = 3, 5000  # below --data, in which a 10x folder is looked for
+
+
+def find_parts(folder):
+    """Files of 10x matrices in a folder, by what precedes ``matrix.mtx`` in a name.
+
+    Returns:
+        prefix -> part -> path. The prefix is "" as Cell Ranger names them, or as GEO does
+        "GSM123_". Gzipped files come before plain ones, features.tsv before genes.tsv.
+    """
+    files = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    found = {}
+    for part, endings in PARTS.items():
+        for ending in endings:
+            for path in sorted(files, key=lambda path: path.suffix != ".gz"):
+                name = path.name.removesuffix(".gz")
+                if name.endswith(ending) and not (ending == ".mtx" and name.endswith(endings[0])):
+                    prefix = name.removesuffix(ending)
+                    found.setdefault(prefix, {}).setdefault(part, path)
+    return found
+
+
+def whole_matrices(groups):
+    """Those of :func:`find_parts` that have all parts, as a list of part -> path."""
+    return [parts for parts in groups.values() if len(parts) == len(PARTS)]
+
+
+def only_matrix(folder, groups):
+    """The one 10x matrix of a folder, part -> path.
 
     Raises:
-        InputError: there is none.
+        InputError: there are several, or a part is missing.
     """
-    for name in names:
-        for candidate in (folder / f"{name}.gz", folder / name):
-            if candidate.is_file():
-                return candidate
-    raise InputError(f"{folder}: no {' or '.join(names)} (plain or .gz), expected a 10x folder")
+    whole = whole_matrices(groups)
+    if len(whole) > 1:
+        matrices = [parts["matrix.mtx"] for parts in whole]
+        raise InputError(
+            f"{folder}: found {len(whole)} 10x matrices ({some([m.name for m in matrices], 12)}), "
+            f"expected one; name its file, such as --data {matrices[0]}"
+        )
+    return whole[0] if whole else only_files(folder, groups)
+
+
+def only_files(folder, groups):
+    """The one file of each part in a folder whose files share no prefix.
+
+    Raises:
+        InputError: a part has no file, or several.
+    """
+    chosen = {}
+    for part in PARTS:
+        paths = [parts[part] for parts in groups.values() if part in parts]
+        if not paths:
+            raise InputError(f"{folder}: no {part} (plain or .gz), expected a 10x folder")
+        if len(paths) > 1:
+            names = some([path.name for path in paths], 12)
+            raise InputError(f"{folder}: found several {part} ({names}), expected one 10x matrix")
+        chosen[part] = paths[0]
+    return chosen
+
+
+def folders_below(folder):
+    """All folders up to MOST_LEVELS below a folder, without hidden ones.
+
+    Raises:
+        InputError: there are more than MOST_FOLDERS.
+    """
+    found, level = [], [folder]
+    for _ in range(MOST_LEVELS):
+        above, level = level, []
+        for parent in above:
+            entries = sorted(os.scandir(parent), key=lambda e: e.name) if is_open(parent) else []
+            level += [Path(e.path) for e in entries if e.name[0] not in "._" and e.is_dir()]
+            if len(found) + len(level) > MOST_FOLDERS:
+                raise InputError(
+                    f"{folder}: no matrix.mtx in it and more than {MOST_FOLDERS:,} folders below, "
+                    "expected a 10x folder"
+                )
+        found += level
+    return [path for path in found if is_open(path)]
+
+
+def is_open(folder):
+    """Whether we may list a folder."""
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
+def find_10x(path):
+    """Files of the one 10x matrix that a path means.
+
+    Args:
+        path: a 10x folder, a folder above just one (up to MOST_LEVELS), or a ``.mtx`` file.
+
+    Returns:
+        part -> path, with the keys of PARTS.
+
+    Raises:
+        InputError: none is there, or several are.
+    """
+    if not path.is_dir():
+        groups = find_parts(path.parent)
+        for parts in whole_matrices(groups):
+            if parts["matrix.mtx"].name.removesuffix(".gz") == path.name.removesuffix(".gz"):
+                return parts | {"matrix.mtx": path}
+        others = {prefix: dict(parts) for prefix, parts in groups.items()}
+        for parts in others.values():
+            parts.pop("matrix.mtx", None)
+        return only_files(path.parent, others | {path: {"matrix.mtx": path}})
+    groups = find_parts(path)
+    if any("matrix.mtx" in parts for parts in groups.values()):
+        return only_matrix(path, groups)
+    below = [folder for folder in folders_below(path) if whole_matrices(find_parts(folder))]
+    files = matrix_files(path, below)
+    if len(below) == 1 and not files:
+        print(f"{path}: the one 10x folder below it is read, {below[0].relative_to(path)}")
+        return only_matrix(below[0], find_parts(below[0]))
+    if below + files:
+        raise several_matrices(path, below, files)
+    return only_matrix(path, groups)
+
+
+def matrix_files(folder, below):
+    """``.h5`` and ``.h5ad`` files of matrices in a folder, but for those that repeat a 10x folder.
+
+    below: 10x folders that were found below it.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".h5", ".h5ad"))
+    paths = [path for path in paths if path.name[0] != "." and "molecule_info" not in path.name]
+    return [path for path in paths if path.with_suffix("") not in below]
+
+
+def several_matrices(folder, below, files):
+    """The error of a folder that is no 10x folder, but has matrices in it."""
+    found = below + files
+    if len(found) == 1:
+        return InputError(
+            f"{folder}: found a folder with {files[0].name}, expected the file: --data {files[0]}"
+        )
+    names = some([path.relative_to(folder) for path in found], 12)
+    example = next((path for path in found if "filtered" in path.name), found[0])
+    return InputError(
+        f"{folder}: found {len(found)} matrices in it ({names}), expected one; name it, such as "
+        f"--data {example}"
+    )
 
 
 def read_10x_folder(folder):
-    """Read a 10x folder: ``genes.tsv`` (Cell Ranger 2) or ``features.tsv.gz`` (3 and later)."""
+    """Read a 10x folder: ``genes.tsv`` (Cell Ranger 2) or ``features.tsv.gz`` (3 and later).
+
+    Args:
+        folder: see :func:`find_10x`.
+    """
     import anndata
 
-    folder = Path(folder)
-    matrix_file = find_one(folder, ["matrix.mtx"])
-    barcode_file = find_one(folder, ["barcodes.tsv"])
-    gene_file = find_one(folder, ["features.tsv", "genes.tsv"])
+    matrix_file, barcode_file, gene_file = find_10x(Path(folder)).values()
     barcodes = read_table(barcode_file, sep="\t", header=None)
     genes = read_table(gene_file, sep="\t", header=None)
     X = read_mtx(matrix_file, (len(genes), len(barcodes)), (gene_file.name, barcode_file.name))
@@ -247,6 +502,9 @@ def read_10x_folder(folder):
     obs = pd.DataFrame(index=pd.Index(barcodes.iloc[:, 0].to_list()))
     X = check_counts(X.T, matrix_file, obs.index, var.index)
     return anndata.AnnData(X, obs=obs, var=var)
+
+
+# ---------------------------------------------------------------------------------- HDF5 files
 
 
 def read_10x_h5(path):
@@ -271,36 +529,85 @@ def read_10x_h5(path):
 
 
 def read_h5ad(path):
-    """Read an ``.h5ad``; counts are ``layers["counts"]``, else ``X``, else ``raw.X``."""
+    """Read an ``.h5ad``; counts are in a layer of COUNT_LAYERS, else ``X``, else ``raw.X``."""
     import anndata
+    import h5py
 
     try:
         check_hdf5(path)
         source = anndata.read_h5ad(path)
+        with h5py.File(path) as file:
+            obs = name_factors(source.obs.copy(), file, path)
     except InputError:
         raise
     except Exception as error:  # as in read_10x_h5
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
-    matrices = []
-    if "counts" in source.layers:
-        matrices.append(("layers['counts']", source.layers["counts"], source.var))
+    check_orientation(source.obs_names, source.var_names, path)
+    layers = [name for name in COUNT_LAYERS if name in source.layers]
+    matrices = [(f"layers['{name}']", source.layers[name], source.var) for name in layers]
     if source.X is not None:
         matrices.append(("X", source.X, source.var))
     if source.raw is not None:
-        matrices.append(("raw.X", source.raw.X, source.raw.var))
-    X, var = first_counts(matrices, check_counts, source.obs_names, path)
-    return anndata.AnnData(X, obs=source.obs.copy(), var=var)
+        matrices.append(("raw.X", source.raw.X, with_types(source.raw.var, source.var)))
+    X, var = first_counts(matrices, check_counts, source.obs_names, path, source.layers)
+    return anndata.AnnData(X, obs=obs, var=var)
 
 
-def first_counts(matrices, check, cells, path):
+def with_types(raw_var, var):
+    """A table of the genes of ``raw.X``, its missing ``feature_types`` taken from ``var``."""
+    if "feature_types" in raw_var or "feature_types" not in var:
+        return raw_var
+    types = var["feature_types"].astype(object)
+    types = types[~types.index.duplicated()]
+    return raw_var.assign(feature_types=types.reindex(raw_var.index).to_numpy())
+
+
+def name_factors(obs, file, path):
+    """Give names to columns of codes, where an old file keeps the names in ``obs/__categories``.
+
+    anndata reads those that it has linked itself; SeuratDisk leaves the link out. Codes begin at 0,
+    or at 1 if that alone fits; where both fit, they stay codes.
+
+    Args:
+        obs: table of cells (N), changed in place. file: open h5py file. path: for the message.
+
+    Returns:
+        The table.
+    """
+    names_of = file.get("obs/__categories", {})
+    named = []
+    for column in names_of:
+        if column not in obs or obs[column].dtype.kind not in "iuf":
+            continue
+        names = pd.Index(names_of[column].asstr()[()].ravel())
+        codes = obs[column].fillna(-1).to_numpy()
+        if (codes != np.rint(codes)).any() or not len(names) or not names.is_unique:
+            continue
+        lowest, highest = codes[codes >= 0].min(initial=len(names)), codes.max(initial=-1)
+        first = {0: 0, 1: 1}.get(int(lowest))
+        if codes.min(initial=0) < -1 or first is None or highest - first >= len(names):
+            continue
+        if first == 1 and highest < len(names):  # it may also be that no cell has the first name
+            continue
+        codes = np.where(codes < 0, -1, codes - first).astype(int)
+        obs[column] = pd.Categorical.from_codes(codes, names)
+        named.append(column)
+    if named:
+        print(f"{path}: names of {some(named, 12)} taken from obs/__categories")
+    return obs
+
+
+def first_counts(matrices, check, cells, path, layers=()):
     """The first matrix of an ``.h5ad`` that holds raw counts.
 
     Args:
         matrices: iterable of (name, matrix, table of its genes). check: called as
             :func:`check_counts`; returns the counts. cells: names (N). path: of the file.
+        layers: names of all layers of the file, for the message.
 
     Returns:
-        The counts (N x G), and a table (G rows) of ``gene_ids`` as in :func:`read_counts`.
+        The counts (N x G), and a table (G rows) of ``gene_ids`` as in :func:`read_counts`, and of
+        ``feature_types`` if there are some.
 
     Raises:
         InputError: what is wrong with the first matrix, if none holds raw counts.
@@ -317,5 +624,11 @@ def first_counts(matrices, check, cells, path):
             raise InputError(f"{where}: not readable ({one_line(error)})") from error
         if name != "X" or problem:
             print(f"{path}: raw counts taken from {name}")
-        return X, pd.DataFrame({"gene_ids": other_names(var)}, index=var.index)
-    raise problem or InputError(f"{path}: found no matrix in it, expected raw counts in X")
+        table = pd.DataFrame({"gene_ids": other_names(var)}, index=var.index)
+        if "feature_types" in var:
+            table["feature_types"] = var["feature_types"].to_numpy()
+        return X, table
+    problem = problem or f"{path}: found no matrix in it, expected raw counts in X"
+    others = [name for name in layers if name not in COUNT_LAYERS]
+    hint = f"; if a layer holds them, name it 'counts' ({some(others, 8)})" if others else ""
+    raise InputError(f"{problem}{hint}")

@@ -90,10 +90,12 @@ def read_header(file, path):
 
 def check_header(header, path, shape, named_by):
     """Check a header before memory is set aside for what it says; see :func:`read_mtx`."""
-    if (header.n_rows, header.n_columns) != shape:
+    found = header.n_rows, header.n_columns
+    if found != shape:
+        cause = "; it looks transposed" if found == shape[::-1] else ""
         raise InputError(
-            f"{path}: found {header.n_rows} x {header.n_columns}, expected {shape[0]} genes "
-            f"({named_by[0]}) x {shape[1]} barcodes ({named_by[1]})"
+            f"{path}: found {found[0]} x {found[1]}, expected {shape[0]} genes "
+            f"({named_by[0]}) x {shape[1]} barcodes ({named_by[1]}){cause}"
         )
     # gzip shrinks to a thousandth at best, and an entry has six bytes at least ("1 1 1" and a line
     # break).
