@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from readers.backed import BackedCounts, read_backed
 from readers.counts import EMBEDDED, check_names, read_counts
-from readers.labels import LABEL_FILE, natural_order, read_labels
+from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, one_line, some
 from runtime.script import check_choices, flag
@@ -30,13 +30,16 @@ class DatasetSettings:
     """What every script needs to know about the dataset; edit here for your own."""
 
     data: str = EMBEDDED
-    """Reference cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
+    """Reference cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts. A folder
+    above just one 10x folder will do, and one of several .mtx files in a folder names its matrix.
+    """
     labels: str | None = None
-    """Cell types: a barcode,cell_type csv or a column of .obs. Default: barcode_to_celltype.csv
-    beside the data, the column cell_type, or the embedded dataset's own labels."""
+    """Cell types: a column of .obs, a barcode,cell_type csv or tsv, or FILE:COLUMN for one column
+    of a larger table. Default: barcode_to_celltype.csv beside the data, the column cell_type (if it
+    holds names, not numbers), or the embedded dataset's own labels."""
     samples: str | None = None
-    """Biological sample of each cell (donor x condition): a column of .obs or a barcode,sample csv.
-    Default: all cells are of one sample."""
+    """Biological sample of each cell (donor x condition): a column of .obs, a barcode,sample csv or
+    FILE:COLUMN. Default: all cells are of one sample."""
     weights: Path = Path("weights")
     """Folder the models are read from and written to."""
     seed: int = 0
@@ -229,10 +232,11 @@ def label_cells(adata, settings, weights):
     """
     labels = read_labels(adata, settings.data, settings.labels, weights)
     if labels is None:
+        there = f", such as {some(named)}" if (named := type_columns(adata)) else ""
         raise InputError(
             f"{settings.data}: no cell types found; give --labels (a {LABEL_FILE} or a column of "
-            ".obs), made with scType.R, annotate.py or any other tool; or let train_gmvae.py find "
-            "them, by --n-types"
+            f".obs{there}), made with scType.R, annotate.py or any other tool; or let "
+            "train_gmvae.py find them, by --n-types"
         )
     labelled = labels.notna().to_numpy()
     if not labelled.any():

@@ -1,5 +1,6 @@
 """Labels of cells, from a csv by barcode or a column of ``.obs``: type, sample, donor."""
 
+import csv
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from readers.bounded import read_table
-from readers.counts import EMBEDDED, EMBEDDED_LABELS
-from runtime.errors import InputError, some
+from readers.bounded import MAX_COLUMNS, open_bounded, read_table
+from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, FEWEST_NAMES
+from runtime.errors import InputError, one_line, plain, some
 
 LABEL_FILE = "barcode_to_celltype.csv"  # as scType.R names it
 
@@ -21,6 +22,20 @@ LABEL_COLUMN = "cell_type"  # of .obs, used if --labels is not given
 
 # Cells with one of these labels, in upper or lower case, count as unlabelled.
 NO_LABEL = {"", "unknown", "unassigned", "nan", "na", "n/a", "none", "null"}
+
+# Usual names of columns, as plain_header writes them. Clusters are not among them, as they are
+# mostly numbers.
+CELL_NAMES = {"", "barcode", "barcodes", "cell", "cells", "cellid", "cellids", "cellbarcode"}
+CELL_NAMES |= {"cellbarcodes", "cellname", "cellnames", "index", "unnamed0", "rowname", "rownames"}
+CELL_NAMES |= {"rn", "barcodeid", "cb"}
+TYPE_NAMES = re.compile(
+    "(predicted|author|manual|final|major|minor|main|broad|fine|coarse|sub|inferred|original|"
+    "singler|azimuth|celltypist|sctype|seurat)*"
+    "(cell(sub)?types?(name|label|annotation)?s?|(cell)?(annotation|label)s?|cluster(name|label|"
+    "annotation)s?|majorityvoting|types?)(l?[0-9]|level[0-9]|major|minor|main|broad|fine|coarse)?"
+)
+
+NEARLY_NONE = 0.05  # of the barcodes: as many may be shared with other samples by chance
 
 
 def natural_order(names):
@@ -45,32 +60,36 @@ def clean_label(label):
     return None if label.lower() in NO_LABEL else label
 
 
-def read_label_csv(path, barcodes, column="cell_type"):
-    """Read ``barcode,cell_type`` with or without a header line.
+# --------------------------------------------------------------------------- files of labels
+
+
+def read_label_csv(path, barcodes, column="cell_type", chosen=None, setting="--labels"):
+    """Read ``barcode,cell_type``: a csv, tsv or table of R, with or without a header line.
 
     Args:
-        path: the csv; more columns are allowed if its header names ``barcode`` and the column.
-        barcodes: of the data (N). column: what the csv gives of each cell.
+        path: the file; more columns are allowed, see :func:`select_label_columns`.
+        barcodes: of the data (N). column: what the file gives of each cell.
+        chosen: name of the column to take, or None. setting: the flag, for the messages.
 
     Returns:
         Series of labels (N, str), indexed by the data's barcodes; missing where there is none.
 
     Raises:
-        InputError: no barcode of the file is in the data, or one has two different labels.
+        InputError: no barcode of the file is in the data, or one has two different labels; it is
+            not clear which column is meant; or see :func:`match_barcodes`.
     """
-    table = select_label_columns(read_table(path, header=None), path, column).drop_duplicates()
+    table = read_label_table(path)
+    table = select_label_columns(table, path, barcodes, column, chosen, setting)
+    table = table.fillna({"barcode": ""}).drop_duplicates()
+    same = table.assign(label=table[column].map(clean_label)).duplicated(["barcode", "label"])
+    table = table[~same.to_numpy()]
     repeated = table["barcode"][table["barcode"].duplicated()].unique()
     if len(repeated):
         raise InputError(
             f"{path}: {len(repeated)} barcodes have two different labels ({some(repeated)})"
         )
-    labels = table.set_index("barcode")[column]
+    labels = match_barcodes(table.set_index("barcode")[column], pd.Index(barcodes), path)
     labelled = pd.Index(barcodes).isin(labels.index)  # (N)
-    if not labelled.any():
-        raise InputError(
-            f"{path}: none of its {len(labels)} barcodes ({some(labels.index, 2)}) is in the data "
-            f"({some(barcodes, 2)}); expected the barcodes of --data"
-        )
     if not labelled.all():
         print(f"{path}: no label for {np.sum(~labelled):,} of {len(barcodes):,} cells")
     n_foreign = int((~labels.index.isin(barcodes)).sum())
@@ -79,28 +98,313 @@ def read_label_csv(path, barcodes, column="cell_type"):
     return labels.reindex(barcodes)
 
 
-def select_label_columns(table, path, column="cell_type"):
+def read_label_table(path):
+    """Read a table of text (R x C) without a header of its own; a header is its first row.
+
+    Fields are parted by what follows the first one: tab, comma or semicolon, else blanks. A header
+    that is one field short, as by R's write.table, gets an empty one in front.
+
+    Raises:
+        InputError: it is no readable table of text.
+    """
+    if path.suffix.lower() in (".xlsx", ".xls", ".rds", ".rdata"):
+        raise InputError(
+            f"{path}: found a {path.suffix} file, expected a table of text such as csv"
+        )
+    with open_bounded(path) as file:
+        lines = [file.readline(100 * MAX_COLUMNS).decode("utf-8", "replace") for _ in range(20)]
+    lines[0] = lines[0].removeprefix("\ufeff")
+    separator = find_label_separator(lines)
+    try:
+        rows = csv.reader(lines, delimiter=separator, skipinitialspace=separator == " ")
+        sizes = [len(row) for row in rows if row][:2]
+    except csv.Error as error:
+        raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+    options = {"sep": separator, "header": None, "skipinitialspace": separator == " "}
+    if sizes:
+        options["names"] = range(max(sizes))
+    table = read_table(path, **options)
+    if table.empty:
+        raise InputError(f"{path}: not a readable table (no lines in it)")
+    if len(sizes) == 2 and sizes[0] == sizes[1] - 1 and len(table) > 1:
+        table.iloc[0] = ["", *table.iloc[0, :-1]]
+    return table
+
+
+def find_label_separator(lines):
+    """What follows the first field in the first line that shows it; a comma if none does."""
+    for line in lines:
+        if match := re.match(r'\s*"(?:[^"]|"")*"(?: *([\t,;])|( ))', line):
+            return match[1] or match[2]
+        if match := re.match(r'[^"\t,;]*([\t,;])', line):
+            return match[1]
+    parts = [line.split() for line in lines if line.strip()]
+    return " " if parts and len(parts[-1]) > 1 else ","
+
+
+def plain_header(name):
+    """A header's field in lower case, without blanks and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def select_label_columns(
+    table, path, barcodes, column="cell_type", chosen=None, setting="--labels"
+):
     """The columns ``barcode`` and ``cell_type`` (or another) of a table, without its header.
 
+    The barcodes are in the column that shares most with the data. Labels are in the chosen column,
+    or in that of this name, or in the only other one, or in the only one with a name that columns
+    of cell types have (TYPE_NAMES).
+
     Args:
-        table: the file, its header, if any, in the first row. path: for the message.
+        table: of text (R x C), its header, if any, in the first row. path: for messages.
+        barcodes, column, chosen, setting: as in :func:`read_label_csv`.
 
     Raises:
         InputError: it is not clear which columns these are.
     """
-    header = [str(name).strip().lower() for name in table.iloc[0]]
-    if "barcode" in header and column in header:
-        table = table.iloc[1:, [header.index("barcode"), header.index(column)]]
-    elif table.shape[1] == 2:
-        # Another header is taken for a row; it labels nothing, as no cell has such a barcode.
-        has_header = header[0] in ("barcode", "barcodes", "cell", "cell_id", "index", "")
-        table = table.iloc[int(has_header) :]
+    header = [str(name).strip() for name in table.iloc[0].fillna("")]
+    lower = [name.lower() for name in header]
+    target = column if chosen is None else chosen.lower()
+    if lower.count("barcode") == 1 and lower.count(target) == 1:
+        position, has_header = lower.index("barcode"), True
     else:
+        position = find_barcode_column(table, barcodes, lower)
+        has_header = is_header(header, table, position, barcodes, column, chosen)
+    others = [i for i in range(table.shape[1]) if i != position]
+    where = choose_label_column(table, header if has_header else None, others, column, chosen)
+    if where is None:
+        names = some(header if has_header else [f"column {i + 1}" for i in others], 30)
+        known = [header[i] for i in others if has_header and is_type_name(header[i])]
+        several = f"; {some(known, 8)} may all be meant" if column == "cell_type" and known else ""
+        wanted = f"a column {chosen}" if chosen else f"two, or a header with barcode and {column}"
         raise InputError(
-            f"{path}: found {table.shape[1]} columns ({some(header)}), expected two, or a header "
-            f"with barcode and {column}"
+            f"{path}: found {table.shape[1]} columns ({names}), expected {wanted}{several}; name "
+            f"the column by {setting} {path}:COLUMN"
         )
-    return table.set_axis(["barcode", column], axis=1)
+    if table.shape[1] > 2 and chosen is None and lower[where] != column:
+        print(f"{path}: {column} taken from column {plain(header[where])}")
+        if column == "cell_type":
+            refuse_numbers(
+                table.iloc[1:, where],
+                f"{path}: column {header[where]}",
+                f"{setting} {path}:{header[where]}",
+            )
+    return table.iloc[int(has_header) :, [position, where]].set_axis(["barcode", column], axis=1)
+
+
+def find_barcode_column(table, barcodes, header):
+    """Position of the column that shares most names with the data, or that looks most like it.
+
+    Looks at up to 2000 rows. header: the first row in lower case.
+    """
+    rows = np.unique(np.linspace(0, len(table) - 1, 2000).astype(int))
+    known, cores = set(barcodes), {core_of(name)[1] for name in barcodes}
+
+    def score(i):
+        names = [str(name).strip() for name in table.iloc[rows, i].unique()]
+        n_plain = sum(name in known for name in names)
+        n_core = sum(core_of(name)[1] in cores for name in names)
+        return n_plain, n_core, header[i] in ("barcode", "barcodes"), is_cell_name(header[i]), -i
+
+    return max(range(table.shape[1]), key=score)
+
+
+def is_header(header, table, position, barcodes, column, chosen):
+    """Whether the first row of a table names its columns.
+
+    position: of the barcodes. Other arguments: as in :func:`select_label_columns`.
+    """
+    first = header[position]
+    if first in set(barcodes):
+        return False
+    others = [i for i in range(len(header)) if i != position]
+    wanted = column if chosen is None else chosen
+    if is_cell_name(first) or wanted.lower() in [header[i].lower() for i in others]:
+        return any(header)
+    named = [i for i in others if column == "cell_type" and is_type_name(header[i])]
+    if any(header[i] not in set(table.iloc[1:, i]) for i in named):  # no label, as "type 1" is
+        return True
+    below = table.iloc[1:200, position].astype(str)
+    n_barcodes = sum(BARCODE.fullmatch(name.strip()) is not None for name in below)
+    return BARCODE.fullmatch(first) is None and 2 * n_barcodes > len(below)
+
+
+def is_cell_name(name):
+    """Whether a header's field is a usual name of a column of barcodes."""
+    return plain_header(name) in CELL_NAMES
+
+
+def is_type_name(name):
+    """Whether a header's field is a usual name of a column of cell types."""
+    return TYPE_NAMES.fullmatch(plain_header(name)) is not None
+
+
+def choose_label_column(table, header, others, column, chosen):
+    """Position of the labels among the columns ``others``; None if it is not clear.
+
+    header: names of all columns, or None. Other arguments: as in :func:`select_label_columns`.
+    """
+    if header is None:
+        return others[0] if len(others) == 1 and chosen is None else None
+    if chosen is not None:
+        exact = [i for i in others if header[i] == chosen]
+        same = exact or [i for i in others if header[i].lower() == chosen.lower()]
+        return same[0] if len(same) == 1 else None
+    same = [i for i in others if header[i].lower() == column]
+    if same:
+        return same[0] if len(same) == 1 else None
+    others = [i for i in others if not (is_cell_name(header[i]) and counts_rows(table.iloc[1:, i]))]
+    if len(others) == 1:
+        return others[0]
+    known = [i for i in others if is_type_name(header[i])] if column == "cell_type" else []
+    return known[0] if len(known) == 1 else None
+
+
+def counts_rows(values):
+    """Whether a column of text (R) holds the rows' numbers, from 0 or 1."""
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
+    return bool(len(numbers)) and any(
+        np.array_equal(numbers, np.arange(first, first + len(numbers))) for first in (0, 1)
+    )
+
+
+# ------------------------------------------------------------------------ barcodes of two files
+
+
+def core_of(name):
+    """A cell's name in three parts: the sample's name around it, its barcode, and a number.
+
+    "s1_AAACCTGAGCATGCTA-1" has the parts "s1_...", "AAACCTGAGCATGCTA" and "-1".
+    """
+    name = str(name)
+    if match := BARCODE.fullmatch(name):
+        around = match["prefix"] or "", match["rest"] or ""
+        return "...".join(around) if any(around) else "", match["core"], match["number"] or ""
+    prefix, core, number = re.fullmatch(r"(.*[_#:|/])?(.*?)(-\d+)?", name, re.DOTALL).groups()
+    return f"{prefix}..." if prefix else "", core, number or ""
+
+
+def without_number(name):
+    """A barcode without "-1" at its end."""
+    return re.sub(r"(?<=.)[-._]\d+$", "", str(name))
+
+
+# How barcodes of a file and of the data may be made alike: what is changed, in words, and how (of
+# the file, of the data). The first one that helps is taken.
+READINGS = (
+    ("with hyphens for points", *[lambda b: b.replace(".", "-")] * 2),
+    ("without the number at the end of the file's", without_number, str),
+    ("without the number at the end of the data's", str, without_number),
+    ("without names of samples", *[lambda b: "".join(core_of(b)[1:])] * 2),
+    ("without names of samples and numbers at the end", *[lambda b: core_of(b)[1]] * 2),
+)
+
+
+def match_barcodes(labels, barcodes, path):
+    """Labels under the data's barcodes, where a file writes the barcodes in another way.
+
+    Taken is what makes half of the file's barcodes, or of the data's, alike, one to one, and it is
+    printed: without the number at the end ("-1") on one side, or without the name of one sample.
+
+    Args:
+        labels: Series indexed by the file's barcodes, unique. barcodes: of the data (N), an Index.
+        path: of the file.
+
+    Returns:
+        Series, with the data's barcodes where they were found.
+
+    Raises:
+        InputError: (nearly) no barcode is in the data, whatever is done to it; or two become one.
+    """
+    bare = [b if b in barcodes else b.strip() for b in labels.index]
+    if len(set(bare)) == len(bare):
+        labels = labels.set_axis(bare)
+    n_plain, least = int(barcodes.isin(labels.index).sum()), min(len(labels), len(barcodes))
+    if n_plain and (n_plain >= NEARLY_NONE * least or least < FEWEST_NAMES):
+        return labels
+    n = f"only {n_plain}" if n_plain else "none"
+    verb = "are" if n_plain > 1 else "is"
+    problem = (
+        f"{path}: {n} of its {len(labels)} barcodes ({some(labels.index, 2)}) {verb} in the data "
+        f"({some(barcodes, 2)}); expected the barcodes of --data"
+    )
+    for what, of_file, of_data in READINGS if least else ():
+        keys = pd.Index([of_file(b) for b in labels.index], dtype=object)
+        data_keys = pd.Index([of_data(b) for b in barcodes], dtype=object)
+        in_data, found = keys.isin(data_keys), data_keys.isin(keys)  # of the file's, (N)
+        if found.sum() < max(1, least / 2):
+            continue
+        if cause := repeats(keys[in_data], labels.index[in_data], what):
+            raise InputError(f"{problem}; {cause}")
+        if cause := repeats(data_keys[found], barcodes[found], what):
+            raise InputError(f"{problem}; {cause}")
+        if "samples" in what and (cause := conflict(labels.index[in_data], barcodes[found])):
+            raise InputError(f"{problem}; {cause}")
+        name_of = dict(zip(data_keys[found], barcodes[found], strict=True))
+        example = f"{plain(labels.index[in_data][0])} is {plain(name_of[keys[in_data][0]])}"
+        print(f"{path}: {found.sum():,} of {len(barcodes):,} barcodes match {what} ({example})")
+        return labels.set_axis([name_of.get(k, b) for k, b in zip(keys, labels.index, strict=True)])
+    raise InputError(problem)
+
+
+def repeats(keys, barcodes, what):
+    """Which barcodes become one, in a few words; "" if all stay different.
+
+    Args:
+        keys: barcodes as they are compared (n). barcodes: as they were (n). what: the change.
+    """
+    repeated = keys.duplicated(keep=False)
+    if not repeated.any():
+        return ""
+    same = barcodes[keys == keys[repeated][0]]
+    n = keys[repeated].nunique()
+    return f"they match {what}, but {n:,} barcodes then stand for several cells ({some(same)})"
+
+
+def conflict(of_file, of_data):
+    """Why names of samples cannot be passed over, in a few words; "" if one side has one name.
+
+    Args:
+        of_file, of_data: barcodes that are alike without names of samples and numbers.
+    """
+    marks = [sorted({core_of(b)[0] for b in side}) for side in (of_file, of_data)]
+    numbers = [sorted({core_of(b)[2] for b in side}) for side in (of_file, of_data)]
+    sides = ("the file's", "the data's")
+    if marks == [[""], [""]] or (marks[0] != [""] and marks[1] != [""]):
+        if numbers[0] != numbers[1] and marks[0] == marks[1]:
+            return f"they differ in the number at their end ({numbers[0][0]}, {numbers[1][0]})"
+        return f"they differ in the sample's name ({marks[0][0]} and {marks[1][0]})"
+    for side, of_side in zip(sides, marks, strict=True):
+        if len(of_side) > 1:
+            return (
+                f"{side} have names of {len(of_side)} samples ({some(of_side)}), expected the same"
+            )
+    if numbers[0] != numbers[1] and "" not in (numbers[0] + numbers[1]):
+        return f"they differ in the number at their end ({numbers[0][0]}, {numbers[1][0]})"
+    return ""
+
+
+# -------------------------------------------------------------------------- labels of all cells
+
+
+def refuse_numbers(values, what, settle):
+    """Refuse labels that are whole numbers alone, where the user did not ask for them by name.
+
+    Args:
+        values: labels, missing ones too. what: the file and column. settle: the flag that takes
+            them as they are.
+
+    Raises:
+        InputError: all labels that are there are whole numbers.
+    """
+    labels = natural_order(label for label in map(clean_label, values) if label)
+    if labels and all(re.fullmatch(r"[-+]?[0-9]+(\.0*)?", label) for label in labels):
+        raise InputError(
+            f"{what} holds numbers such as {some(labels)} (codes of a factor, or clusters), "
+            f"expected names of cell types; {settle} takes the numbers as they are, or give a csv "
+            "with names by --labels"
+        )
 
 
 def read_labels(adata, data, labels, weights=None):
@@ -123,33 +427,55 @@ def read_labels(adata, data, labels, weights=None):
     if labels is None and weights is not None and (Path(weights) / FOUND_FILE).is_file():
         labels = str(Path(weights) / FOUND_FILE)
         print(f"{labels}: cell types found by train_gmvae.py")
-    if labels is None:
-        labels = default_labels(adata, data)
+    if labels is not None:
+        return read_column(adata, labels, "--labels", "cell_type")
+    labels = default_labels(adata, data)
     if labels is None:
         return None
-    return read_column(adata, labels, "--labels", "cell_type")
+    series = read_column(adata, labels, "--labels", "cell_type")
+    what = f"{data}: column {labels} of .obs" if labels in adata.obs else labels
+    refuse_numbers(series, what, f"--labels {labels}")
+    return series
 
 
 def read_column(adata, source, setting, column):
     """Read a text for each cell (N, str or None), a Series in the order of ``adata.obs_names``.
 
     Args:
-        adata: AnnData or BackedCells. source: a column of ``.obs`` or a csv by barcode. setting:
-            the flag that names it, for the message. column: of the csv, if it has a header.
+        adata: AnnData or BackedCells. source: a column of ``.obs``, a table by barcode, or
+            FILE:COLUMN, a column of such a table. setting: the flag that names it, for the message.
+            column: of the table, if it has a header.
 
     Raises:
         InputError: the source is neither a file nor a column of ``.obs``.
     """
+    path, chosen = split_source(source)
     if source in adata.obs:
         series = adata.obs[source].astype(object)
-    elif Path(source).is_file():
-        series = read_label_csv(Path(source), adata.obs_names, column)
+    elif path.is_file():
+        series = read_label_csv(path, adata.obs_names, column, chosen, setting)
     else:
         columns = f"has {some(adata.obs.columns, 8)}" if len(adata.obs.columns) else "is empty"
         raise InputError(
             f"{setting} {source}: neither a file nor a column of .obs, which {columns}"
         )
     return series.map(clean_label).astype(object)
+
+
+def split_source(source):
+    """The path and the column of FILE:COLUMN; the whole text and None, if no such file exists."""
+    source = str(source)
+    if not Path(source).is_file():
+        for match in re.finditer(":", source):
+            path, chosen = source[: match.start()], source[match.end() :]
+            if chosen and Path(path).is_file():
+                return Path(path), chosen
+    return Path(source), None
+
+
+def type_columns(adata):
+    """Columns of ``.obs`` with a usual name of a column of cell types, for messages."""
+    return [str(name) for name in adata.obs.columns if is_type_name(name)]
 
 
 def default_labels(adata, data):
