@@ -31,7 +31,7 @@ from readers.quantifiers import (
     choose_unit,
     expand,
     is_no_gene,
-    is_no_sample,
+    no_samples,
     plain_name,
     sample_name,
     split_unit,
@@ -283,7 +283,7 @@ def samples_in_rows(source, is_text, finder, options):
     is_gene = positions >= 0
     name_column, notes = choose_name_column(source, is_text & ~is_gene)
     dropped = is_text & ~is_gene
-    dropped |= np.array([is_no_sample(name) for name in table.columns]) & ~is_gene
+    dropped |= no_samples(table.columns) & ~is_gene
     dropped[0] |= not is_gene[0] or name_column == 0
     if name_column is not None:
         dropped[name_column] = True
@@ -384,7 +384,8 @@ def choose_columns(source, gene_column, is_text, options, is_gene, notes):
         return strand_of(source, strands, is_gene, notes)
     kept, names = columns_by_unit(columns, candidates, options, path)
     if kept is None:
-        kept = [i for i in candidates if not is_no_sample(columns[i])]
+        other = no_samples(columns)
+        kept = [i for i in candidates if not other[i]]
         names = [columns[i] for i in kept]
         kept, names = without_sums(table, kept, names)
     elif len(kept) == 1 and not names[0]:
@@ -449,17 +450,17 @@ def columns_by_unit(columns, candidates, options, path):
         positions and sample names ("" for the one sample of a file); None twice if names of
         columns hold no units.
     """
-    split = {i: split_unit(columns[i]) for i in candidates}
+    split, other = {i: split_unit(columns[i]) for i in candidates}, no_samples(columns)
     with_unit = [i for i in candidates if split[i][1] is not None]
     units = {split[i][1] for i in with_unit}
     single = [i for i in with_unit if split[i][0] == "" and split[i][1] != "length"]
     if single:
-        others = [i for i in candidates if split[i][1] is None and not is_no_sample(columns[i])]
+        others = [i for i in candidates if split[i][1] is None and not other[i]]
         if others:
             return None, None
         unit = choose_unit({split[i][1] for i in single}, options.unit, path)
         return [next(i for i in single if split[i][1] == unit)], [""]
-    left = [i for i in candidates if split[i][1] is None and not is_no_sample(columns[i])]
+    left = [i for i in candidates if split[i][1] is None and not other[i]]
     if len(units - {"length"}) < 2 or left:
         if options.unit != "auto" and units - {"length"} and not left:
             choose_unit(units, options.unit, path)
@@ -503,12 +504,13 @@ def choose_value_column(source, is_text, sample, others, options):
     """
     table, path = source.table, source.path
     columns = [str(name) for name in table.columns]
+    no_sample = no_samples(columns)
     if options.columns:
         return named_columns(columns, options.columns, path)[0][0]
     possible = [
         i
         for i in np.flatnonzero(~is_text)
-        if i not in others and not is_no_sample(columns[i]) and varies_within(table, i, sample)
+        if i not in others and not no_sample[i] and varies_within(table, i, sample)
     ]
     units = {split_unit(columns[i])[1]: i for i in possible if is_unit(columns[i])}
     if len(possible) > 1 and len(units) == len(possible):

@@ -18,15 +18,20 @@ NOT_SAMPLES = {
     *("entrez", "entrezid", "entrez_id", "entrezgene", "entrezgene_id", "entrez_gene_id"),
     *("ncbi_geneid", "ncbi_gene_id", "geneid_ncbi", "hgnc_id"),
     *("gc", "gc_content", "gccontent", "percentage_gene_gc_content", "percent_gc", "mappability"),
-    *("basemean", "log2foldchange", "lfcse", "stat", "pvalue", "p_value", "pval", "padj"),
-    *("p_adj", "adj_p_val", "fdr", "qvalue", "q_value", "logfc", "logcpm", "aveexpr", "lr"),
-    *("fold_change", "foldchange", "log2fc", "logratio", "t", "b", "f", "score", "svalue"),
+    *("basemean", "log2foldchange", "lfcse", "pvalue", "p_value", "pval", "padj"),
+    *("p_adj", "adj_p_val", "fdr", "qvalue", "q_value", "logfc", "logcpm", "aveexpr"),
+    *("fold_change", "foldchange", "log2fc", "logratio", "svalue"),
     *("posterior_mean_count", "posterior_standard_deviation_of_count", "pme_tpm", "pme_fpkm"),
     *("tpm_ci_lower_bound", "tpm_ci_upper_bound", "fpkm_ci_lower_bound", "fpkm_ci_upper_bound"),
     *("tpm_coefficient_of_quartile_variation", "fpkm_coefficient_of_quartile_variation"),
     *("fpkm_conf_lo", "fpkm_conf_hi", "conf_lo", "conf_hi", "transcript_version", "version"),
-    *("isopct_from_pme_tpm", "rank", "index", "level", "dispersion", "dispgeneest", "dispfit"),
+    *("isopct_from_pme_tpm", "dispersion", "dispgeneest", "dispfit"),
 }
+
+# Statistics whose names may as well be those of samples: only beside a p-value.
+STATISTICS = {"t", "b", "f", "lr", "stat", "score", "rank", "index", "level", "z", "w"}
+
+P_VALUES = {"pvalue", "p_value", "pval", "padj", "p_adj", "adj_p_val", "fdr", "qvalue", "q_value"}
 
 SUMMARIES = {  # of all samples; compared in the same way
     *("total", "sum", "mean", "average", "avg", "median", "sd", "std", "stdev", "var", "variance"),
@@ -93,9 +98,13 @@ def plain_name(name):
     return re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_")
 
 
-def is_no_sample(name):
-    """Whether a column of this name holds no sample: annotation, statistics or summaries."""
-    return plain_name(name) in NOT_SAMPLES | SUMMARIES
+def no_samples(names):
+    """Mask of the columns (C) whose names are of annotation, statistics or summaries."""
+    names = [plain_name(name) for name in names]
+    known = NOT_SAMPLES | SUMMARIES
+    if P_VALUES & set(names):
+        known = known | STATISTICS
+    return np.array([name in known for name in names], bool)
 
 
 def split_unit(name):
