@@ -346,7 +346,7 @@ def find_parts(folder):
         prefix -> part -> path. The prefix is "" as Cell Ranger names them, or as GEO does
         "GSM123_". Gzipped files come before plain ones, features.tsv before genes.tsv.
     """
-    files = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    files = [folder / name for name in names_in(folder) if os.path.isfile(folder / name)]
     found = {}
     for part, endings in PARTS.items():
         for ending in endings:
@@ -405,22 +405,28 @@ def folders_below(folder):
     """
     found, level = [], [folder]
     for _ in range(MOST_LEVELS):
-        above, level = level, []
-        for parent in above:
-            entries = sorted(os.scandir(parent), key=lambda e: e.name) if is_open(parent) else []
-            level += [Path(e.path) for e in entries if e.name[0] not in "._" and e.is_dir()]
-            if len(found) + len(level) > MOST_FOLDERS:
-                raise InputError(
-                    f"{folder}: no matrix.mtx in it and more than {MOST_FOLDERS:,} folders below, "
-                    "expected a 10x folder"
-                )
+        level = [below for above in level for below in subfolders(above)]
         found += level
-    return [path for path in found if is_open(path)]
+        if len(found) > MOST_FOLDERS:
+            raise InputError(
+                f"{folder}: no matrix.mtx in it, and more than {MOST_FOLDERS:,} folders below; "
+                "expected a 10x folder"
+            )
+    return found
 
 
-def is_open(folder):
-    """Whether we may list a folder."""
-    return os.access(folder, os.R_OK | os.X_OK)
+def subfolders(folder):
+    """Folders in a folder, without hidden ones, in order of their names."""
+    paths = [folder / name for name in names_in(folder) if name[0] != "_"]
+    return [path for path in paths if os.path.isdir(path)]
+
+
+def names_in(folder):
+    """Names in a folder in order, without hidden ones; none if we may not list it."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name[0] != ".")
+    except OSError:
+        return []
 
 
 def find_10x(path):
@@ -444,13 +450,14 @@ def find_10x(path):
         for parts in others.values():
             parts.pop("matrix.mtx", None)
         return only_files(path.parent, others | {path: {"matrix.mtx": path}})
+    os.listdir(path)  # an error if we may not; folders below are passed over then
     groups = find_parts(path)
     if any("matrix.mtx" in parts for parts in groups.values()):
         return only_matrix(path, groups)
-    below = [folder for folder in folders_below(path) if whole_matrices(find_parts(folder))]
-    files = matrix_files(path, below)
+    folders = folders_below(path)
+    below = [folder for folder in folders if whole_matrices(find_parts(folder))]
+    files = [file for folder in (path, *folders) for file in matrix_files(folder, below)]
     if len(below) == 1 and not files:
-        print(f"{path}: the one 10x folder below it is read, {below[0].relative_to(path)}")
         return only_matrix(below[0], find_parts(below[0]))
     if below + files:
         raise several_matrices(path, below, files)
@@ -458,23 +465,23 @@ def find_10x(path):
 
 
 def matrix_files(folder, below):
-    """``.h5`` and ``.h5ad`` files of matrices in a folder, but for those that repeat a 10x folder.
+    """``.h5ad`` files and 10x ``.h5`` files in a folder, but for those that repeat a 10x folder.
 
-    below: 10x folders that were found below it.
+    below: 10x folders that were found.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".h5", ".h5ad"))
-    paths = [path for path in paths if path.name[0] != "." and "molecule_info" not in path.name]
+    paths = [folder / name for name in names_in(folder) if "molecule_info" not in name]
+    paths = [path for path in paths if path.suffix.lower() in (".h5", ".h5ad")]
     return [path for path in paths if path.with_suffix("") not in below]
 
 
 def several_matrices(folder, below, files):
     """The error of a folder that is no 10x folder, but has matrices in it."""
     found = below + files
+    names = some([path.relative_to(folder) for path in found], 12)
     if len(found) == 1:
         return InputError(
-            f"{folder}: found a folder with {files[0].name}, expected the file: --data {files[0]}"
+            f"{folder}: found a folder with {names}, expected the file: --data {files[0]}"
         )
-    names = some([path.relative_to(folder) for path in found], 12)
     example = next((path for path in found if "filtered" in path.name), found[0])
     return InputError(
         f"{folder}: found {len(found)} matrices in it ({names}), expected one; name it, such as "
@@ -486,11 +493,14 @@ def read_10x_folder(folder):
     """Read a 10x folder: ``genes.tsv`` (Cell Ranger 2) or ``features.tsv.gz`` (3 and later).
 
     Args:
-        folder: see :func:`find_10x`.
+        folder: a Path, see :func:`find_10x`.
     """
     import anndata
 
-    matrix_file, barcode_file, gene_file = find_10x(Path(folder)).values()
+    matrix_file, barcode_file, gene_file = find_10x(folder).values()
+    if folder.is_dir() and matrix_file.parent != folder:
+        below = matrix_file.parent.relative_to(folder)
+        print(f"{folder}: the one 10x folder below it is read, {below}")
     barcodes = read_table(barcode_file, sep="\t", header=None)
     genes = read_table(gene_file, sep="\t", header=None)
     X = read_mtx(matrix_file, (len(genes), len(barcodes)), (gene_file.name, barcode_file.name))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from readers.bounded import MAX_COLUMNS, open_bounded, read_table
-from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, FEWEST_NAMES
+from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, FEWEST_NAMES, find_10x
 from runtime.errors import InputError, one_line, plain, some
 
 LABEL_FILE = "barcode_to_celltype.csv"  # as scType.R names it
@@ -481,12 +481,14 @@ def type_columns(adata):
 def default_labels(adata, data):
     """Where labels are if the user does not say: a csv or a column of ``.obs``, or None.
 
-    In this order: the column of the embedded dataset, LABEL_FILE in the folder of the data,
-    LABEL_COLUMN.
+    In this order: the column of the embedded dataset, LABEL_FILE in the folder of the data or that
+    of its matrix, LABEL_COLUMN.
     """
-    folder = Path(data) if Path(data).is_dir() else Path(data).parent
     if str(data) == EMBEDDED:
         return EMBEDDED_LABELS
-    if (folder / LABEL_FILE).is_file():
-        return str(folder / LABEL_FILE)
+    data = Path(data)
+    folders = [data, find_10x(data)["matrix.mtx"].parent] if data.is_dir() else [data.parent]
+    for folder in folders:
+        if (folder / LABEL_FILE).is_file():
+            return str(folder / LABEL_FILE)
     return LABEL_COLUMN if LABEL_COLUMN in adata.obs else None

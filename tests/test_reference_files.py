@@ -1,6 +1,7 @@
 """Tests of the single-cell reference as people have it: read right, or refused in one line."""
 
 import gzip
+import os
 import shutil
 
 import anndata
@@ -12,6 +13,7 @@ import scipy.sparse as sp
 
 from conftest import make_cells, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, TrainingSettings, codes_of, library_size, load_cells
+from readers import counts
 from readers.backed import read_backed
 from readers.counts import COUNT_LAYERS, check_orientation, read_counts
 from readers.labels import is_type_name, read_label_csv
@@ -377,6 +379,15 @@ def test_the_one_10x_folder_below_is_read(tmp_path, cells, capsys, below):
     assert out == f"{tmp_path / 'data'}: the one 10x folder below it is read, {below}\n"
 
 
+def test_labels_beside_the_matrix_below_are_found(tmp_path, cells):
+    folder = write_10x(tmp_path / "outs/matrix", cells)
+    write_labels(folder / "barcode_to_celltype.csv", cells)
+    assert list(load(tmp_path).obs["cell_type"]) == list(cells.obs["cell_type"])
+    cells.obs["cell_type"] = "B"
+    write_labels(tmp_path / "barcode_to_celltype.csv", cells)  # as annotate.py writes it
+    assert codes_of(load(tmp_path))[1] == ["B"]
+
+
 def test_a_10x_folder_itself_comes_before_those_below(tmp_path, cells, capsys):
     folder = write_10x(tmp_path / "10x", cells)
     write_10x(folder / "old", cells[:5].copy())
@@ -408,6 +419,26 @@ def test_a_folder_with_one_file_of_cells_names_it(tmp_path, cells, name):
     refused(lambda: read_counts(tmp_path), tmp_path, f"--data {tmp_path / name}")
     write_10x(tmp_path / "10x", cells)
     refused(lambda: read_counts(tmp_path), "2 matrices", name, "10x")
+    shutil.move(tmp_path / name, tmp_path / "10x")
+    refused(lambda: read_counts(tmp_path), "2 matrices", f"10x/{name}")
+
+
+def test_folders_that_may_not_be_listed_are_passed_over(tmp_path, cells, monkeypatch):
+    write_10x(tmp_path / "10x", cells)
+    write_10x(tmp_path / "closed", cells)
+    listdir = os.listdir
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    assert read_counts(tmp_path).n_obs == 90
+    with pytest.raises(PermissionError):  # one line in the scripts
+        read_counts(tmp_path / "closed")
+    monkeypatch.setattr(counts, "MOST_FOLDERS", 0)
+    refused(lambda: read_counts(tmp_path), tmp_path, "more than 0 folders below")
 
 
 def test_a_file_that_repeats_the_folder_is_no_other_matrix(tmp_path, cells):
