@@ -32,7 +32,8 @@ TYPE_NAMES = re.compile(
     "(predicted|author|manual|final|major|minor|main|broad|fine|coarse|sub|inferred|original|"
     "singler|azimuth|celltypist|sctype|seurat)*"
     "(cell(sub)?types?(name|label|annotation)?s?|(cell)?(annotation|label)s?|cluster(name|label|"
-    "annotation)s?|majorityvoting|types?)(l?[0-9]|level[0-9]|major|minor|main|broad|fine|coarse)?"
+    "annotation)s?|majorityvoting|customclassif|classifications?)"
+    "(l?[0-9]|level[0-9]|major|minor|main|broad|fine|coarse|manual|final|author|predicted)?"
 )
 
 NEARLY_NONE = 0.05  # of the barcodes: as many may be shared with other samples by chance
@@ -80,7 +81,7 @@ def read_label_csv(path, barcodes, column="cell_type", chosen=None, setting="--l
     """
     table = read_label_table(path)
     table = select_label_columns(table, path, barcodes, column, chosen, setting)
-    table = table.fillna({"barcode": ""}).drop_duplicates()
+    table = table.drop_duplicates()
     same = table.assign(label=table[column].map(clean_label)).duplicated(["barcode", "label"])
     table = table[~same.to_numpy()]
     repeated = table["barcode"][table["barcode"].duplicated()].unique()
@@ -123,12 +124,14 @@ def read_label_table(path):
     options = {"sep": separator, "header": None, "skipinitialspace": separator == " "}
     if sizes:
         options["names"] = range(max(sizes))
-    table = read_table(path, **options)
+    table = read_table(path, **options).fillna("")
+    filled = table != ""  # spreadsheets leave empty rows and columns behind
+    table = table.loc[filled.any(axis=1), filled.any() | (table.columns < 2)]
     if table.empty:
         raise InputError(f"{path}: not a readable table (no lines in it)")
     if len(sizes) == 2 and sizes[0] == sizes[1] - 1 and len(table) > 1:
         table.iloc[0] = ["", *table.iloc[0, :-1]]
-    return table
+    return table.reset_index(drop=True)
 
 
 def find_label_separator(lines):
@@ -163,7 +166,7 @@ def select_label_columns(
     Raises:
         InputError: it is not clear which columns these are.
     """
-    header = [str(name).strip() for name in table.iloc[0].fillna("")]
+    header = [str(name).strip() for name in table.iloc[0]]
     lower = [name.lower() for name in header]
     target = column if chosen is None else chosen.lower()
     if lower.count("barcode") == 1 and lower.count(target) == 1:
@@ -182,14 +185,13 @@ def select_label_columns(
             f"{path}: found {table.shape[1]} columns ({names}), expected {wanted}{several}; name "
             f"the column by {setting} {path}:COLUMN"
         )
-    if table.shape[1] > 2 and chosen is None and lower[where] != column:
-        print(f"{path}: {column} taken from column {plain(header[where])}")
+    if table.shape[1] > 2 and chosen is None:
+        name = header[where]
+        if lower[where] != column:
+            print(f"{path}: {column} taken from column {plain(name)}")
         if column == "cell_type":
-            refuse_numbers(
-                table.iloc[1:, where],
-                f"{path}: column {header[where]}",
-                f"{setting} {path}:{header[where]}",
-            )
+            settle = f"{setting} {path}:{name}"
+            refuse_numbers(table.iloc[1:, where], f"{path}: column {name}", settle)
     return table.iloc[int(has_header) :, [position, where]].set_axis(["barcode", column], axis=1)
 
 
@@ -199,12 +201,14 @@ def find_barcode_column(table, barcodes, header):
     Looks at up to 2000 rows. header: the first row in lower case.
     """
     rows = np.unique(np.linspace(0, len(table) - 1, 2000).astype(int))
-    known, cores = set(barcodes), {core_of(name)[1] for name in barcodes}
+    known = set(barcodes)
+    cores = {match["core"] for match in map(BARCODE.fullmatch, known) if match}
 
     def score(i):
-        names = [str(name).strip() for name in table.iloc[rows, i].unique()]
+        names = [name.strip() for name in table.iloc[rows, i].unique()]
         n_plain = sum(name in known for name in names)
-        n_core = sum(core_of(name)[1] in cores for name in names)
+        matches = map(BARCODE.fullmatch, names)
+        n_core = sum(match is not None and match["core"] in cores for match in matches)
         return n_plain, n_core, header[i] in ("barcode", "barcodes"), is_cell_name(header[i]), -i
 
     return max(range(table.shape[1]), key=score)
@@ -225,14 +229,14 @@ def is_header(header, table, position, barcodes, column, chosen):
     named = [i for i in others if column == "cell_type" and is_type_name(header[i])]
     if any(header[i] not in set(table.iloc[1:, i]) for i in named):  # no label, as "type 1" is
         return True
-    below = table.iloc[1:200, position].astype(str)
+    below = table.iloc[1:200, position]
     n_barcodes = sum(BARCODE.fullmatch(name.strip()) is not None for name in below)
     return BARCODE.fullmatch(first) is None and 2 * n_barcodes > len(below)
 
 
 def is_cell_name(name):
     """Whether a header's field is a usual name of a column of barcodes."""
-    return plain_header(name) in CELL_NAMES
+    return plain_header(name) in CELL_NAMES and bool(name.strip()) == bool(plain_header(name))
 
 
 def is_type_name(name):
@@ -282,6 +286,8 @@ def core_of(name):
         around = match["prefix"] or "", match["rest"] or ""
         return "...".join(around) if any(around) else "", match["core"], match["number"] or ""
     prefix, core, number = re.fullmatch(r"(.*[_#:|/])?(.*?)(-\d+)?", name, re.DOTALL).groups()
+    if core.isdigit() or not core:  # cell_12 is no cell 12 of a sample
+        return "", name, ""
     return f"{prefix}..." if prefix else "", core, number or ""
 
 
@@ -329,7 +335,8 @@ def match_barcodes(labels, barcodes, path):
         f"{path}: {n} of its {len(labels)} barcodes ({some(labels.index, 2)}) {verb} in the data "
         f"({some(barcodes, 2)}); expected the barcodes of --data"
     )
-    for what, of_file, of_data in READINGS if least else ():
+    numbered = all(b.isdigit() for b in labels.index)  # rows of a table, or none at all
+    for what, of_file, of_data in () if numbered else READINGS:
         keys = pd.Index([of_file(b) for b in labels.index], dtype=object)
         data_keys = pd.Index([of_data(b) for b in barcodes], dtype=object)
         in_data, found = keys.isin(data_keys), data_keys.isin(keys)  # of the file's, (N)

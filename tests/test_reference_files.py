@@ -278,12 +278,35 @@ def test_one_column_known_for_types_is_taken_from_many(tmp_path, pbmc, capsys, n
     assert capsys.readouterr().out == (said if name != "cell_type" else "")
 
 
+def test_numbers_of_rows_are_no_barcodes(tmp_path, cells):
+    """R's row numbers, without a column of barcodes, say nothing about cell_1 or 1-1."""
+    lines = [f"{i},{t}" for i, t in enumerate(cells.obs["cell_type"])]
+    (tmp_path / "labels.csv").write_text("\n".join([",cell_type", *lines]))
+    for form in ("cell_{}", "{}-1", "s:{}"):
+        names = [form.format(i) for i in range(90)]
+        refused(lambda names=names: read_label_csv(tmp_path / "labels.csv", names), "none of its")
+
+
+def test_empty_rows_and_columns_of_spreadsheets(tmp_path, pbmc, capsys):
+    rows = [f"{b};{t};;" for b, t in zip(pbmc.obs_names, pbmc.obs["cell_type"], strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["Cells;Ident;;", *rows, ";;;", ";;;"]))
+    labels = read_label_csv(tmp_path / "labels.csv", pbmc.obs_names)
+    assert list(labels) == list(pbmc.obs["cell_type"]) and capsys.readouterr().out == ""
+
+
+def test_other_alphabets_are_no_header(tmp_path):
+    (tmp_path / "labels.csv").write_text("細胞一,B\n細胞二,T\n")
+    refused(lambda: read_label_csv(tmp_path / "labels.csv", ["a", "b"]), "none of its 2 barcodes")
+    assert list(read_label_csv(tmp_path / "labels.csv", ["細胞二", "細胞一"])) == ["T", "B"]
+
+
 def test_names_of_columns_that_are_no_types():
     names = ["nCount_RNA", "orig.ident", "seurat_clusters", "cell", "cell_id", "barcode", "donor"]
     names += [
         "predicted.celltype.l2.score",
         "cluster",
         "phenotype_id",
+        "type",
         "cell_type_ontology_term_id",
     ]
     assert not [name for name in names if is_type_name(name)]
@@ -309,11 +332,12 @@ def test_columns_that_leave_a_choice_are_listed_and_can_be_named(tmp_path, pbmc)
     refused(lambda: load(data, labels=f"{tmp_path}/none.csv:x"), "neither a file nor a column")
 
 
-def test_numbers_in_a_column_that_was_not_named_are_refused(tmp_path, pbmc):
-    meta_data(pbmc, celltype=np.arange(90) % 3).to_csv(path := tmp_path / "meta.csv")
-    words = ["column celltype", "numbers such as 0, 1, 2", f"--labels {path}:celltype"]
+@pytest.mark.parametrize("name", ["celltype", "cell_type"])
+def test_numbers_in_a_column_that_was_not_named_are_refused(tmp_path, pbmc, name):
+    meta_data(pbmc, **{name: np.arange(90) % 3}).to_csv(path := tmp_path / "meta.csv")
+    words = [f"column {name}", "numbers such as 0, 1, 2", f"--labels {path}:{name}"]
     refused(lambda: read_label_csv(path, pbmc.obs_names), path, *words)
-    assert set(read_label_csv(path, pbmc.obs_names, chosen="celltype")) == {"0", "1", "2"}
+    assert set(read_label_csv(path, pbmc.obs_names, chosen=name)) == {"0", "1", "2"}
 
 
 def test_barcodes_are_found_in_any_column(tmp_path, pbmc):
