@@ -106,7 +106,7 @@ def read_label_table(path):
     that is one field short, as by R's write.table, gets an empty one in front.
 
     Raises:
-        InputError: it is no readable table of text.
+        InputError: it is no readable table of text, or its rows are longer than its header.
     """
     if path.suffix.lower() in (".xlsx", ".xls", ".rds", ".rdata"):
         raise InputError(
@@ -130,6 +130,11 @@ def read_label_table(path):
     if table.empty:
         raise InputError(f"{path}: not a readable table (no lines in it)")
     if len(sizes) == 2 and sizes[0] == sizes[1] - 1 and len(table) > 1:
+        if first := table.iloc[0, 0].strip() if is_cell_name(table.iloc[0, 0]) else "":
+            raise InputError(
+                f"{path}: found {sizes[0]} names in its header ({plain(first)}, ...) and "
+                f"{sizes[1]} fields below, expected as many; quote labels that hold a separator"
+            )
         table.iloc[0] = ["", *table.iloc[0, :-1]]
     return table.reset_index(drop=True)
 
@@ -176,6 +181,8 @@ def select_label_columns(
         has_header = is_header(header, table, position, barcodes, column, chosen)
     others = [i for i in range(table.shape[1]) if i != position]
     where = choose_label_column(table, header if has_header else None, others, column, chosen)
+    if not others:
+        raise InputError(f"{path}: found one column, expected two: barcode and {column}")
     if where is None:
         names = some(header if has_header else [f"column {i + 1}" for i in others], 30)
         known = [header[i] for i in others if has_header and is_type_name(header[i])]

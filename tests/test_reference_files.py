@@ -294,6 +294,21 @@ def test_empty_rows_and_columns_of_spreadsheets(tmp_path, pbmc, capsys):
     assert list(labels) == list(pbmc.obs["cell_type"]) and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("barcode,cell_type\n{0},T, CD4\n{1},B\n", ["2 names in its header", "3 fields", "quote"]),
+        ("{0},B\n{1},T, CD4\n", ["found 3 columns"]),
+        ("{0},B\n{1},T\n{2},T, CD4\n", ["not a readable table"]),
+        ("{0}\n{1}\n", ["found one column", "barcode and cell_type"]),
+        ("{0},s1,B\n{1},s1,T\n", ["found 3 columns", "expected two, or a header with barcode"]),
+    ],
+)
+def test_tables_whose_rows_do_not_fit_are_refused(tmp_path, pbmc, text, words):
+    (tmp_path / "labels.csv").write_text(text.format(*pbmc.obs_names))
+    refused(lambda: read_label_csv(tmp_path / "labels.csv", pbmc.obs_names), "labels.csv", *words)
+
+
 def test_other_alphabets_are_no_header(tmp_path):
     (tmp_path / "labels.csv").write_text("細胞一,B\n細胞二,T\n")
     refused(lambda: read_label_csv(tmp_path / "labels.csv", ["a", "b"]), "none of its 2 barcodes")
