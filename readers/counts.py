@@ -517,6 +517,29 @@ def read_10x_folder(folder):
 # ---------------------------------------------------------------------------------- HDF5 files
 
 
+# Kind of HDF5 file -> groups that tell it, and the ending by which it is read.
+KINDS = {
+    "an AnnData file": ({"obs", "var"}, ".h5ad"),
+    "a 10x file": ({"matrix"}, ".h5"),
+    "an h5Seurat file": ({"assays", "cell.names"}, ".h5seurat"),
+}
+
+
+def check_kind(path, ending):
+    """Check that an HDF5 file is not of another kind than its ending says.
+
+    Raises:
+        InputError: it is.
+    """
+    import h5py
+
+    with h5py.File(path) as file:
+        kinds = {kind: end for kind, (groups, end) in KINDS.items() if groups <= set(file)}
+    if kinds and ending not in kinds.values():
+        kind, end = next(iter(kinds.items()))
+        raise InputError(f"{path}: found {kind}, expected {ending}; rename it to {end}")
+
+
 def read_10x_h5(path):
     """Read a 10x ``.h5`` of Cell Ranger 2 or later."""
     import h5py
@@ -524,6 +547,7 @@ def read_10x_h5(path):
 
     try:
         check_hdf5(path)
+        check_kind(path, ".h5")
         adata = scanpy.read_10x_h5(path, gex_only=False)
         # scanpy reads int32 as float32, which is exact only to 2^24, so counts are read again.
         with h5py.File(path) as file:
@@ -545,6 +569,7 @@ def read_h5ad(path):
 
     try:
         check_hdf5(path)
+        check_kind(path, ".h5ad")
         source = anndata.read_h5ad(path)
         with h5py.File(path) as file:
             obs = name_factors(source.obs.copy(), file, path)
