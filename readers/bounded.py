@@ -3,8 +3,10 @@
 import csv
 import gzip
 import io
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from runtime.errors import InputError, one_line
@@ -113,3 +115,23 @@ def read_table(path, **options):
         raise InputError(f"{path}: not UTF-8 text ({one_line(error)})") from error
     except UNREADABLE as error:
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+
+
+def to_numbers(values):
+    """Text or numbers as float64 in the same shape, NaN for what is no number.
+
+    pandas crashes on exponents of many digits (1e4002161627746957), which here are no numbers.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind in "biuf":
+        return values.astype(np.float64)
+    flat = values.astype(object).ravel()
+    for i, value in enumerate(flat):
+        if (
+            isinstance(value, str)
+            and "e" in value.lower()
+            and re.search(r"e[-+]?\d{4}", value, re.I)
+        ):
+            flat[i] = None
+    numbers = pd.to_numeric(flat, errors="coerce")
+    return numbers.astype(np.float64).reshape(values.shape)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from readers.bounded import to_numbers
 from readers.bulk_files import read_any_table
 from readers.gene_names import (
     GeneFinder,
@@ -165,16 +166,6 @@ def check_together(parts, present, samples, files):
 # --------------------------------------------------------------------------- samples and genes
 
 
-@dataclass
-class Columns:
-    """What the columns of a table are; masks (C)."""
-
-    text: np.ndarray
-    """Columns without a single number."""
-    named_otherwise: np.ndarray
-    """Columns whose names are of annotation, statistics or summaries."""
-
-
 def find_samples(source, finder, genes, gene_ids, options):
     """Find the genes of a table and put the samples into rows.
 
@@ -208,12 +199,12 @@ def text_columns(table):
             continue
         text = table.iloc[:, i].astype(str)
         if i == 0 and table.shape[1] > 1:
-            mask[i] = pd.to_numeric(text, errors="coerce").isna().any()
+            mask[i] = np.isnan(to_numbers(text)).any()
             continue
         # Decimal commas make a number, too.
-        numbers = pd.to_numeric(text.str.replace(",", ".").str.strip(), errors="coerce")
+        numbers = to_numbers(text.str.replace(",", ".").str.strip())
         several_points = text.str.fullmatch(r"\s*\d{1,3}([.,]\d{3})+\s*")
-        mask[i] = (numbers.isna() & ~several_points).all() and not text.isin(NO_VALUE).all()
+        mask[i] = (np.isnan(numbers) & ~several_points).all() and not text.isin(NO_VALUE).all()
     return mask
 
 
@@ -437,7 +428,7 @@ def strand_columns(source, candidates):
 
 def strand_of(source, strands, is_gene, notes):
     """The column of STAR's counts that the reads themselves speak for; one sample."""
-    counts = source.table.iloc[:, strands].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    counts = to_numbers(source.table.iloc[:, strands])
     best, why = choose_strand(np.nan_to_num(counts[is_gene]))
     notes.append(f"counts of STAR: {why}")
     return [strands[best]], [sample_name(source.path)]
@@ -586,8 +577,7 @@ def check_bulk(bulk, where):
         InputError: a value is not a number or not finite; two samples have the same name; samples
             are single cells; or there is no sample.
     """
-    X = pd.to_numeric(bulk.values.ravel(), errors="coerce").astype(np.float64)
-    X = X.reshape(bulk.values.shape)
+    X = to_numbers(bulk.values)
     missing = np.isnan(X)
     filled = ~missing.all(axis=1) | (bulk.samples != "")  # (S)
     measured = ~missing.all(axis=0)  # (G)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from readers.bounded import MAX_COLUMNS, open_bounded, read_table
+from readers.bounded import MAX_COLUMNS, open_bounded, read_table, to_numbers
 from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, FEWEST_NAMES, find_10x
 from runtime.errors import InputError, one_line, plain, some
 
@@ -274,7 +274,7 @@ def choose_label_column(table, header, others, column, chosen):
 
 def counts_rows(values):
     """Whether a column of text (R) holds the rows' numbers, from 0 or 1."""
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
+    numbers = to_numbers(values)
     return bool(len(numbers)) and any(
         np.array_equal(numbers, np.arange(first, first + len(numbers))) for first in (0, 1)
     )

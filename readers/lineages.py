@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from readers.bounded import read_table
+from readers.bounded import read_table, to_numbers
 from readers.labels import clean_label, natural_order
 from runtime.errors import InputError, some
 
@@ -110,7 +110,7 @@ def read_fractions(path, lineages, lineage_file):
 
 def to_fractions(text, path):
     """Numbers from text (samples x L), with the checks of :func:`read_fractions`."""
-    values = text.apply(pd.to_numeric, errors="coerce").astype(float)
+    values = pd.DataFrame(to_numbers(text), text.index, text.columns)
     wrong = ~(np.isfinite(values) & (values >= 0)).to_numpy()
     if wrong.any():
         i, j = np.argwhere(wrong)[0]

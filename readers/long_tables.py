@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
+from readers.bounded import to_numbers
 from readers.tables import NO_VALUE
 from runtime.errors import InputError
 
@@ -55,8 +56,8 @@ def widen(genes, sample, values, source, notes):
         InputError: a value is no number.
     """
     text = pd.Series(values[:, 0])
-    numbers = pd.to_numeric(text, errors="coerce")
-    wrong = numbers.isna() & ~text.astype(str).isin(NO_VALUE)
+    numbers = to_numbers(text)
+    wrong = np.isnan(numbers) & ~text.astype(str).isin(NO_VALUE)
     if wrong.any():
         i = int(np.flatnonzero(wrong)[0])
         raise InputError(

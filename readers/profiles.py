@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from readers.bounded import to_numbers
 from readers.gene_names import find_genes, name_map
 from readers.labels import clean_label
 from readers.lineages import read_rows
@@ -141,7 +142,7 @@ def to_values(text, genes, path):
     Raises:
         InputError: a value is not a number of 0 or more, or a column is all zero.
     """
-    values = text.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)  # (R, n)
+    values = to_numbers(text)  # (R, n)
     wrong = ~(np.isfinite(values) & (values >= 0) & (values <= LARGEST))
     if wrong.any():
         i, j = np.argwhere(wrong)[0]

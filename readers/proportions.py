@@ -117,7 +117,7 @@ def to_numbers(text, path):
     Raises:
         InputError: a value is not a number of 0 or more.
     """
-    values = text.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    values = to_numbers(text)
     empty = text.isin(NO_VALUE).to_numpy()
     wrong = ~empty & ~(np.isfinite(values) & (values >= 0))
     if wrong.any():

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from readers.bounded import MAX_COLUMNS, UNREADABLE
+from readers.bounded import MAX_COLUMNS, UNREADABLE, to_numbers
 from runtime.errors import InputError, one_line, some
 
 NO_VALUE = ("", "NA", "NaN", "nan", "N/A", "NULL", "null")  # how tables write a missing value
@@ -106,6 +106,7 @@ def parse(data, where, separator, names, n_skipped, options):
             **options,  # pandas would rename repeated columns, but repeated genes are summed
             skiprows=n_skipped,
             low_memory=False,
+            float_precision="round_trip",  # the default crashes on 1e4002161627746957
             encoding="utf-8",
             keep_default_na=False,
         )
@@ -212,7 +213,7 @@ def read_numbers(text, where):
         InputError: too few numbers show which of the two is meant.
     """
     values = pd.Series(text.ravel()).astype(str).str.strip()
-    plain = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
+    plain = to_numbers(values)
     numbers = values[~values.isin(NO_VALUE)]
     for grouping, decimal in ((",", "."), (".", ",")):
         g, d = re.escape(grouping), re.escape(decimal)
@@ -239,15 +240,11 @@ def read_numbers(text, where):
         mended = values.str.replace(grouping, "", regex=False).str.replace(
             decimal, ".", regex=False
         )
-        return pd.to_numeric(mended, errors="coerce").to_numpy(np.float64), (
-            f"{n:,} numbers with {grouping!r} between thousands"
-        )
+        return to_numbers(mended), (f"{n:,} numbers with {grouping!r} between thousands")
     comma = numbers.str.contains(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
     if comma.sum() >= FEWEST_GROUPED and not numbers.str.contains(".", regex=False).any():
         mended = values.str.replace(",", ".", regex=False)
-        return pd.to_numeric(mended, errors="coerce").to_numpy(np.float64), (
-            f"{comma.sum():,} numbers with decimal commas"
-        )
+        return to_numbers(mended), (f"{comma.sum():,} numbers with decimal commas")
     return plain, ""
 
 
