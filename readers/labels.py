@@ -126,7 +126,8 @@ def read_label_table(path):
         options["names"] = range(max(sizes))
     table = read_table(path, **options).fillna("")
     filled = table != ""  # spreadsheets leave empty rows and columns behind
-    table = table.loc[filled.any(axis=1), filled.any() | (table.columns < 2)]
+    rows = filled.any(axis=1)
+    table = table.loc[rows if rows.sum() > 1 else slice(None), filled.any() | (table.columns < 2)]
     if table.empty:
         raise InputError(f"{path}: not a readable table (no lines in it)")
     if len(sizes) == 2 and sizes[0] == sizes[1] - 1 and len(table) > 1:
