@@ -1,10 +1,12 @@
 """From the command line to ``main(settings)``, and from any failure to one line on stderr."""
 
 import contextlib
+import io
 import os
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -12,7 +14,7 @@ import tyro
 from tyro import _errors as tyro_errors
 
 from runtime.errors import InputError, UsageError, one_line, plain
-from runtime.signals import Stopped, catch_signals
+from runtime.signals import Stopped, catch_signals, end_at_signals
 
 
 def flag(field_name):
@@ -37,7 +39,13 @@ def plain_settings(settings):
     classes = reversed(type(settings).__mro__)
     names = dict.fromkeys(n for c in classes for n in getattr(c, "__annotations__", ()))
     values = {name: getattr(settings, name) for name in names}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {k: as_utf8(v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def as_utf8(text):
+    """Text that a file can hold: of a name on the command line, bytes may be no UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_choices(settings):
@@ -116,17 +124,61 @@ def errors_in_one_line():
         sys.exit(128 + stopped.number)
 
 
+class Listener(io.FileIO):
+    """stdout or stderr that takes all, also when nobody reads on, as behind ``| head``."""
+
+    def write(self, data):
+        """Write, if that is possible: no message is worth the files of a run."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def safe_stream(stream):
+    """A text stream in place of stdout or stderr, which fails at no letter and at no reader."""
+    if stream is None:  # closed by the caller, as by ``2>&-``
+        return open(os.devnull, "w")
+    try:
+        number = stream.fileno()
+    except (OSError, AttributeError):  # of a test or a notebook, in memory
+        return stream
+    binary = io.BufferedWriter(Listener(number, "w", closefd=False))
+    by_line = stream.line_buffering or stream.write_through  # a terminal, or python -u
+    return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=by_line)
+
+
+def prepare_process():
+    """Make what the caller left to this process harmless: its streams, its matplotlib, Ctrl-C."""
+    sys.stdout, sys.stderr = safe_stream(sys.stdout), safe_stream(sys.stderr)
+    # Before any import of matplotlib: a notebook's backend, inherited, fails in a process without.
+    os.environ["MPLBACKEND"] = "Agg"
+    end_at_signals()  # the slow imports follow
+
+
+def expand_home(argument):
+    """An argument with its ``~`` as the home folder, also that of ``--flag=~/x``, unlike shells."""
+    name, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", argument)
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
+    return name + equals + value
+
+
 def parse_args(settings_class):
     """Settings from the command line; with ``torchrun`` the first process alone reports errors.
 
     Exits after ``--help``, and in one line on stderr when a flag or its value cannot be used.
     """
+    # Of a script that has a process of its own, not one that is imported or run in a notebook.
+    if settings_class.__module__ == "__main__" and "IPython" not in sys.modules:
+        prepare_process()
+    parse = partial(tyro.cli, settings_class, args=[expand_home(a) for a in sys.argv[1:]])
     with errors_in_one_line(), tyro_errors.on_parse_error(raise_in_one_line):
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
-            return tyro.cli(settings_class)
+            return parse()
         try:
             with silence():
-                return tyro.cli(settings_class)
+                return parse()
         except (InputError, SystemExit) as end:
             time.sleep(1)  # torchrun ends all processes as soon as the first one has ended
             sys.exit(getattr(end, "code", 1))

@@ -1,7 +1,9 @@
 """Ctrl-C, SIGTERM and a closed terminal: a program ends in one line, with no file half-written."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 
 
@@ -33,6 +35,31 @@ class SignalHandler:
         cls.deferred(number)
 
 
+def current_handlers():
+    """SIGINT, SIGTERM and SIGHUP -> handler, less those that the caller's shell ignores (nohup)."""
+    numbers = [getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
+    handlers = {n: signal.getsignal(n) for n in numbers if n is not None}
+    return {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
+
+
+def end_at_signals():
+    """End the process in one line at a signal, outside of :func:`catch_signals`.
+
+    An exception would not do: raised within an import, it may end as another one, or as none.
+    """
+
+    def end(number, frame):
+        name = signal.Signals(number).name
+        with contextlib.suppress(Exception):  # the terminal may be gone, or print be under way
+            sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            os.write(2, f"stopped by {name}: no file was left half-written\n".encode())
+        os._exit(128 + number)
+
+    for number in current_handlers():
+        signal.signal(number, end)
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Route SIGINT, SIGTERM and SIGHUP to :class:`SignalHandler`; restore the old handlers after.
@@ -42,9 +69,7 @@ def catch_signals():
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
-    numbers = [getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
-    handlers = {n: signal.getsignal(n) for n in numbers if n is not None}
-    handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
+    handlers = current_handlers()
     try:
         for number in handlers:
             signal.signal(number, SignalHandler.handle)
