@@ -9,9 +9,12 @@ lineages (see cell_types.py), if cell_types.csv knows the tissue's types; ``--me
 ScType's names. Writes barcode_to_celltype.csv, clusters.csv and clusters.png to --out.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from readers.counts import EMBEDDED, read_counts
 from runtime.errors import InputError

@@ -44,8 +44,11 @@ that tell generated cells from the sample's own.
 Writes evaluation.csv, which also has every cell type by itself, and evaluation.png to --weights.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
 from runtime.errors import InputError

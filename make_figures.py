@@ -11,8 +11,11 @@ and schematic.png. With samples and conditions, of a held-out donor under both: 
 cells and those generated from the donor's bulks in one t-SNE, and state_genes.png.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
 from runtime.errors import InputError

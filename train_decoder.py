@@ -9,8 +9,12 @@ alone (from autoCell, say) it pairs by prior. Writes scDecoder_model.pt and the 
     python train_decoder.py --components "T cells" "B cells" "NK cells"   # of foreign mixture files
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import TrainingSettings
 from runtime.errors import InputError
@@ -61,8 +65,6 @@ class Settings(TrainingSettings):
 
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
-
-import sys
 
 import numpy as np
 import torch

@@ -13,7 +13,11 @@ With samples a pseudobulk comes from one sample or a mixture of two, and the enc
 the moments of that sample's cells (:mod:`moments`) instead of the cell type's.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import TrainingSettings
 from runtime.errors import InputError
@@ -91,7 +95,6 @@ if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
 import dataclasses
-import sys
 
 import numpy as np
 import scipy.sparse as sp

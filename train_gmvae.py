@@ -11,8 +11,12 @@ Writes gmm_mu_c.pt, gmm_var_c.pt (1 x D x K), scGMVAE_model.pt and the loss curv
 Without labels it also writes found_celltypes.csv, the type of each cell, which later stages read.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import TrainingSettings
 from runtime.errors import InputError
