@@ -12,9 +12,12 @@ a picture beside it (see README, "The output").
 
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
 from runtime.errors import InputError
@@ -22,8 +25,9 @@ from runtime.script import lead_with, parse_args, plain_settings, run_script
 
 
 @lead_with(
-    *("bulk", "n_cells", "out", "weights", "proportions", "lineages", "mrna_content"),
-    *("calibrate", "platform", "data", "batch_size"),
+    *("bulk", "n_cells", "out", "force", "weights", "proportions", "lineages", "mrna_content"),
+    *("calibrate", "platform", "dry_run", "genes_in", "gene_column", "columns", "bulk_unit"),
+    *("log", "pseudocount", "data", "batch_size"),
 )
 @dataclass
 class Settings(DatasetSettings):
@@ -34,9 +38,9 @@ class Settings(DatasetSettings):
 
     weights: Path | None = None
     """Folder of the models. Default: weights/pbmc with --bulk or --proportions, else weights."""
-    bulk: Path | None = None
-    """Bulk samples: csv, tsv or GCT (genes in rows or columns, symbols or Ensembl ids) or .h5ad.
-    Default: batches of --data."""
+    bulk: tuple[Path, ...] = ()
+    """Bulk samples: a table (csv, tsv, GCT, .xlsx, .h5ad; genes in rows or columns, symbols or
+    Ensembl ids), several files of quantifiers, or a folder of them. Default: batches of --data."""
     n_cells: int = 1000
     """Cells to generate: for each sample of --bulk or --proportions, in all without them."""
     batch_size: int = 100
@@ -63,23 +67,45 @@ class Settings(DatasetSettings):
     none: there is none, as the bulks are of the reference's own platform."""
     out: Path = Path("generated.h5ad")
     """The file of generated cells. Tables and pictures get its name with another ending."""
+    dry_run: bool = False
+    """Say how --bulk is read, and stop."""
+    genes_in: Literal["auto", "rows", "columns"] = "auto"
+    """Where the genes of --bulk are."""
+    gene_column: str | None = None
+    """Column of --bulk that names the genes. Default: the one with most genes of the model."""
+    columns: tuple[str, ...] = ()
+    """Columns of --bulk that are samples. Default: those of numbers that are not known to be
+    annotation, statistics or other units."""
+    bulk_unit: Literal["auto", "counts", "tpm", "cpm", "fpkm"] = "auto"
+    """What is read where --bulk has several values of a sample. auto: counts if there are any."""
+    log: Literal["auto", "no", "2", "e", "10"] = "auto"
+    """Base of the logarithm that --bulk is on, which is undone. auto: a table on a logarithmic
+    scale is refused; no: values are taken as they are."""
+    pseudocount: float = 1.0
+    """What was added before the logarithm of --log."""
+    force: bool = False
+    """Replace files that are not from bulk2sc, too; without it only its own are replaced."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.weights is None:  # models of blood, unless the bulks are of the reference's batches
-            of_samples = self.bulk is not None or self.proportions is not None
+            of_samples = self.bulk or self.proportions is not None
             self.weights = Path("weights/pbmc" if of_samples else "weights")
         if self.n_cells < 0:
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
         if self.batch_size < 1:
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
-        if self.calibrate != "auto" and self.bulk is None:
+        if self.calibrate != "auto" and not self.bulk:
             raise InputError("--calibrate: found no --bulk, expected bulk samples to add up to")
+        if self.dry_run and not self.bulk:
+            raise InputError("--dry-run: found no --bulk, expected files to say how they are read")
+        if not 0 <= self.pseudocount < float("inf"):
+            raise InputError(f"--pseudocount: found {self.pseudocount}, expected 0 or more")
         if self.lineages is not None and self.proportions is None:
             raise InputError("--lineages: found no --proportions, expected fractions of lineages")
         if self.out.suffix != ".h5ad":
             raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
-        for given in (self.bulk, self.proportions, self.lineages, Path(self.data)):
+        for given in (*self.bulk, self.proportions, self.lineages, Path(self.data)):
             if given is not None and (ending := written_over(given, self.out)):
                 raise InputError(
                     f"--out {self.out}: would write {beside(self.out, ending)} over the input "
@@ -88,6 +114,23 @@ class Settings(DatasetSettings):
 
 
 ENDINGS = ["h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]  # of --out
+# What tells that a file is from bulk2sc: entries of an .h5ad, possible headers of a csv.
+OWN_ENTRIES = {
+    "h5ad": ["uns/settings", "uns/cell_types", "uns/proportions"],
+    "expression.h5ad": [
+        *("obs/sample", "obs/cell_type", "obs/proportion"),
+        *("layers/log2_fold_change", "layers/log2_fold_change_sd"),
+    ],
+}
+OWN_HEADERS = {
+    "proportions.csv": [
+        "sample,cell_type,proportion,low,high,rna_fraction",
+        "sample,cell_type,proportion,low,high,rna_fraction,known",
+    ],
+    "fit.csv": [
+        "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high,agreement",
+    ],
+}
 
 
 def beside(out, ending):
@@ -104,10 +147,41 @@ def written_over(given, out):
     return None
 
 
+def is_own(path, ending):
+    """Whether a file that is there is recognisably from bulk2sc; ending: one of ENDINGS."""
+    if not path.is_file():  # a pipe would never answer
+        return False
+    if ending in OWN_ENTRIES:
+        return has_entries(path, OWN_ENTRIES[ending])
+    return first_line(path) in OWN_HEADERS.get(ending, [])
+
+
+def check_replaced(cfg):
+    """Check that every file that this run would replace is from bulk2sc; with --force, any may be.
+
+    Raises:
+        InputError: one is not, or a folder is in the way.
+    """
+    endings = ["h5ad"]
+    if cfg.bulk or cfg.proportions is not None:
+        endings += ["proportions.csv", "proportions.png"]
+    if cfg.bulk:
+        endings += ["fit.csv", "expression.h5ad"]
+    of_own_cells = is_own(cfg.out, "h5ad")  # then what is beside it is ours as well
+    for ending in endings:
+        path = beside(cfg.out, ending)
+        if path.is_dir():
+            raise InputError(f"{path}: found a folder, expected a file or nothing at this name")
+        if path.exists() and not (cfg.force or of_own_cells or is_own(path, ending)):
+            raise InputError(
+                f"{path}: found a file that is not from bulk2sc, expected another --out, or "
+                "--force to replace it"
+            )
+
+
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
-import sys
 from functools import partial
 
 import anndata
@@ -127,10 +201,11 @@ from generation import (
 )
 from plotting import write_proportions
 from proportions import make_proportions
+from readers.bulk import BulkOptions, read_bulk
 from readers.proportions import read_proportions
 from runtime.device import pick_device, seed_everything
-from runtime.errors import some
-from runtime.writing import open_cells, write_whole
+from runtime.errors import one_line, plain, some
+from runtime.writing import first_line, has_entries, open_cells, write_h5ad, write_whole
 
 
 class CellTable:
@@ -164,7 +239,10 @@ class CellTable:
         cells.uns["proportions"] = proportions.to_table()
         cells.uns["samples"] = np.array(names, dtype=object)
         cells.uns["cell_types"] = np.array(cell_types, dtype=object)
-        cells.uns["settings"] = {k: str(v) for k, v in plain_settings(cfg).items()}
+        settings = plain_settings(cfg).items()
+        cells.uns["settings"] = {
+            k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in settings
+        }
         if samples is not None:
             cells.uns["fit"] = samples.fit
             cells.obs["misfit"] = samples.fit["misfit"].to_numpy()[bulk]
@@ -194,7 +272,7 @@ def print_fit(cfg, samples):
     if unknown.is_flagged.any():
         worst = int(np.argmax(np.where(unknown.is_flagged, unknown.share, -1)))
         warn(
-            f"{cfg.bulk}: {unknown.is_flagged.sum()} of {len(fit)} samples "
+            f"{name_of(cfg.bulk)}: {unknown.is_flagged.sum()} of {len(fit)} samples "
             f"({some(fit.index[unknown.is_flagged])}) hold much RNA of types that the reference "
             f"lacks; in {fit.index[worst]} {unknown.share[worst]:.0%} ({unknown.describe(worst)}). "
             "Proportions are of the other cells"
@@ -202,9 +280,9 @@ def print_fit(cfg, samples):
     unlike = fit.index[fit["misfit"] > MISFIT]
     if len(unlike):
         warn(
-            f"{cfg.bulk}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are not what the "
-            f"reference's cell types add up to (misfit above {MISFIT}): another tissue, or a cell "
-            "type that the reference lacks"
+            f"{name_of(cfg.bulk)}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are not "
+            f"what the reference's cell types add up to (misfit above {MISFIT}): another tissue, "
+            "or a cell type that the reference lacks"
         )
 
 
@@ -221,17 +299,38 @@ def write_samples(cfg, proportions, samples=None):
         tables["fit.csv"] = samples.fit.rename_axis("sample").reset_index()
     for ending, table in tables.items():
         write_whole(beside(cfg.out, ending), partial(table.to_csv, index=False))
-    write_proportions(beside(cfg.out, "proportions.png"), proportions)
-    written = [beside(cfg.out, ending).name for ending in (*tables, "proportions.png")]
+    written = [beside(cfg.out, ending).name for ending in tables]
+    written += draw_samples(beside(cfg.out, "proportions.png"), proportions)
     print(f"wrote {', '.join(written)} to {cfg.out.parent}")
+
+
+def draw_samples(path, proportions):
+    """Draw the proportions; names of the files written, none with a warning if that fails."""
+    try:
+        write_proportions(path, proportions)
+    except Exception as error:  # matplotlib, its fonts, the disk: cells and tables matter more
+        warn(f"{path}: could not be drawn ({plain(one_line(error))})")
+        return []
+    return [path.name]
 
 
 def write_expression(cfg, samples, expression, card):
     """Write what each type is expected to express in each sample, beside --out."""
     path = beside(cfg.out, "expression.h5ad")
     table = expression_table(samples.names, samples.proportions.cells, expression, card)
-    write_whole(path, lambda part: table.write_h5ad(part, compression="gzip"))
+    write_h5ad(path, table)
     print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
+
+
+def bulk_options(cfg):
+    """What the settings say of how --bulk is to be read."""
+    options = cfg.genes_in, cfg.gene_column, cfg.columns, cfg.bulk_unit, cfg.log, cfg.pseudocount
+    return BulkOptions(*options)
+
+
+def name_of(bulk):
+    """What messages call the files of --bulk (a tuple)."""
+    return str(bulk[0]) if len(bulk) == 1 else f"--bulk ({len(bulk)} files)"
 
 
 def how_to_calibrate(cfg, encoder):
@@ -245,16 +344,22 @@ def how_to_calibrate(cfg, encoder):
 
 
 def main(cfg):
+    if not cfg.dry_run:
+        check_replaced(cfg)
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     encoder, encoder_card, decoder, card = models = load_models(cfg.weights, device)
     cell_types, genes = card["cell_types"], card["genes"]
+    print(f"{cfg.weights}: {len(cell_types)} cell types, {len(genes):,} genes")
     generator = torch.Generator(device).manual_seed(cfg.seed)
     known, proportions, samples, log_factor = None, None, None, None
     if cfg.proportions is not None:
         known = read_proportions(cfg.proportions, cell_types, cfg.lineages)
-    if cfg.bulk is not None:
-        samples = BulkSamples(cfg.bulk, models, cfg.mrna_content, known)
+    if cfg.bulk:
+        bulk = read_bulk(cfg.bulk, genes, card.get("gene_ids"), bulk_options(cfg))
+        if cfg.dry_run:
+            return
+        samples = BulkSamples(bulk, name_of(cfg.bulk), models, cfg.mrna_content, known)
         proportions, encoded = samples.proportions, [samples.encoded]
         expression = samples.estimate_expression(*how_to_calibrate(cfg, encoder))
         log_factor = expression.log_factor
@@ -268,7 +373,7 @@ def main(cfg):
 
     table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
     bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
-    with bar, open_cells(cfg.out, genes) as file:
+    with bar, open_cells(cfg.out, genes, n_cells) as file:
         for bulks in encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
             for cells in generate_cells(decoder, bulks, per_bulk, generator, log_factor, first):
                 file.append(cells.counts)

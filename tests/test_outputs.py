@@ -1,0 +1,402 @@
+"""What a run leaves behind, and what it leaves alone: other files, full disks, odd environments."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from conftest import ROOT, assert_one_line_error, make_cells, run_inside
+from runtime import writing
+from runtime.errors import InputError
+from runtime.script import expand_home, plain_settings
+from runtime.writing import PatientFile, check_space, open_cells, write_h5ad
+
+SCRIPTS = [
+    *("annotate", "bulk2sc", "evaluate", "make_figures"),
+    *("train_gmvae", "train_decoder", "train_encoder"),
+]
+BESIDE = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]
+
+
+@pytest.fixture
+def bulk(tmp_path):
+    """A table of two samples whose names have letters beyond ASCII."""
+    X = make_cells().X
+    table = {"Spenderin Ä": X[:40].sum(axis=0).A1, "Donor β": X[40:].sum(axis=0).A1}
+    table = pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)])
+    table.to_csv(tmp_path / "bulk.csv")
+    return tmp_path / "bulk.csv"
+
+
+@pytest.fixture
+def flags(trained, bulk, tmp_path):
+    """Of a quick run of bulk2sc.py with all its outputs."""
+    out = tmp_path / "out" / "g.h5ad"
+    out.parent.mkdir()
+    return ["--bulk", bulk, "--weights", trained, "--n-cells", 5, "--out", out]
+
+
+def start(script, *arguments, set_up=None, **environment):
+    """A script in a process of its own, with Ctrl-C as in a terminal; environment: None unsets."""
+
+    def before():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if set_up is not None:
+            set_up()
+
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        cwd=ROOT,
+        env={name: value for name, value in environment.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=before,
+    )
+
+
+def finish(process):
+    """``(exit status, stdout, stderr)`` of a process that was started."""
+    stdout, stderr = process.communicate(timeout=200)
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+def outputs(out):
+    return sorted(p.name for p in out.parent.iterdir())
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def test_home_is_expanded_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    expected = {
+        "--out=~/x.h5ad": "--out=/home/ada/x.h5ad",
+        "--out=~": "--out=/home/ada",
+        "~/x": "/home/ada/x",
+        "~": "/home/ada",
+        "--out": "--out",
+        "--data=a=~/x": "--data=a=~/x",  # these are names of files
+        "--data=~x": "--data=~x",
+        "x~/y": "x~/y",
+    }
+    assert {argument: expand_home(argument) for argument in expected} == expected
+
+
+def test_scripts_expand_home(trained, bulk, tmp_path, monkeypatch):
+    """Regression: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(trained, tmp_path / "w")
+    flags = ["--bulk=~/bulk.csv", "--weights=~/w", "--n-cells=2", "--out=~/new/g.h5ad"]
+    done = run_inside("bulk2sc.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "g.h5ad").exists() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_find_their_modules_on_a_safe_path(script):
+    """PYTHONSAFEPATH keeps the script's folder out of the path. Regression: a traceback."""
+    code, stdout, stderr = finish(start(f"{script}.py", "--help", PYTHONSAFEPATH="1"))
+    assert code == 0 and "--help" in stdout, stderr
+
+
+def test_settings_with_bytes_of_a_name_can_be_saved():
+    """A name of a file may be no UTF-8; in a C locale no letter beyond ASCII is."""
+    import bulk2sc
+
+    out = Path(os.fsdecode(b"caf\xe9") + "ü".encode().decode("ascii", "surrogateescape") + ".h5ad")
+    assert plain_settings(bulk2sc.Settings(out=out))["out"] == "caf\\xe9ü.h5ad"
+
+
+# --------------------------------------------------------------------------- files of other origin
+
+
+def test_own_files_are_replaced(flags):
+    """Also alone, but for the picture: nothing in it tells where it is from."""
+    out, names = flags[-1], {"g.h5ad", *(f"g.{ending}" for ending in BESIDE)}
+    for left in (names, {"g.h5ad", "g.proportions.png"}, names - {"g.h5ad", "g.proportions.png"}):
+        for name in names - left:
+            (out.parent / name).unlink(missing_ok=True)
+        done = run_inside("bulk2sc.py", *flags)
+        assert done.returncode == 0, done.stderr
+        assert set(outputs(out)) == names
+    assert "3 cell types, 60 genes" in done.stdout.splitlines()[0]
+
+
+def test_proportions_given_are_own_files(flags, tmp_path):
+    """Their table has a column more."""
+    table = pd.DataFrame({"B cells": [0.5]}, index=["a"])
+    table.columns = [sorted(set(make_cells().obs["cell_type"]))[0]]
+    table.to_csv(tmp_path / "known.csv")
+    flags = ["--proportions", tmp_path / "known.csv", *flags[2:]]
+    for _ in range(2):
+        done = run_inside("bulk2sc.py", *flags)
+        assert done.returncode == 0, done.stderr
+        for name in ("g.h5ad", "g.proportions.png"):
+            (flags[-1].parent / name).unlink()
+
+
+def foreign_h5ad(path):
+    anndata.AnnData(np.ones((3, 2)), uns={"settings": {}, "cell_types": ["a"]}).write_h5ad(path)
+
+
+FOREIGN = {
+    "h5ad": foreign_h5ad,
+    "proportions.csv": lambda path: path.write_text("sample,B,T\na,0.5,0.5\n"),
+    "proportions.png": lambda path: path.write_bytes(b"\x89PNG"),
+    "fit.csv": lambda path: path.write_bytes(b"\xff\xfe\n"),
+    "expression.h5ad": foreign_h5ad,
+}
+
+
+@pytest.mark.parametrize("ending", FOREIGN)
+def test_other_files_are_replaced_only_by_force(flags, ending):
+    """Regression: whatever was there was gone."""
+    path = flags[-1].with_name(f"g.{ending}")
+    FOREIGN[ending](path)
+    before = path.read_bytes()
+    done = run_inside("bulk2sc.py", *flags)
+    assert_one_line_error(done, path, "not from bulk2sc", "--force")
+    assert "genes" not in done.stdout  # no model was loaded
+    assert path.read_bytes() == before and outputs(flags[-1]) == [path.name]
+    done = run_inside("bulk2sc.py", *flags, "--force")
+    assert done.returncode == 0 and path.read_bytes() != before, done.stderr
+
+
+def test_only_files_that_this_run_writes_are_in_its_way(trained, h5ad, tmp_path):
+    for ending in BESIDE:
+        (tmp_path / f"g.{ending}").write_text("precious")
+    out = tmp_path / "g.h5ad"
+    done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", trained, "--n-cells", 3,
+                      "--batch-size", 20, "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"g.{ending}").read_text() == "precious" for ending in BESIDE)
+
+
+def test_what_cannot_be_replaced_is_said_before_any_work(flags):
+    out = flags[-1]
+    out.mkdir()
+    done = run_inside("bulk2sc.py", *flags, "--force")
+    assert_one_line_error(done, out, "folder")
+    out.rmdir()
+    os.mkfifo(out)  # reading it would wait for ever
+    assert_one_line_error(run_inside("bulk2sc.py", *flags), out, "--force")
+
+
+def test_force_still_replaces_no_input(tmp_path):
+    (tmp_path / "g.fit.csv").write_text("precious")
+    given = ["--bulk", tmp_path / "g.fit.csv", "--out", tmp_path / "g.h5ad", "--force"]
+    assert_one_line_error(run_inside("bulk2sc.py", *given), "over the input", given[1])
+    assert (tmp_path / "g.fit.csv").read_text() == "precious"
+
+
+# -------------------------------------------------------------------------------------- full disks
+
+
+WRITE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from runtime.script import run_script
+from runtime.writing import open_cells, write_h5ad
+
+def main(path):
+    counts = np.random.default_rng(0).poisson(0.3, (200, 2000)).astype(np.int32)
+    cells = anndata.AnnData(obs=pd.DataFrame(index=[f"cell_{{i}}" for i in range(800)]))
+    cells.obsm["X_latent"] = np.zeros((800, 5), np.float32)
+    if sys.argv[2] == "table":
+        return write_h5ad(path, anndata.AnnData(counts.astype(np.float32)))
+    with open_cells(path, [f"GENE{{i}}" for i in range(2000)]) as file:
+        for _ in range(4):
+            file.append(sp.csr_matrix(counts))
+        file.write_tables(cells)
+
+run_script(main, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [("cells", [700, 6_000, 33_466, 40_177, 90_000]), ("table", [700, 20_000])],
+)
+def test_full_disk_is_one_line_wherever_it_fills_up(tmp_path, kind, limits):
+    """Regression: HDF5 crashed, with cells from 33 to 41 kB as it read back what was not there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for limit in limits:
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, tmp_path / "g.h5ad", kind],
+            capture_output=True,
+            text=True,
+            env=environment,
+            preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)),
+        )
+        assert done.returncode == 1, (limit, done.returncode, done.stderr)
+        assert_one_line_error(done, tmp_path / "g.h5ad", "could not be written", "untouched")
+        assert not list(tmp_path.iterdir()), limit
+
+
+def test_hdf5_reads_back_what_the_disk_did_not_take(tmp_path, monkeypatch):
+    """After the first error the file is as HDF5 wrote it, though nothing more is on the disk."""
+    values, limit = np.arange(5000), 20_000
+    (tmp_path / "x.h5").touch()
+    real = PatientFile.write
+
+    def write(self, data):
+        if self.tell() + len(memoryview(data).cast("B")) > limit and self.error is None:
+            self.fail(OSError(28, "No space left on device"))
+        return real(self, data)
+
+    monkeypatch.setattr(PatientFile, "write", write)
+    with PatientFile(tmp_path / "x.h5", "r+") as sink:
+        with h5py.File(sink, "w") as file:
+            for name in "abc":
+                file.create_dataset(name, data=values, chunks=(100,), compression="gzip")
+                file.flush()
+        sink.seek(0)
+        with h5py.File(sink, "r") as file:
+            assert all((file[name][:] == values).all() for name in "abc")
+        with pytest.raises(OSError, match="No space left"):
+            sink.check()
+    assert (tmp_path / "x.h5").stat().st_size <= limit
+
+
+def test_space_is_looked_at_before_the_first_block(flags, monkeypatch):
+    out = flags[-1]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(1e9, 1e9, 100_000))
+    monkeypatch.setattr(writing.CellsWriter, "write_tables", None)  # never reached
+    done = run_inside("bulk2sc.py", *flags, "--n-cells", 5000)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    for words in (f"error: {out}: found 0.1 MB of free space, expected at least", "10,000 cells"):
+        assert words in error
+    assert not outputs(out)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 2])
+def test_estimate_of_the_size_is_a_lower_bound(tmp_path, monkeypatch, density):
+    """Of rare and of frequent counts alike, without any cell's latent position."""
+    X = sp.csr_matrix(np.random.default_rng(0).poisson(density, (2000, 500)).astype(np.int32))
+    with open_cells(tmp_path / "g.h5ad", [f"g{i}" for i in range(500)], X.shape[0]) as file:
+        file.append(X)
+        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(X.shape[0])])
+        file.write_tables(anndata.AnnData(obs=obs))
+    size = (tmp_path / "g.h5ad").stat().st_size
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(size))
+    check_space(tmp_path / "g.h5ad", X.shape[0], X)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(size // 10))
+    with pytest.raises(InputError, match="free space"):  # and not so low as to be of no use
+        check_space(tmp_path / "g.h5ad", X.shape[0], X)
+
+
+def test_table_is_written_as_anndata_writes_it(tmp_path):
+    table = make_cells()
+    table.layers["x"] = table.X.toarray()
+    write_h5ad(tmp_path / "a.h5ad", table.copy())
+    table.write_h5ad(tmp_path / "b.h5ad", compression="gzip")
+    a, b = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "ab")
+    pd.testing.assert_frame_equal(a.obs, b.obs)
+    pd.testing.assert_frame_equal(a.var, b.var)
+    assert (a.X != b.X).nnz == 0 and (a.layers["x"] == b.layers["x"]).all()
+
+
+# ------------------------------------------------------------------------------- odd environments
+
+
+ENVIRONMENTS = {
+    "ascii": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "nonsense"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "module://matplotlib_inline.backend_x"},
+}
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_terminal_and_notebook_fail_no_run(flags, environment):
+    """Letters that the terminal lacks, and a notebook's backend. Regression: tracebacks."""
+    flags = [*flags[:-1], flags[-1].with_name("gé.h5ad")]
+    process = start("bulk2sc.py", *flags, **ENVIRONMENTS[environment])
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0 and b"Traceback" not in stderr, stderr
+    assert b"wrote" in stdout and b"Donor \\u03b2" in stdout
+    names = sorted(["h5ad", *BESIDE])
+    assert outputs(flags[-1]) == [f"gé.{ending}" for ending in names]
+    cells = anndata.read_h5ad(flags[-1])
+    assert list(cells.uns["samples"]) == ["Spenderin Ä", "Donor β"]
+    assert cells.uns["settings"]["out"] == str(flags[-1])
+
+
+def test_reader_who_leaves_costs_no_file(flags):
+    """As behind ``| head -1``, stdout and stderr alike. Regression: Broken pipe, and no file."""
+    process = start("bulk2sc.py", *flags)
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=200) == 0
+    assert outputs(flags[-1]) == sorted(f"g.{ending}" for ending in ("h5ad", *BESIDE))
+
+
+@pytest.mark.parametrize("error", [ValueError("no font\nat all"), InputError("disk"), MemoryError])
+def test_picture_that_fails_is_a_warning(flags, monkeypatch, error):
+    import bulk2sc
+
+    def fail(path, proportions):
+        raise error
+
+    monkeypatch.setattr(bulk2sc, "write_proportions", fail)
+    done = run_inside("bulk2sc.py", *flags)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert any("g.proportions.png: could not be drawn" in line for line in warnings), done.stderr
+    names = [f"g.{e}" for e in ("h5ad", *BESIDE) if e != "proportions.png"]
+    assert outputs(flags[-1]) == sorted(names)
+    assert ".png" not in done.stdout
+
+
+# ------------------------------------------------------------------------- Ctrl-C before the work
+
+
+def is_importing(process, module="numba"):
+    """Wait until a process has mapped a library of a module."""
+    while process.poll() is None:
+        if module in Path(f"/proc/{process.pid}/maps").read_text():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_slow_imports_is_one_line(script, tmp_path):
+    """Regression: a traceback."""
+    flags = ["--data", tmp_path / "none"]
+    process = start(f"{script}.py", *flags)
+    assert is_importing(process, "torch" if script != "annotate" else "sklearn")
+    process.send_signal(signal.SIGINT)
+    code, stdout, stderr = finish(process)
+    assert (code, stderr.count("\n"), stdout) == (130, 1, ""), stderr
+    assert stderr.startswith("stopped by SIGINT")
+
+
+def test_ignored_ctrl_c_stays_ignored(tmp_path):
+    """As in the background of a shell script, or after nohup."""
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = start("train_gmvae.py", "--data", tmp_path / "none", set_up=ignore)
+    assert is_importing(process, "torch")
+    process.send_signal(signal.SIGINT)
+    code, _, stderr = finish(process)
+    assert code == 1 and stderr.startswith("error: ") and "none" in stderr
