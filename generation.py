@@ -36,7 +36,6 @@ from expression import (
 from models import BulkEncoder, scDecoder
 from mrna_content import counts_reads, published_content
 from proportions import make_proportions, mixtures, normal_interval, reference_composition
-from readers.bulk import read_bulk
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model
 from unknown import unknown_share
@@ -541,19 +540,19 @@ class BulkSamples:
             weight (S, K). unknown: UnknownShare. fit: a row for each sample.
     """
 
-    def __init__(self, path, models, mrna_content="auto", known=None):
+    def __init__(self, bulk, where, models, mrna_content="auto", known=None):
         """Args:
-        path: of the table. models: encoder, its card, decoder, its card. mrna_content: see
-            :func:`choose_content`. known: readers.proportions.KnownProportions, in place of what
-            the encoder answers.
+        bulk: of :func:`readers.bulk.read_bulk`, in all genes of the decoder: those that the encoder
+            does not read still show the fit. where: what messages name. models: encoder, its card,
+            decoder, its card. mrna_content: see :func:`choose_content`. known:
+            readers.proportions.KnownProportions, in place of what the encoder answers.
         """
         _, encoder_card, decoder, decoder_card = models
-        # In all genes of the decoder: those that the encoder does not read still show the fit.
         genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
-        bulk, self.measured, self.names = read_bulk(path, genes, decoder_card.get("gene_ids"))
+        bulk, self.measured, self.names = bulk
         n_read = np.isin(encoder_genes, np.array(genes)[self.measured]).sum()
-        print(f"{path}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
-        answer = encode_samples(models, bulk, self.measured, self.names, path, mrna_content)
+        print(f"{where}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
+        answer = encode_samples(models, bulk, self.measured, self.names, where, mrna_content)
         self.bulk, self.decoder = bulk.toarray(), decoder
         self.proportions = sample_proportions(self.names, decoder_card["cell_types"], answer, known)
         cells = torch.from_numpy(self.proportions.cells).to(answer.cells)

@@ -54,9 +54,10 @@ def read_any_table(path):
         InputError: the file is missing, unreadable, or of a format that holds no table.
     """
     try:
-        regular = not is_pipe(path)
-        with open(path, "rb") as file:
-            head = file.read(8) if regular else b""
+        head = b""
+        if not is_pipe(path):  # a pipe can be opened only once
+            with open(path, "rb") as file:
+                head = file.read(8)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; expected bulk samples for --bulk") from error
     except OSError as error:

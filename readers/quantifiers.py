@@ -180,10 +180,10 @@ def sample_name(path):
     """The sample that a quantifier's file is named after: of its folder if the name is generic."""
     path = Path(path)
     match = next(m for i in range(len(path.name) + 1) if (m := ENDINGS.fullmatch(path.name, i)))
-    stem = path.name[: match.start()] if match.start() else path.name
-    stem = re.sub(r"[._-]?(ReadsPerGene|gene_abund)$", "", stem, flags=re.IGNORECASE) or stem
-    if plain_name(stem) in {plain_name(name) for name in GENERIC} and path.parent.name:
-        return path.absolute().parent.name
+    stem = path.name[: match.start()]
+    stem = re.sub(r"[._-]?(ReadsPerGene|gene_abund)$", "", stem, flags=re.IGNORECASE)
+    if not stem or plain_name(stem) in {plain_name(name) for name in GENERIC}:
+        return path.absolute().parent.name or path.name
     return stem
 
 

@@ -11,6 +11,9 @@ FEWEST_GENES = 50  # expressed in a sample, for its scale to be told
 LINEAR = 7
 LINEAR_OF_ALL_GENES = 90
 ALL_GENES = 5000  # expressed genes from which the second limit holds
+# Logarithms of counts per 10,000 reach 20, but no logarithm of counts is above 25.
+LINEAR_OF_SMALL = 60
+LARGEST_LOG = 25
 
 FLAG = "--log 2, --log e or --log 10 undoes a logarithm, --log no takes the values as they are"
 
@@ -66,7 +69,8 @@ def find_scale(X):
         return Scale(name, "all samples have the same values, in another order")
     skews = np.array([skew(x) for x in X])
     n_positive = (X > 0).sum(axis=1)
-    limit = np.where(n_positive >= ALL_GENES, LINEAR_OF_ALL_GENES, LINEAR)
+    limit = np.where(X.max(axis=1) < LARGEST_LOG, LINEAR_OF_SMALL, LINEAR)
+    limit = np.where(n_positive >= ALL_GENES, LINEAR_OF_ALL_GENES, limit)
     transformed = skews < limit  # (S); NaN compares as False
     if transformed.any():
         i = int(np.flatnonzero(transformed)[0])

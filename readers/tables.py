@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from readers.bounded import MAX_COLUMNS, UNREADABLE, to_numbers
+from readers.gene_names import bare_id
 from runtime.errors import InputError, one_line, some
 
 NO_VALUE = ("", "NA", "NaN", "nan", "N/A", "NULL", "null")  # how tables write a missing value
@@ -115,16 +116,17 @@ def parse(data, where, separator, names, n_skipped, options):
 
 
 def is_row_of_numbers(fields):
-    """Whether all fields but the first are numbers, and the first is none."""
+    """Whether a line is one of values: a gene, perhaps another name of it, and numbers alone."""
     if len(fields) < 2 or is_number(fields[0]) or not fields[0].strip():
         return False
     # A header may name samples by numbers, but then its first field is the name of a column.
+    first = fields[0].strip()
     is_name = re.fullmatch(
-        r"(gene|sample|id|name|symbol|feature)s?([_ .]?(id|name|symbol)s?)?",
-        fields[0].strip(),
-        re.I,
+        r"(gene|sample|id|name|symbol|feature)s?([_ .]?(id|name|symbol)s?)?", first, re.I
     )
-    return is_name is None and all(map(is_number, fields[1:]))
+    n_text = 2 if bare_id(first) else 1  # HTSeq may write a symbol behind the id
+    rest = fields[n_text:] if len(fields) > n_text else fields[1:]
+    return is_name is None and all(map(is_number, rest))
 
 
 def is_number(field):

@@ -306,7 +306,7 @@ def test_any_text_survives_an_h5ad(data):
         read = read_counts(where / "cells.h5ad")
         assert list(read.obs_names) == barcodes and list(read.var_names) == genes
         expected = expected_labels(barcodes, labels)
-        check_labels(DatasetSettings(data=str(where / "cells.h5ad")), expected)
+        check_labels(DatasetSettings(str(where / "cells.h5ad"), "cell_type"), expected)
 
 
 # A field of a 10x table may hold anything but what parts fields and lines, or quotes them.

@@ -177,7 +177,7 @@ BAD_TABLES = {
     "header.csv": "barcode,sample\n",
     "foreign.csv": "barcode,sample\nAAA-1,s1\nCCC-1,s2\n",
     "twice.csv": "barcode,sample\nCELL000-1,s1\nCELL000-1,s2\n",
-    "three.csv": "cell,sample,donor\nCELL000-1,s1,d1\n",
+    "three.csv": "cell,who,donor\nCELL000-1,s1,d1\n",
 }
 
 
