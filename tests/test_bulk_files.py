@@ -1,11 +1,71 @@
 """Bulk files as tools write them are read right, or refused in one line that names the cause."""
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 
 from bulk_cases import all_cases, judge
+from conftest import assert_one_line_error, make_cells, run_inside
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
 def test_bulk_file(case, tmp_path):
     verdict, detail = judge(case, tmp_path)
     assert verdict == ("right" if case.right is not None else "refused clearly"), detail
+
+
+@pytest.fixture
+def counts():
+    """Counts of two bulks (genes x samples) in the genes of the trained model."""
+    X = make_cells().X
+    table = {"a": X[:40].sum(axis=0).A1, "b": X[40:].sum(axis=0).A1}
+    return pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)])
+
+
+def test_dry_run_says_how_files_are_read_and_writes_nothing(trained, counts, tmp_path):
+    path = tmp_path / "bulk.csv"
+    counts.assign(Length=900, total=counts.sum(axis=1)).to_csv(path)
+    out = tmp_path / "out.h5ad"
+    flags = ["--weights", trained, "--bulk", path, "--out", out, "--dry-run"]
+    done = run_inside("bulk2sc.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "text table, genes in rows, counts; samples a, b" in done.stdout
+    assert "2 columns that are not samples left out (Length, total)" in done.stdout
+    assert "60 of the model's 60 genes found" in done.stdout
+    assert sorted(tmp_path.iterdir()) == [path]
+    assert_one_line_error(run_inside("bulk2sc.py", "--dry-run"), "--dry-run", "--bulk")
+
+
+def test_files_of_one_sample_each_make_one_run(trained, counts, tmp_path):
+    files = []
+    for name in counts:
+        files.append(tmp_path / f"{name}.genes.results")
+        table = pd.DataFrame({"length": 900.5, "expected_count": counts[name], "TPM": 1.5})
+        table.to_csv(files[-1], sep="\t", index_label="gene_id")
+    out = tmp_path / "g.h5ad"
+    flags = ["--weights", trained, "--n-cells", 3, "--out", out]
+    done = run_inside("bulk2sc.py", *flags, "--bulk", *files)
+    assert done.returncode == 0, done.stderr
+    assert "--bulk: 2 bulk samples of 2 files (a, b)" in done.stdout
+    cells = anndata.read_h5ad(out)
+    assert list(cells.obs["sample"].cat.categories) == ["a", "b"] and cells.n_obs == 6
+    of_table = tmp_path / "t.h5ad"
+    counts.to_csv(tmp_path / "t.csv")
+    done = run_inside("bulk2sc.py", *flags[:-1], of_table, "--bulk", tmp_path / "t.csv")
+    assert done.returncode == 0, done.stderr
+    assert (anndata.read_h5ad(of_table).X != cells.X).nnz == 0
+
+
+def test_flags_settle_what_a_table_leaves_open(trained, counts, tmp_path):
+    log = tmp_path / "log.csv"
+    np.log2(counts + 1).to_csv(log)
+    flags = ["--weights", trained, "--n-cells", 2, "--out", tmp_path / "g.h5ad", "--bulk", log]
+    assert_one_line_error(run_inside("bulk2sc.py", *flags), "log.csv", "--log 2")
+    done = run_inside("bulk2sc.py", *flags, "--log", 2, "--columns", "b")
+    assert done.returncode == 0, done.stderr
+    assert "logarithm to base 2 undone, less 1" in done.stdout
+    table = pd.read_csv(tmp_path / "g.proportions.csv")
+    assert list(table["sample"].unique()) == ["b"]
+    wrong = run_inside("bulk2sc.py", *flags, "--log", 2, "--columns", "c")
+    assert_one_line_error(wrong, "--columns c", "a, b")
