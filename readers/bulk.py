@@ -18,25 +18,24 @@ import scipy.sparse as sp
 
 from readers.bounded import to_numbers
 from readers.bulk_files import read_any_table
+from readers.columns import (
+    choose_columns,
+    common_unit,
+    is_identifier,
+    left_out,
+    named_columns,
+    numbers_rows,
+)
 from readers.gene_names import (
     GeneFinder,
     bare_id,
     describe_kinds,
+    find_genes,
     likely_cause,
     n_found,
 )
 from readers.long_tables import find_sample_column, varies_within, widen
-from readers.quantifiers import (
-    STRANDS,
-    choose_strand,
-    choose_unit,
-    expand,
-    is_no_gene,
-    no_samples,
-    plain_name,
-    sample_name,
-    split_unit,
-)
+from readers.quantifiers import expand, is_no_gene, no_samples, split_words, unit_of
 from readers.scale import FLAG, describe_unit, find_scale, undo_log
 from readers.tables import (
     NO_VALUE,
@@ -204,6 +203,8 @@ def text_columns(table):
         # Decimal commas make a number, too.
         numbers = to_numbers(text.str.replace(",", ".").str.strip())
         several_points = text.str.fullmatch(r"\s*\d{1,3}([.,]\d{3})+\s*")
+        # ="12", '12 or 12 reads: to be named as no numbers rather than passed over as annotation.
+        several_points |= text.str.fullmatch(r"[=\"' ]*\d[\d.,]*[\"']?( [a-z]+)?")
         mask[i] = (np.isnan(numbers) & ~several_points).all() and not text.isin(NO_VALUE).all()
     return mask
 
@@ -262,19 +263,16 @@ def choose_orientation(n_rows, n_columns, finder, source, genes, gene_ids, optio
     return n_rows > n_columns
 
 
-def left_out(names, what):
-    """A note on columns or rows that are left out."""
-    return f"{len(names):,} {what} left out ({some(names, 8)})"
-
-
 def samples_in_rows(source, is_text, finder, options):
     """BulkTable of a table whose columns are genes."""
     table = source.table
     positions, kinds = finder.find(table.columns)
     is_gene = positions >= 0
     name_column, notes = choose_name_column(source, is_text & ~is_gene)
+    if is_gene[0] and name_column == 0:
+        name_column = None
     dropped = is_text & ~is_gene
-    dropped |= no_samples(table.columns) & ~is_gene
+    dropped |= (no_samples(table.columns) | ~holds_expression(table)) & ~is_gene
     dropped[0] |= not is_gene[0] or name_column == 0
     if name_column is not None:
         dropped[name_column] = True
@@ -292,6 +290,12 @@ def samples_in_rows(source, is_text, finder, options):
     values = numbers_of(source, kept, notes)
     notes.insert(0, f"{source.format}, genes in columns")
     return BulkTable(values, samples, np.array(table.columns[kept], object), positions[kept], notes)
+
+
+def holds_expression(table):
+    """Mask of the columns (C) that are numbers of 0 or more alone; metadata of samples may not."""
+    X = to_numbers(table)
+    return (np.isfinite(X) & (X >= 0)).all(axis=0)
 
 
 def choose_name_column(source, is_text):
@@ -313,12 +317,6 @@ def choose_name_column(source, is_text):
     return (0 if header or len(first) < 2 else None), []
 
 
-def numbers_rows(names):
-    """Whether names (R) are 0 to R - 1 or 1 to R, in this order."""
-    n = len(names)
-    return list(names) in ([str(i) for i in range(n)], [str(i) for i in range(1, n + 1)])
-
-
 def samples_in_columns(source, gene_column, is_text, finder, options):
     """BulkTable of a table whose rows are genes.
 
@@ -330,10 +328,11 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
     notes = [f"{source.format}, genes in rows"]
     if gene_column:
         notes.append(f"gene names taken from column {table.columns[gene_column]}")
+    check_one_list(source, gene_column, is_text, finder)
     outside = is_no_gene(genes) | is_no_gene(table.iloc[:, 0].astype(str))
     if outside.any():
         notes.append(left_out(list(table.iloc[:, 0][outside]), "rows that count no genes"))
-    by = find_sample_column(table, genes, is_text, gene_column)
+    by = find_sample_column(table, genes, is_text, gene_column, source.path)
     if by is None:
         kept, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
         values = numbers_of(source, kept, notes)
@@ -352,136 +351,25 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
     return BulkTable(values[rows].T, np.array(names, object), genes, positions, notes)
 
 
-def choose_columns(source, gene_column, is_text, options, is_gene, notes):
-    """Positions and names of the columns that are samples.
-
-    Args:
-        is_gene: mask of the rows that are genes (R). notes: to add to.
+def check_one_list(source, gene_column, is_text, finder):
+    """Refuse two tables side by side: a second column of genes, in another order.
 
     Raises:
-        InputError: a column that options name is not there, or a unit is not.
+        InputError: there is one.
     """
-    table, path = source.table, source.path
-    columns = [str(name) for name in table.columns]
-    if options.columns:
-        return named_columns(columns, options.columns, path)
-    candidates = [i for i in range(len(columns)) if i != gene_column and not is_text[i]]
-    dropped = [i for i in range(len(columns)) if i != gene_column and is_text[i]]
-    if gene_column and 0 in candidates and numbers_rows(table.iloc[:, 0].astype(str).str.strip()):
-        candidates.remove(0)
-        notes.append("the first column numbers the rows")
-    strands = strand_columns(source, candidates)
-    if strands is not None:
-        return strand_of(source, strands, is_gene, notes)
-    kept, names = columns_by_unit(columns, candidates, options, path)
-    if kept is None:
-        other = no_samples(columns)
-        kept = [i for i in candidates if not other[i]]
-        names = [columns[i] for i in kept]
-        kept, names = without_sums(table, kept, names)
-    elif len(kept) == 1 and not names[0]:
-        names = [sample_name(path)]
-    if source.headerless or (len(kept) == 1 and is_unit(columns[kept[0]])):
-        stem = sample_name(path)
-        if len(kept) == 1 and not source.headerless:
-            notes.append(f"values by column {columns[kept[0]]}")
-        names = [stem] if len(kept) == 1 else [f"{stem}_{columns[i]}" for i in kept]
-    dropped += [i for i in candidates if i not in kept]
-    if dropped:
-        notes.append(
-            left_out([columns[i] for i in sorted(dropped)], "columns that are not samples")
-        )
-    return kept, names
-
-
-def is_unit(name):
-    """Whether the name of a column is a unit alone, as in the file of one sample."""
-    return split_unit(name)[0] == "" and split_unit(name)[1] != "length"
-
-
-def named_columns(columns, wanted, path):
-    """Positions and names of the columns that the user names.
-
-    Raises:
-        InputError: one is not there, or there several times.
-    """
-    wrong = [name for name in wanted if columns.count(name) != 1]
-    if wrong:
-        raise InputError(
-            f"--columns {wrong[0]}: found {columns.count(wrong[0])} columns of this name in "
-            f"{path} ({some(columns, 8)}), expected one"
-        )
-    return [columns.index(name) for name in wanted], list(wanted)
-
-
-def strand_columns(source, candidates):
-    """Positions of STAR's three columns of counts, unstranded first; None if these are others."""
-    columns = [plain_name(name) for name in source.table.columns]
-    if all(name in columns for name in STRANDS):
-        return [columns.index(name) for name in STRANDS]
-    first = source.table.iloc[:, 0].astype(str).str.strip()
-    of_star = source.headerless and len(candidates) == 3
-    rows = {"N_unmapped", "N_noFeature"} & set(first)
-    named = re.search("ReadsPerGene", source.path.name, re.I) is not None
-    return candidates if of_star and (rows or named) else None
-
-
-def strand_of(source, strands, is_gene, notes):
-    """The column of STAR's counts that the reads themselves speak for; one sample."""
-    counts = to_numbers(source.table.iloc[:, strands])
-    best, why = choose_strand(np.nan_to_num(counts[is_gene]))
-    notes.append(f"counts of STAR: {why}")
-    return [strands[best]], [sample_name(source.path)]
-
-
-def columns_by_unit(columns, candidates, options, path):
-    """Columns of the unit to read, of a table with several for each sample.
-
-    Returns:
-        positions and sample names ("" for the one sample of a file); None twice if names of
-        columns hold no units.
-    """
-    split, other = {i: split_unit(columns[i]) for i in candidates}, no_samples(columns)
-    with_unit = [i for i in candidates if split[i][1] is not None]
-    units = {split[i][1] for i in with_unit}
-    single = [i for i in with_unit if split[i][0] == "" and split[i][1] != "length"]
-    if single:
-        others = [i for i in candidates if split[i][1] is None and not other[i]]
-        if others:
-            return None, None
-        unit = choose_unit({split[i][1] for i in single}, options.unit, path)
-        return [next(i for i in single if split[i][1] == unit)], [""]
-    left = [i for i in candidates if split[i][1] is None and not other[i]]
-    if len(units - {"length"}) < 2 or left:
-        if options.unit != "auto" and units - {"length"} and not left:
-            choose_unit(units, options.unit, path)
-        if units == {"length"} or left or not units:
-            return None, None
-        kept = [i for i in with_unit if split[i][1] != "length"]
-        several = len(units) > 1
-        return (kept, [split[i][0] for i in kept]) if several else (None, None)
-    unit = choose_unit(units, options.unit, path)
-    kept = [i for i in with_unit if split[i][1] == unit]
-    return kept, [split[i][0] for i in kept]
-
-
-def without_sums(table, kept, names):
-    """Columns without those that are the sum or the mean of all others."""
-    if len(kept) < 4 or len(table) < FEWEST_ROWS:
-        return kept, names
-    numbers = table.iloc[:, kept]
-    if any(dtype.kind not in "iuf" for dtype in numbers.dtypes):
-        return kept, names
-    X = numbers.to_numpy(np.float64)
-    total, n = X.sum(axis=1), X.shape[1] - 1
-    scale = np.abs(X).max() + 1e-300
-    for j in range(X.shape[1]):
-        others = total - X[:, j]
-        if not X[:, j].any():
+    table = source.table
+    first = find_genes(table.iloc[:, gene_column].astype(str), finder.known)
+    for i in np.flatnonzero(is_text):
+        if i in (0, gene_column):
             continue
-        if any(np.abs(X[:, j] - rest).max() < 1e-6 * scale for rest in (others, others / n)):
-            return kept[:j] + kept[j + 1 :], names[:j] + names[j + 1 :]
-    return kept, names
+        second = find_genes(table.iloc[:, i].astype(str), finder.known)
+        both = (first >= 0) & (second >= 0)
+        if both.sum() > 0.3 * len(table) and (first != second)[both].mean() > 0.2:
+            raise InputError(
+                f"{source.path}: columns {table.columns[gene_column]} and {table.columns[i]} name "
+                "different genes in the same rows, expected one list of genes: two tables side by "
+                "side are to be split"
+            )
 
 
 def choose_value_column(source, is_text, sample, others, options):
@@ -501,11 +389,15 @@ def choose_value_column(source, is_text, sample, others, options):
     possible = [
         i
         for i in np.flatnonzero(~is_text)
-        if i not in others and not no_sample[i] and varies_within(table, i, sample)
+        if i not in others
+        and not no_sample[i]
+        and varies_within(table, i, sample)
+        and not is_identifier(to_numbers(table.iloc[:, i]))
     ]
-    units = {split_unit(columns[i])[1]: i for i in possible if is_unit(columns[i])}
+    split = [split_words(columns[i]) for i in possible]
+    units = {unit_of(words): i for i, (_, words) in zip(possible, split, strict=True) if words}
     if len(possible) > 1 and len(units) == len(possible):
-        return units[choose_unit(units, options.unit, path)]
+        return int(units[common_unit({"": units}, options.unit, path)])
     if len(possible) != 1:
         raise InputError(
             f"{path}: found a long table with {len(possible)} columns of values "
@@ -525,7 +417,11 @@ def numbers_of(source, kept, notes):
     is_number = [dtype.kind in "iuf" for dtype in table.dtypes]
     if all(is_number):
         values = table.to_numpy(np.float64)
-        if not may_be_thousands(values.ravel()):
+        columns = [j for j in range(values.shape[1]) if may_be_thousands(values[:, j])]
+        if not columns:
+            return values
+        whole = np.delete(values, columns, axis=1)
+        if (whole != np.rint(whole)).any():  # others have decimals, and so have these
             return values
         text = source.as_text(list(kept))
         if text is None:
@@ -629,7 +525,8 @@ def on_linear_scale(bulk, where, options):
     if options.log != "auto":
         bulk.notes.append(f"logarithm to base {options.log} undone, less {options.pseudocount:g}")
         return undo_log(X, options.log, options.pseudocount)
-    scale = find_scale(X)
+    of_model = bulk.positions >= 0
+    scale = find_scale(X[:, of_model] if of_model.any() else X)
     if scale.name == "log":
         which = some([str(name) for name in bulk.samples[scale.samples]])
         part = "" if scale.samples.all() else f" in {scale.samples.sum()} samples ({which})"

@@ -33,7 +33,7 @@ def bare_id(name):
     Returns:
         str, or None if the name is not an Ensembl gene id.
     """
-    match = re.fullmatch(r"(ENS[A-Z]*G\d+)([._|].*)?", name)
+    match = re.fullmatch(r"(ENS[A-Z]*G\d+)([._|](?!intron|exon|utr).*)?", name)
     return match and match[1]
 
 
@@ -117,11 +117,12 @@ class GeneFinder:
         positions = find_genes(names, self.known)
         kinds = Counter()
         for i in np.flatnonzero(positions < 0):
-            for kind, candidate in variants(names[i]):
-                position = self.known.get(candidate, -1)
-                if position >= 0:
-                    positions[i] = position
+            for kind, candidates in variants(names[i]):
+                found = {self.known[name] for name in candidates if name in self.known}
+                if len(found) == 1:
+                    positions[i] = found.pop()
                     kinds[kind] += 1
+                if found:  # of several genes, none is meant
                     break
         positions = self.mend_dates(names, positions, kinds)
         return self.mend_lower_case(names, positions, kinds), kinds
@@ -160,30 +161,29 @@ class GeneFinder:
 
 
 def variants(name):
-    """Other spellings of a gene's name, each with what is mended by it, the likeliest first."""
+    """Other spellings of a gene's name: what is mended, and the candidates; the likeliest first.
+
+    Of several candidates of one spelling, only one may be a gene of the model.
+    """
     bare = name.strip().strip("\"'").strip()
+    bare = re.sub(r"^((hg|mm|GRCh|GRCm)\d+_+|gene[-:])", "", bare)
     if bare != name:
-        yield "with blanks or quotes", bare
-        if bare_id(bare):
-            yield "with blanks or quotes", bare_id(bare)
+        yield "with blanks, quotes or prefixes", [bare, *filter(None, [bare_id(bare)])]
+    if match := set(re.findall(r"ENS[A-Z]*G\d{11}", bare)):
+        if not re.search(r"ENS[A-Z]*G\d{11}(\.\d+)?:E?\d+$|intron|exon|utr", bare, re.I):
+            yield "of several names", list(match)
+        return
     parts = [part for part in re.split(r"[|;,]+| \((?=\d+\)$)", bare) if part]
-    if len(parts) == 1:
-        parts = bare.split("_") if "ENS" in bare else parts
     if len(parts) > 1:
-        for part in parts:
-            if bare_id(part):
-                yield "of several names", bare_id(part)
-        for part in parts:
-            if not part.isdigit():
-                yield "of several names", part
+        yield "of several names", [part for part in parts if not part.isdigit()]
     if "." in bare:
-        yield "with points for hyphens", bare.replace(".", "-")
+        yield "with points for hyphens", [bare.replace(".", "-")]
     if match := re.fullmatch(r"C(\d+)ORF(\d+)", bare):
-        yield "in upper case", f"C{match[1]}orf{match[2]}"
+        yield "in upper case", [f"C{match[1]}orf{match[2]}"]
     if match := re.fullmatch(r"MARCH(\d+)|SEPT(\d+)", bare):  # their names since 2020
-        yield "of older names", f"MARCHF{match[1]}" if match[1] else f"SEPTIN{match[2]}"
+        yield "of older names", [f"MARCHF{match[1]}" if match[1] else f"SEPTIN{match[2]}"]
     if match := re.fullmatch(r"MARCHF(\d+)|SEPTIN(\d+)", bare):
-        yield "of newer names", f"MARCH{match[1]}" if match[1] else f"SEPT{match[2]}"
+        yield "of newer names", [f"MARCH{match[1]}" if match[1] else f"SEPT{match[2]}"]
 
 
 def genes_of_date(name):
@@ -202,6 +202,8 @@ def genes_of_date(name):
 
 # What names look like that are no gene symbols of the model, and what helps.
 KINDS_OF_NAMES = (
+    (r"ENS[A-Z]*G\d+(\.\d+)?:E?\d+", "exons (DEXSeq)", "genes"),
+    (r".+-2\d\d", "names of transcripts", "genes: sum them with tximport, or quantify by gene"),
     (r"ENST\d+.*", "Ensembl transcripts", "genes: sum them with tximport, or quantify by gene"),
     (r"(NM|NR|XM|XR)_\d+.*", "RefSeq transcripts", "gene symbols or Ensembl ids"),
     (r"\d+(_[a-z]+)*_at", "probes of a microarray", "gene symbols or Ensembl ids"),

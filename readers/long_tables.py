@@ -12,14 +12,17 @@ from runtime.errors import InputError
 NAMED = re.compile("sample|run|subject|donor|patient|library", re.IGNORECASE)
 
 
-def find_sample_column(table, genes, is_text, gene_column):
+def find_sample_column(table, genes, is_text, gene_column, path):
     """Position of the column that names the sample of each row; None if the table is no long one.
 
     In a long table genes come back in every sample, and a pair of gene and sample only once.
 
     Args:
         table: (R x C). genes: names (R). is_text: mask of the columns of text (C). gene_column: the
-            position of the genes.
+            position of the genes. path: for messages.
+
+    Raises:
+        InputError: see :func:`check_wide`.
     """
     genes = genes.str.strip()
     n_genes = genes.nunique()
@@ -34,8 +37,31 @@ def find_sample_column(table, genes, is_text, gene_column):
         repeated = (genes + "\t" + sample).duplicated().mean()
         if 1 < n < len(genes) / 2 and repeated < 0.01 and n * n_genes < 4 * len(genes):
             usable.append(i)
+    if not usable:
+        check_wide(table, genes, is_text, gene_column, path)
     named = [i for i in usable if NAMED.search(str(table.columns[i]))]
     return next(iter(named or usable), None)
+
+
+def check_wide(table, genes, is_text, gene_column, path):
+    """Refuse a table in which genes come back in every group of a column, as in long tables.
+
+    Groups such as chromosomes have genes of their own, and transcripts each a row.
+
+    Raises:
+        InputError: there is such a column.
+    """
+    n_genes = genes.nunique()
+    for i in np.flatnonzero(is_text):
+        column = table.iloc[:, i].astype(str)
+        if i == gene_column or not 1 < column.nunique() < len(column) / 4:
+            continue
+        if genes.groupby(column).nunique().median() > 0.5 * n_genes:
+            raise InputError(
+                f"{path}: found a long table (genes come back in each {table.columns[i]}), but no "
+                "column that names the samples and gives each gene once; expected a wide table, or "
+                "rows of one measure alone"
+            )
 
 
 def varies_within(table, i, sample):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from readers.bounded import to_numbers
 from readers.bulk import NO_VALUE
 from readers.lineages import lineages_in, read_lineages, read_rows
 from runtime.errors import InputError, some
@@ -77,7 +78,7 @@ def read_proportions(path, cell_types, lineage_file=None):
         of_type = read_lineages(lineage_file, cell_types, elsewhere=None)
         names = lineages_in(of_type)
     text = read_text(path, names, "lineages" if lineage_file else "cell types")
-    values = to_numbers(text, path)  # (R, C)
+    values = read_values(text, path)  # (R, C)
     unit = find_unit(values, text.index, path)
     column = pd.Index(text.columns).get_indexer([name or "" for name in of_type])  # (K)
     fractions = check_sums(values / unit, column, text.index, unit, path)
@@ -111,7 +112,7 @@ def read_text(path, names, what):
     return table
 
 
-def to_numbers(text, path):
+def read_values(text, path):
     """Numbers (R, C) of a table of text, nan for an empty field.
 
     Raises:

@@ -29,9 +29,14 @@ NOT_SAMPLES = {
 }
 
 # Statistics whose names may as well be those of samples: only beside a p-value.
-STATISTICS = {"t", "b", "f", "lr", "stat", "score", "rank", "index", "level", "z", "w"}
+STATISTICS = {
+    *("t", "b", "f", "lr", "stat", "score", "rank", "index", "level", "z", "w", "p", "q", "se"),
+    *("sem", "mad", "maximum", "minimum", "significant", "cluster", "lfc", "fc"),
+}
 
-P_VALUES = {"pvalue", "p_value", "pval", "padj", "p_adj", "adj_p_val", "fdr", "qvalue", "q_value"}
+P_VALUE = re.compile(
+    r"(^|_)(pvalue|p_value|pval|padj|p_adj|p_adjust|adj_p|adj_p_val|fdr|qvalue)(_|$)"
+)
 
 SUMMARIES = {  # of all samples; compared in the same way
     *("total", "sum", "mean", "average", "avg", "median", "sd", "std", "stdev", "var", "variance"),
@@ -39,20 +44,26 @@ SUMMARIES = {  # of all samples; compared in the same way
     *("mean_expression", "total_counts", "total_count", "sum_counts", "row_sums", "row_means"),
 }
 
-UNITS = {  # names of columns of one sample, and what they hold
-    **dict.fromkeys(("count", "counts", "raw_count", "raw_counts", "read_count"), "counts"),
-    **dict.fromkeys(("read_counts", "reads", "numreads", "num_reads", "est_counts"), "counts"),
-    **dict.fromkeys(("expected_count", "expected_counts", "htseq_count", "n_reads"), "counts"),
-    **dict.fromkeys(("unstranded", "stranded_first", "stranded_second"), "counts"),
-    **dict.fromkeys(("tpm", "abundance", "tpm_unstranded", "tpms"), "tpm"),
+# Words in the names of columns that say what they hold of a sample.
+UNIT_WORDS = {
+    **dict.fromkeys(("count", "counts", "read", "reads", "numreads", "raw", "est"), "counts"),
+    **dict.fromkeys(("expected", "rawcount", "rawcounts", "readcount", "readcounts"), "counts"),
+    **dict.fromkeys(("htseq", "bam", "unstranded"), "counts"),
+    **dict.fromkeys(("tpm", "tpms", "abundance"), "tpm"),
     **dict.fromkeys(("cpm", "rpm"), "cpm"),
-    **dict.fromkeys(("fpkm", "rpkm", "fpkm_unstranded", "fpkms"), "fpkm"),
-    **dict.fromkeys(("fpkm_uq", "fpkm_uq_unstranded"), "fpkm_uq"),
+    **dict.fromkeys(("fpkm", "fpkms", "rpkm", "rpkms"), "fpkm"),
+    **dict.fromkeys(("norm", "normalized", "normalised", "normcounts", "scaled"), "normalised"),
+    **dict.fromkeys(("corrected", "batchcorrected", "combat", "adjusted", "imputed"), "normalised"),
+    **dict.fromkeys(("log", "log2", "log10", "vst", "rlog", "logcpm", "log2tpm"), "log"),
+    **dict.fromkeys(("log2cpm", "log2fpkm", "logtpm", "logfpkm", "zscore"), "log"),
+    **dict.fromkeys(("uq",), "uq"),
     **dict.fromkeys(("coverage", "cov"), "coverage"),
-    **dict.fromkeys(("length", "effective_length", "eff_length"), "length"),
+    **dict.fromkeys(("length", "efflength", "conf", "status", "infreps"), "none"),
+    **dict.fromkeys(("unique", "ci", "lowerbound", "upperbound"), "none"),
 }
 
-PREFERRED = ("counts", "tpm", "cpm", "fpkm", "fpkm_uq", "coverage")
+# Words that may stand beside these, and say nothing by themselves.
+FILLERS = {"gene", "total", "eff", "effective", "value", "values", "lo", "hi", "num", "n"}
 
 STRANDS = ("unstranded", "stranded_first", "stranded_second")  # columns of STAR's gene counts
 
@@ -98,62 +109,60 @@ def plain_name(name):
     return re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_")
 
 
+# Statistics of several samples, as words in the name of a column.
+STATISTIC = re.compile(
+    r"(^|_)(mean|median|average|avg|geomean|stdev|logfc|log2fc|log2foldchange|"
+    r"fold_change|foldchange|padj|pval|pvalue|p_value|p_adjust|p_adj|adj_p|fdr|qvalue|q_value|"
+    r"n_zero)(_|$)"
+)
+
+
 def no_samples(names):
     """Mask of the columns (C) whose names are of annotation, statistics or summaries."""
-    names = [plain_name(name) for name in names]
+    plain = [plain_name(name) for name in names]
     known = NOT_SAMPLES | SUMMARIES
-    if P_VALUES & set(names):
+    if any(P_VALUE.search(name) for name in plain):
         known = known | STATISTICS
-    return np.array([name in known for name in names], bool)
+    statistic = [
+        STATISTIC.search(name) is not None
+        or re.match(r"(mean|median)[A-Z]|baseMean", str(original))
+        for name, original in zip(plain, names, strict=True)
+    ]
+    mask = [name in known or bool(s) for name, s in zip(plain, statistic, strict=True)]
+    return np.array(mask, bool)
 
 
-def split_unit(name):
-    """``(sample, unit)`` of a column name such as ``S1_TPM``, ``counts.S1`` or ``S1 (FPKM)``.
+def split_words(name):
+    """``(sample, words)`` of a column name: ``S1_TPM`` -> ``("S1", ["tpm"])``.
 
-    Returns:
-        the unit is None if the name has none; the sample is "" if the name is the unit alone.
+    words are those of UNIT_WORDS, with fillers beside them; the sample is what is left, "" if that
+    is nothing.
     """
-    text = str(name).strip()
-    if plain_name(text) in UNITS:
-        return "", UNITS[plain_name(text)]
-    for pattern in (
-        r"(?P<unit>[A-Za-z_]+?)[._ \-:/](?P<sample>.+)",
-        r"(?P<sample>.+?)[._ \-:/]+\(?\[?(?P<unit>[A-Za-z_]+)\)?\]?",
-    ):
-        match = re.fullmatch(pattern, text)
-        if match and plain_name(match["unit"]) in UNITS:
-            return match["sample"].strip(), UNITS[plain_name(match["unit"])]
-    # An underscore may be part of the unit: S1_expected_count.
-    for words in (2, 3):
-        parts = re.split(r"([._ -])", text)
-        tail = "".join(parts[-(2 * words - 1) :])
-        if len(parts) > 2 * words and plain_name(tail) in UNITS:
-            return "".join(parts[: -2 * words]), UNITS[plain_name(tail)]
-    return text, None
+    text = re.sub(r"(?<=[a-z0-9])(TPM|FPKM|RPKM|CPM|Counts?|Reads)$", r"_\1", str(name).strip())
+    tokens = re.findall(r"[A-Za-z0-9]+|[^A-Za-z0-9]+", text)
+    is_word = [token.lower() in UNIT_WORDS for token in tokens]
+    if not any(is_word):
+        return str(name), []
+    words = [token.lower() for token, word in zip(tokens, is_word, strict=True) if word]
+    drop = list(is_word)
+    order = range(len(tokens))
+    for i in [*order, *reversed(order)]:  # fillers next to a word, separators aside
+        near = any(0 <= j < len(tokens) and drop[j] for j in (i - 2, i + 2))
+        drop[i] |= tokens[i].lower() in FILLERS and near
+    left = "".join("\0" if d else token for token, d in zip(tokens, drop, strict=True))
+    sample = re.sub(r"[^A-Za-z0-9\0]*\0[^A-Za-z0-9]*", "\0", left)  # with its separators
+    return sample.strip("\0").replace("\0", "_"), words
 
 
-def choose_unit(found, wanted, where):
-    """The unit to read, of those that a file has for each sample.
-
-    Args:
-        found: units. wanted: ``auto``, or a unit. where: what messages name.
-
-    Raises:
-        InputError: the unit that is wanted is not there, or there is none.
-    """
-    possible = [unit for unit in PREFERRED if unit in found]
-    if wanted != "auto":
-        if wanted not in possible:
-            raise InputError(
-                f"--bulk-unit {wanted}: found {some(sorted(found))} in {where}, expected one of "
-                "them"
-            )
-        return wanted
-    if not possible:
-        raise InputError(
-            f"{where}: found no counts, TPM or FPKM in it ({some(sorted(found))}), expected one"
-        )
-    return possible[0]
+def unit_of(words):
+    """The unit that words of a column's name stand for: ``plain`` for none of them."""
+    kinds = {UNIT_WORDS[word] for word in words}
+    for kind in ("none", "log", "normalised"):
+        if kind in kinds:
+            return kind
+    if "fpkm" in kinds:
+        return "fpkm_uq" if "uq" in kinds else "fpkm"
+    return next((k for k in ("tpm", "cpm", "coverage", "counts") if k in kinds), "plain")
 
 
 def choose_strand(counts):

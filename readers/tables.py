@@ -18,6 +18,25 @@ SEPARATORS = "\t,;"
 
 N_HEAD = 60  # lines among which the header is looked for
 
+# Words by which columns of genes or samples are called, unlike genes themselves.
+NAMES_OF_GENES = {
+    *(
+        "gene",
+        "genes",
+        "geneid",
+        "genename",
+        "symbol",
+        "symbols",
+        "id",
+        "ids",
+        "name",
+        "names",
+        "x",
+    ),
+    *("ensembl", "hugo", "hgnc", "entrez", "probe", "probes", "transcript", "target", "feature"),
+    *("row", "rows", "rownames", "tracking", "ref", "gen", "sample", "samples", "unnamed", "index"),
+}
+
 FEWEST_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
 
 
@@ -72,8 +91,32 @@ def read_text_table(data, where, text=False):
         )
     decimal = find_decimal(lines[n_skipped + 1 :], separator)
     options = {"decimal": decimal, "dtype": str if text else {0: str}}  # 001 stays 001
+    options |= find_quoting(data, separator, names, where)
     table = parse(data, where, separator, names, n_skipped + (not headerless), options)
     return table.set_axis(names, axis=1), headerless
+
+
+def find_quoting(data, separator, names, where):
+    """How quotes are to be read: as letters, where some are not closed on their line (5" in text).
+
+    Raises:
+        InputError: they are not in a csv, whose fields may hold commas.
+    """
+    quoted = [name for name in names if name]
+    if quoted and all(len(n) > 1 and n[0] == n[-1] == "'" for n in quoted):
+        names[:] = [name.strip("'") for name in names]
+        return {"quotechar": "'"}
+    odd = [line for line in data.split(b"\n") if line.count(b'"') % 2] if b'"' in data else []
+    if not odd:
+        return {}
+    if separator != "\t":
+        raise InputError(
+            f"{where}: found a quote that is not closed on its line "
+            f"({odd[0][:60].decode('utf-8', 'replace')!r}), expected a table; write it without "
+            "quotes in text"
+        )
+    names[:] = [name.strip('"') for name in names]
+    return {"quoting": csv.QUOTE_NONE}
 
 
 def find_decimal(lines, separator):
@@ -119,14 +162,12 @@ def is_row_of_numbers(fields):
     """Whether a line is one of values: a gene, perhaps another name of it, and numbers alone."""
     if len(fields) < 2 or is_number(fields[0]) or not fields[0].strip():
         return False
-    # A header may name samples by numbers, but then its first field is the name of a column.
     first = fields[0].strip()
-    is_name = re.fullmatch(
-        r"(gene|sample|id|name|symbol|feature)s?([_ .]?(id|name|symbol)s?)?", first, re.I
-    )
+    words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", first).lower())
     n_text = 2 if bare_id(first) else 1  # HTSeq may write a symbol behind the id
     rest = fields[n_text:] if len(fields) > n_text else fields[1:]
-    return is_name is None and all(map(is_number, rest))
+    # A header may name samples by numbers, but then its first field is the name of a column.
+    return not set(words) & NAMES_OF_GENES and all(map(is_number, rest))
 
 
 def is_number(field):
@@ -244,7 +285,12 @@ def read_numbers(text, where):
         )
         return to_numbers(mended), (f"{n:,} numbers with {grouping!r} between thousands")
     comma = numbers.str.contains(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
-    if comma.sum() >= FEWEST_GROUPED and not numbers.str.contains(".", regex=False).any():
+    no_group = numbers.str.contains(r"^-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))$").any()
+    if (
+        no_group
+        and comma.sum() >= FEWEST_GROUPED
+        and not numbers.str.contains(".", regex=False).any()
+    ):
         mended = values.str.replace(",", ".", regex=False)
         return to_numbers(mended), (f"{comma.sum():,} numbers with decimal commas")
     return plain, ""

@@ -499,7 +499,7 @@ def add_long():
     right("long with metadata", long.assign(age=40, condition="a").to_csv(index=False), X)
     right("long without zeros", long[long["count"] > 0].to_csv(index=False), X)
     right("long, tabs", long.to_csv(index=False, sep="\t"), X, "b.tsv")
-    two = long.assign(other=np.arange(len(long)))
+    two = long.assign(other=np.random.default_rng(0).random(len(long)))
     refused("long with two values", two.to_csv(index=False), "--columns")
     right("long, column named", two.to_csv(index=False), X, columns=("count",))
     refused(

@@ -6,7 +6,7 @@ import pytest
 
 from readers.gene_names import GeneFinder, genes_of_date, likely_cause
 from readers.long_tables import find_sample_column
-from readers.quantifiers import choose_strand, sample_name, split_unit
+from readers.quantifiers import choose_strand, sample_name, split_words, unit_of
 from readers.scale import find_scale, same_quantiles, undo_log
 from readers.tables import find_decimal, find_header, find_separator, read_numbers
 from runtime.errors import InputError
@@ -73,13 +73,20 @@ def test_logarithms_are_undone(counts, base):
         ("S1 (FPKM)", ("S1", "fpkm")),
         ("S_2_expected_count", ("S_2", "counts")),
         ("abundance.a.b", ("a.b", "tpm")),
+        ("S1TPM", ("S1", "tpm")),
+        ("S1 - Total gene reads", ("S1", "counts")),
+        ("S1 - Unique gene reads", ("S1", "none")),
+        ("Raw counts: S1", ("S1", "counts")),
+        ("S1_log2TPM", ("S1", "log")),
+        ("S1 (normalized)", ("S1", "normalised")),
         ("NumReads", ("", "counts")),
-        ("Sample_7", ("Sample_7", None)),
-        ("discount", ("discount", None)),
+        ("Sample_7", ("Sample_7", "plain")),
+        ("discount", ("discount", "plain")),
     ],
 )
 def test_units_in_names_of_columns(name, expected):
-    assert split_unit(name) == expected
+    sample, words = split_words(name)
+    assert (sample, unit_of(words)) == expected
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,6 @@ def test_long_tables_by_pairs_of_gene_and_sample():
     rows = [(s, g, c) for s in "abc" for g, c in (("X", "chr1"), ("Y", "chr2"), ("Z", "chr1"))]
     table = pd.DataFrame(rows, columns=["run", "gene", "chromosome"])
     is_text = np.ones(3, bool)
-    assert find_sample_column(table, table["gene"], is_text, 1) == 0
+    assert find_sample_column(table, table["gene"], is_text, 1, "x.csv") == 0
     wide = table.iloc[:3]
-    assert find_sample_column(wide, wide["gene"], is_text, 1) is None
+    assert find_sample_column(wide, wide["gene"], is_text, 1, "x.csv") is None

@@ -446,7 +446,7 @@ def test_names_of_genes_come_before_other_names(tmp_path, bulk_table):
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
 def test_large_bulk_by_ids_in_seconds(tmp_path, genes_in_rows):
-    counts = np.random.default_rng(0).integers(0, 5000, (100, 20000))
+    counts = np.random.default_rng(0).lognormal(3, 2, (100, 20000)).astype(int)
     ids = [f"ENSG{i:011d}" for i in range(20000)]
     table = pd.DataFrame(counts, [f"{i:03d}" for i in range(100)], [f"{i}.4" for i in ids])
     (table.T if genes_in_rows else table).to_csv(tmp_path / "bulk.csv")
@@ -657,7 +657,7 @@ def test_ids_of_a_real_reference_name_its_genes(tmp_path, capsys):
         pytest.skip("PBMC 1K is not available (../shared/data/pbmc1k_v3)")
     table = pd.read_csv(folder / "features.tsv.gz", sep="\t", header=None, keep_default_na=False)
     with_id = table[table[0].str.startswith("ENSG")]
-    counts = np.arange(len(with_id)) * 7 % 1009 + 1
+    counts = np.random.default_rng(0).lognormal(3, 2, len(with_id)).astype(int) + 1
     bulk = pd.DataFrame({"donor": counts}, index=with_id[0] + ".11")
     bulk.to_csv(tmp_path / "bulk.tsv", sep="\t")
     X, present, _ = read_bulk(tmp_path / "bulk.tsv", list(table[1]), list(table[0]))

@@ -482,7 +482,7 @@ def test_full_disk_is_an_error_and_the_old_file_stays(trained, h5ad, tmp_path, s
     flags = arguments(script, h5ad, weights) if script in TINY else []
     if script == "bulk2sc.py":
         out = tmp_path / "cells.h5ad"
-        flags = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--out", out]
+        flags = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--out", out, "--force"]
     out.write_bytes(b"old")
     before = sorted(p.name for p in out.parent.iterdir())
     done = limited([sys.executable, ROOT / script, *flags], 8192)

@@ -349,7 +349,7 @@ def test_linked_input_is_followed_and_linked_output_is_not(tmp_path, cells, trai
     assert read_counts(tmp_path / "link.h5ad").n_obs == 90
     refused(lambda: read_counts(tmp_path / "circle.h5ad"), "circle.h5ad")
     flags = ["--data", tmp_path / "link.h5ad", "--weights", trained, "--n-cells", 3]
-    flags += ["--batch-size", 20, "--out", tmp_path / "out.h5ad"]
+    flags += ["--batch-size", 20, "--out", tmp_path / "out.h5ad", "--force"]
     assert run_inside("bulk2sc.py", *flags).returncode == 0
     assert precious.read_text() == "old" and not (tmp_path / "out.h5ad").is_symlink()
 
