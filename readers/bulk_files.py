@@ -3,6 +3,7 @@
 import io
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from readers.counts import check_sparse
 from readers.hdf5 import check_hdf5
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
+
+MOST_BYTES = 10**9  # of a workbook when unpacked
 
 
 @dataclass
@@ -131,12 +134,16 @@ def read_columnar(data, kind, path):
 
 
 def read_workbook(data, path):
-    """The first sheet of a workbook that holds a table, through the same reader as text.
+    """The sheet of a workbook that holds the table, through the same reader as text.
 
     Raises:
-        InputError: it is unreadable, or several sheets hold tables.
+        InputError: it is unreadable, too large when unpacked, or several sheets may be the table.
     """
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            size = sum(record.file_size for record in file.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sheets = pd.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
@@ -144,13 +151,16 @@ def read_workbook(data, path):
         raise InputError(
             f"{path}: not a readable Excel file ({one_line(error)}); export it as csv"
         ) from error
-    tables = {name: sheet for name, sheet in sheets.items() if min(sheet.shape) > 1}
-    if not tables:
-        raise InputError(f"{path}: found no table in the workbook, expected bulk samples")
-    name, sheet = next(iter(tables.items()))
-    if len(tables) > 1:
-        print(f"{path}: sheet {name} of {len(tables)} read ({some(list(tables), 8)})")
-    text = sheet.map(lambda value: "" if pd.isna(value) else as_text(value))
+    most = max((len(sheet) for sheet in sheets.values()), default=0)
+    large = [n for n, sheet in sheets.items() if min(sheet.shape) > 1 and len(sheet) > most / 2]
+    if len(large) != 1:
+        raise InputError(
+            f"{path}: found {len(large)} sheets that may be the table of samples "
+            f"({some(large or list(sheets))}), expected one; export it as csv"
+        )
+    if len(sheets) > 1:
+        print(f"{path}: sheet {large[0]} read, the largest of {len(sheets)}")
+    text = sheets[large[0]].map(lambda value: "" if pd.isna(value) else as_text(value))
     return read_text_table(text.to_csv(sep="\t", header=False, index=False).encode(), path)[0]
 
 

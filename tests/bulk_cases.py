@@ -209,6 +209,8 @@ def add_containers():
     for title in (False, True):
         right(f"workbook{', title above' * title}", workbook(X, title), X[:800], file="b.xlsx")
     right("workbook named csv", workbook(X, False), X[:800], file="b.csv")
+    right("workbook with a sheet of notes", workbook(X, False, "notes"), X[:800], file="b.xlsx")
+    refused("workbook of two tables", workbook(X, False, "more"), "2 sheets", file="b.xlsx")
     right("pipe", pipe(csv))
     heads = {
         "Parquet": b"PAR1\x15\x04",
@@ -244,9 +246,14 @@ def zipped(files):
     return out.getvalue()
 
 
-def workbook(X, title):
+def workbook(X, title, other=None):
+    """A workbook of 800 genes, with a sheet of notes or more samples before it."""
     out = io.BytesIO()
     with pd.ExcelWriter(out) as writer:
+        if other == "notes":
+            pd.DataFrame({"sample": list(X), "age": 40}).to_excel(writer, sheet_name="notes")
+        elif other == "more":
+            X.iloc[:800].to_excel(writer, sheet_name="more")
         X.iloc[:800].to_excel(writer, sheet_name="counts", startrow=2 * title)
         if title:
             writer.sheets["counts"].cell(1, 1).value = "Table S1"
@@ -472,6 +479,23 @@ def add_columns():
     refused("columns that are not there", X.to_csv(), "--columns", columns=("S9",))
     square = X.iloc[:300]
     both = pd.DataFrame(rng.integers(0, 999, (300, 300)), square.index, square.index)
+    half = X.iloc[:, 2:].sample(frac=1, random_state=0)
+    side = pd.concat(
+        [X.iloc[:, :2].reset_index(names="gene"), half.reset_index(names="Symbol")], axis=1
+    )
+    refused("two tables side by side", side.to_csv(index=False), "side by side")
+    right(
+        "samples CD4+ and CD4-",
+        X.set_axis(["CD4+", "CD4-", "α", "β"], axis=1).to_csv(),
+        X.set_axis(["CD4+", "CD4-", "α", "β"], axis=1),
+    )
+    right("raw and normalised", pd.concat([X, (X / 3).add_suffix(".norm")], axis=1).to_csv())
+    right("without ids of another name", X.assign(bp=rng.permutation(10 * n)[:n]).to_csv())
+    refused(
+        "a sample named Total", X.set_axis(["Total", "a", "c", "d"], axis=1).to_csv(), "--columns"
+    )
+    quoted = X.assign(about='a 5" gene')[["about", *X]].to_csv(sep="\t", quoting=3, escapechar="\\")
+    right("a quote that is not closed", quoted.replace("\\", ""), X, "b.tsv")
     refused("genes in rows and columns", both.to_csv(), "--genes-in")
     turned = X.T
     named = turned.reset_index(names="sample")

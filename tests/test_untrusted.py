@@ -17,7 +17,7 @@ import annotate
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, load_cells
 from models import BulkEncoder, scDecoder, scGMVAE
-from readers import hdf5
+from readers import bulk_files, hdf5
 from readers.bounded import BoundedFile
 from readers.bulk import read_bulk
 from readers.counts import read_counts
@@ -362,6 +362,10 @@ def test_excel_bomb_and_slip(tmp_path, monkeypatch):
         for _ in range(11):
             part.write(bytes(10_000_000))
     refused(lambda: annotate.read_markers(str(bomb), "Blood"), bomb, "110,000,000", "100,000,000")
+    monkeypatch.setattr(bulk_files, "MOST_BYTES", 10**8)
+    with zipfile.ZipFile(bomb, "a") as file:
+        file.writestr("[Content_Types].xml", "")  # what tells a workbook from other archives
+    refused(lambda: read_bulk(bomb, ["G1"]), bomb, "110,000,000", "100,000,000")
     with zipfile.ZipFile(slip, "w") as file:
         file.writestr("../../slipped.txt", "out of the folder")
     refused(lambda: annotate.read_markers(str(slip), "Blood"), slip)
