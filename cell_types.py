@@ -220,14 +220,15 @@ def regression_view(pcs, R, seed):
         train = np.flatnonzero(folds != fold)
         train = rng.permutation(train)[:MOST_CELLS]
         cell, code = np.nonzero(R[train] > 1e-3)
+        if len(np.unique(code)) < 2:  # nothing to tell apart
+            continue
         weight = R[train][cell, code]
         model = LogisticRegression(C=0.1, tol=1e-3, max_iter=300)
         model.fit(pcs[train][cell], code, sample_weight=weight)
-        if len(model.classes_) > 1:
-            held_out = model.predict_proba(pcs[folds == fold])
-            out[folds == fold] = np.log(LEAST_PROBABILITY)
-            held_out = np.log(np.maximum(held_out, LEAST_PROBABILITY))
-            out[np.ix_(folds == fold, model.classes_)] = held_out
+        held_out = model.predict_proba(pcs[folds == fold])
+        out[folds == fold] = np.log(LEAST_PROBABILITY)
+        held_out = np.log(np.maximum(held_out, LEAST_PROBABILITY))
+        out[np.ix_(folds == fold, model.classes_)] = held_out
     return out
 
 

@@ -151,6 +151,7 @@ def dwls(bulk, S, seed=0):
     """
     weights = []
     for i, b in enumerate(bulk.astype(float)):
+        b = b / max(b.sum(), 1e-300)  # on any scale, without overflow
         x = solve_nonnegative(S.T @ S, S.T @ b)
         if x.sum() == 0:
             weights.append(x)

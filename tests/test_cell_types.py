@@ -326,3 +326,13 @@ def test_types_of_few_cells_are_unknown_and_reported(capsys):
     assert list(kept) == ["T cells"] * 12 + ["Unknown"] * 5
     assert "3 Platelets" in capsys.readouterr().out
     assert list(annotate.leave_out_rare(cell_type, 3)) == list(cell_type)
+
+
+def test_regression_of_a_single_class_says_nothing():
+    """A handful of cells may leave one class to the cells that a fold trains on."""
+    pcs = np.random.default_rng(0).normal(size=(30, 4))
+    R = np.tile([0.0, 1.0], (30, 1))
+    assert (cell_types.regression_view(pcs, R, 0) == 0).all()
+    R[7] = [1.0, 0.0]  # in the fold that holds it out, the others are of one class
+    view = cell_types.regression_view(pcs, R, 0)
+    assert np.isfinite(view).all() and (view[7] == 0).all()

@@ -77,7 +77,8 @@ def clone(tmp_path_factory):
     cells = read_counts()  # the embedded dataset stands in for every download
     symbols = pd.read_csv(ROOT / "markers.csv")["geneSymbolmore1"].str.split(",").explode()
     genes = pd.Index(cells.var_names).union(pd.Index(symbols)).unique()
-    counts = pd.DataFrame(rng.poisson(50, (len(genes), 3)), genes, ["s1", "s2", "s3"])
+    mean = rng.lognormal(3, 2, (len(genes), 1))  # as far apart as in RNA-seq
+    counts = pd.DataFrame(rng.poisson(mean, (len(genes), 3)), genes, ["s1", "s2", "s3"])
     counts.to_csv(folder / "counts.csv.gz")
     fractions = pd.DataFrame({"sample": counts.columns, "T": [0.6, 0.5, 0.7], "B": [0.1, 0.2, 0.1]})
     fractions.to_csv(folder / "flow_fractions.csv", index=False)
