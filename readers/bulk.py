@@ -272,7 +272,9 @@ def samples_in_rows(source, is_text, finder, options):
     if is_gene[0] and name_column == 0:
         name_column = None
     dropped = is_text & ~is_gene
-    dropped |= (no_samples(table.columns) | ~holds_expression(table)) & ~is_gene
+    unknown = np.flatnonzero(~is_gene)
+    dropped[unknown] |= ~holds_expression(table.iloc[:, unknown])
+    dropped |= no_samples(table.columns) & ~is_gene
     dropped[0] |= not is_gene[0] or name_column == 0
     if name_column is not None:
         dropped[name_column] = True
@@ -294,8 +296,12 @@ def samples_in_rows(source, is_text, finder, options):
 
 def holds_expression(table):
     """Mask of the columns (C) that are numbers of 0 or more alone; metadata of samples may not."""
-    X = to_numbers(table)
-    return (np.isfinite(X) & (X >= 0)).all(axis=0)
+    mask = np.zeros(table.shape[1], bool)
+    is_number = np.array([dtype.kind in "iuf" for dtype in table.dtypes], bool)
+    for columns in (np.flatnonzero(is_number), *([i] for i in np.flatnonzero(~is_number))):
+        X = to_numbers(table.iloc[:, columns])
+        mask[columns] = (np.isfinite(X) & (X >= 0)).all(axis=0)
+    return mask
 
 
 def choose_name_column(source, is_text):

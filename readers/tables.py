@@ -121,8 +121,10 @@ def find_quoting(data, separator, names, where):
 
 def find_decimal(lines, separator):
     """The decimal mark: a comma if numbers have commas that group nothing, and none has a point."""
+    if separator == ",":
+        return "."
     fields = [f.strip() for line in lines for f in split(line, separator)[1:] if line.strip()]
-    if separator == "," or any(re.fullmatch(r"-?\d*\.\d+", f) for f in fields):
+    if any(re.fullmatch(r"-?\d*\.\d+", f) for f in fields):
         return "."
     commas = [f for f in fields if re.fullmatch(r"-?\d+,\d+", f)]
     return "," if any(len(f.split(",")[1]) != 3 or f[:2] == "0," for f in commas) else "."
