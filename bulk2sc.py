@@ -20,6 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
+from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 from runtime.script import lead_with, parse_args, plain_settings, run_script
 
@@ -30,7 +31,7 @@ from runtime.script import lead_with, parse_args, plain_settings, run_script
     *("log", "pseudocount", "data", "batch_size"),
 )
 @dataclass
-class Settings(DatasetSettings):
+class Settings(DatasetSettings, BulkOptions):
     """Generate single cells from bulk RNA-seq samples.
 
     Example: python bulk2sc.py --bulk samples.csv --n-cells 1000
@@ -69,20 +70,6 @@ class Settings(DatasetSettings):
     """The file of generated cells. Tables and pictures get its name with another ending."""
     dry_run: bool = False
     """Say how --bulk is read, and stop."""
-    genes_in: Literal["auto", "rows", "columns"] = "auto"
-    """Where the genes of --bulk are."""
-    gene_column: str | None = None
-    """Column of --bulk that names the genes. Default: the one with most genes of the model."""
-    columns: tuple[str, ...] = ()
-    """Columns of --bulk that are samples. Default: those of numbers that are not known to be
-    annotation, statistics or other units."""
-    bulk_unit: Literal["auto", "counts", "tpm", "cpm", "fpkm"] = "auto"
-    """What is read where --bulk has several values of a sample. auto: counts if there are any."""
-    log: Literal["auto", "no", "2", "e", "10"] = "auto"
-    """Base of the logarithm that --bulk is on, which is undone. auto: a table on a logarithmic
-    scale is refused; no: values are taken as they are."""
-    pseudocount: float = 1.0
-    """What was added before the logarithm of --log."""
     force: bool = False
     """Replace files that are not from bulk2sc, too; without it only its own are replaced."""
 
@@ -201,7 +188,7 @@ from generation import (
 )
 from plotting import write_proportions
 from proportions import make_proportions
-from readers.bulk import BulkOptions, read_bulk
+from readers.bulk import read_bulk
 from readers.proportions import read_proportions
 from runtime.device import pick_device, seed_everything
 from runtime.errors import one_line, plain, some
@@ -322,12 +309,6 @@ def write_expression(cfg, samples, expression, card):
     print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
 
 
-def bulk_options(cfg):
-    """What the settings say of how --bulk is to be read."""
-    options = cfg.genes_in, cfg.gene_column, cfg.columns, cfg.bulk_unit, cfg.log, cfg.pseudocount
-    return BulkOptions(*options)
-
-
 def name_of(bulk):
     """What messages call the files of --bulk (a tuple)."""
     return str(bulk[0]) if len(bulk) == 1 else f"--bulk ({len(bulk)} files)"
@@ -356,7 +337,7 @@ def main(cfg):
     if cfg.proportions is not None:
         known = read_proportions(cfg.proportions, cell_types, cfg.lineages)
     if cfg.bulk:
-        bulk = read_bulk(cfg.bulk, genes, card.get("gene_ids"), bulk_options(cfg))
+        bulk = read_bulk(cfg.bulk, genes, card.get("gene_ids"), cfg)
         if cfg.dry_run:
             return
         samples = BulkSamples(bulk, name_of(cfg.bulk), models, cfg.mrna_content, known)

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ import scipy.sparse as sp
 
 from readers.bounded import to_numbers
 from readers.bulk_files import read_any_table
+from readers.bulk_options import BulkOptions
 from readers.columns import (
     choose_columns,
     common_unit,
@@ -54,27 +54,6 @@ FEWEST_ROWS = 50  # for a column that is the sum of the others not to be so by c
 BARCODE = re.compile(r"(.*[^ACGT])?[ACGT]{12,}([-_.].*)?")
 
 FEWEST_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
-
-
-@dataclass
-class BulkOptions:
-    """What settles how bulk samples are read, where their file leaves it open."""
-
-    genes_in: Literal["auto", "rows", "columns"] = "auto"
-    """Where the genes of --bulk are."""
-    gene_column: str | None = None
-    """Column of --bulk that names the genes, if they are in rows. Default: the one in which most of
-    the model's genes are found."""
-    columns: tuple[str, ...] = ()
-    """Columns of --bulk that are samples. Default: all columns of numbers that are not known to be
-    annotation, statistics or other units."""
-    unit: Literal["auto", "counts", "tpm", "cpm", "fpkm"] = "auto"
-    """What is read where --bulk has several values of a sample. auto: counts if there are any."""
-    log: Literal["auto", "no", "2", "e", "10"] = "auto"
-    """Base of the logarithm that --bulk is on, which is undone. auto: a table on a logarithmic
-    scale is refused; no: values are taken as they are."""
-    pseudocount: float = 1.0
-    """What was added before the logarithm of --log."""
 
 
 @dataclass
@@ -403,7 +382,7 @@ def choose_value_column(source, is_text, sample, others, options):
     split = [split_words(columns[i]) for i in possible]
     units = {unit_of(words): i for i, (_, words) in zip(possible, split, strict=True) if words}
     if len(possible) > 1 and len(units) == len(possible):
-        return int(units[common_unit({"": units}, options.unit, path)])
+        return int(units[common_unit({"": units}, options.bulk_unit, path)])
     if len(possible) != 1:
         raise InputError(
             f"{path}: found a long table with {len(possible)} columns of values "

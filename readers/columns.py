@@ -44,7 +44,7 @@ def choose_columns(source, gene_column, is_text, options, is_gene, notes):
 
     Args:
         source: readers.bulk_files.Source. gene_column: position of the genes. is_text: mask of the
-            columns of text (C). options: readers.bulk.BulkOptions. is_gene: mask of the rows that
+            columns of text (C). options: BulkOptions. is_gene: mask of the rows that
             are genes (R). notes: to add to.
 
     Raises:
@@ -178,7 +178,7 @@ def one_of_each_sample(columns, candidates, options, path):
         return candidates, [columns[i] for i in candidates]
     if len(groups) > 1 and len(several) < 0.5 * len(groups):
         return candidates, [columns[i] for i in candidates]
-    unit = common_unit(groups, options.unit, path)
+    unit = common_unit(groups, options.bulk_unit, path)
     chosen = [group[unit] for group in groups.values() if unit in group]
     unclear = next((group for group in chosen if len(group) > 1), None)
     if unclear is not None and len({columns[i] for i in unclear}) == 1:

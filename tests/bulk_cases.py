@@ -741,7 +741,7 @@ def add_quantifiers():
     )
     for unit, factor in (("tpm", 1 / 3), ("fpkm", 1 / 5)):
         file, text = quantifier_files()["RSEM genes"]
-        right(f"RSEM's {unit}", text, (one * factor).round(2), file, unit=unit)
+        right(f"RSEM's {unit}", text, (one * factor).round(2), file, bulk_unit=unit)
     file, text = quantifier_files()["HTSeq"]
     refused(
         "a unit that is not there",
