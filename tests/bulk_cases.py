@@ -459,7 +459,7 @@ def add_columns():
             )
     units = pd.DataFrame({f"{s}_{u}": X[s] * f for s in X for u, f in (("TPM", 0.3), ("count", 1))})
     right("units as suffixes", units.to_csv())
-    right("TPM of several units", units.to_csv(), X, unit="tpm")
+    right("TPM of several units", units.to_csv(), X, bulk_unit="tpm")
     units = pd.DataFrame(
         {f"{u}.{s}": X[s] * f for u, f in (("FPKM", 0.3), ("counts", 1)) for s in X}
     )
@@ -748,7 +748,7 @@ def add_quantifiers():
         quantifier_files()["Salmon by gene"][1],
         "fpkm",
         file="S1.sf",
-        unit="fpkm",
+        bulk_unit="fpkm",
     )
     txi = pd.concat({"abundance": X / 3, "counts": X, "length": X * 0 + 900}, axis=1)
     txi.columns = [f"{a}.{b}" for a, b in txi.columns]
