@@ -31,10 +31,21 @@ sys.path.insert(0, str(ROOT))
 
 
 from readers import backed, bulk_files, counts, hdf5_probe  # noqa: E402  not an installed package
+from runtime.errors import InputError  # noqa: E402
 from runtime.script import parse_args, run_script  # noqa: E402
 
 # A slash and two spaces, as in real data.
 CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]
+
+
+def refused(call, *words):
+    """Check that the call raises an InputError of one line that has these words."""
+    with pytest.raises(InputError) as error:
+        call()
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert str(word) in line, f"{word!r} not in {line!r}"
 
 
 def make_cells(n_per_type=(40, 30, 20), n_genes=60, seed=0):

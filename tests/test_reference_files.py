@@ -11,23 +11,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from conftest import make_cells, write_10x, write_10x_h5, write_labels
+from conftest import make_cells, refused, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, TrainingSettings, codes_of, library_size, load_cells
 from readers import counts
 from readers.backed import read_backed
 from readers.counts import COUNT_LAYERS, check_orientation, read_counts
 from readers.labels import is_type_name, read_label_csv
-from runtime.errors import InputError
-
-
-def refused(call, *words):
-    """Check that the call raises an InputError of one line that has these words."""
-    with pytest.raises(InputError) as error:
-        call()
-    line = str(error.value)
-    assert "\n" not in line
-    for word in words:
-        assert str(word) in line, f"{word!r} not in {line!r}"
 
 
 def load(path, **settings):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import annotate
-from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
+from conftest import ROOT, make_cells, refused, run_inside, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, load_cells
 from models import BulkEncoder, scDecoder, scGMVAE
 from readers import bulk_files, hdf5
@@ -23,20 +23,9 @@ from readers.bulk import read_bulk
 from readers.counts import read_counts
 from readers.hdf5 import check_hdf5
 from readers.labels import read_label_csv
-from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model
 
 HEADER = "%%MatrixMarket matrix coordinate integer general\n"
-
-
-def refused(call, *words):
-    """Check that the call raises an InputError of one line that has these words."""
-    with pytest.raises(InputError) as error:
-        call()
-    line = str(error.value)
-    assert "\n" not in line
-    for word in words:
-        assert str(word) in line, f"{word!r} not in {line!r}"
 
 
 # ----------------------------------------------------------------------------- Matrix Market
