@@ -18,7 +18,7 @@ from readers.containers import (
     read_source,
     to_utf8,
 )
-from readers.counts import check_sparse
+from readers.counts import COUNT_LAYERS, check_sparse
 from readers.hdf5 import check_hdf5
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
@@ -217,12 +217,9 @@ def matrix_of(adata, path):
     Raises:
         InputError: it holds no matrix.
     """
-    places = [("X", adata.X, adata.var)]
-    places += [
-        (f"layers[{n!r}]", adata.layers[n], adata.var)
-        for n in ("counts", "raw_counts")
-        if n in adata.layers
-    ]
+    layers = [name for name in COUNT_LAYERS if name in adata.layers]
+    places = [(f"layers[{name!r}]", adata.layers[name], adata.var) for name in layers]
+    places.append(("X", adata.X, adata.var))
     if adata.raw is not None:
         places.append(("raw.X", adata.raw.X, adata.raw.var))
     places = [place for place in places if place[1] is not None]
@@ -232,5 +229,5 @@ def matrix_of(adata, path):
         values = X.data if sp.issparse(X) else np.asarray(X)
         if values.dtype.kind in "biuf" and np.all(values == np.rint(values)) and values.size:
             return X, var, name
-    name, X, var = places[0]
+    name, X, var = next((place for place in places if place[0] == "X"), places[0])
     return X, var, name
