@@ -244,7 +244,7 @@ def related(values, kept, names, path):
     good = median >= UNRELATED
     if not good.any() or np.median(median[good]) < RELATED:
         return kept, names
-    good |= ~varies  # an empty sample is an error of its own
+    good |= ~X.any(axis=1)  # an empty sample is an error of its own
     return [i for i, g in zip(kept, good, strict=True) if g], [
         name for name, g in zip(names, good, strict=True) if g
     ]

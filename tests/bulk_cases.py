@@ -490,6 +490,7 @@ def add_columns():
         X.set_axis(["CD4+", "CD4-", "α", "β"], axis=1),
     )
     right("raw and normalised", pd.concat([X, (X / 3).add_suffix(".norm")], axis=1).to_csv())
+    right("a constant column", X.assign(Coverage=1.5).to_csv())
     right("without ids of another name", X.assign(bp=rng.permutation(10 * n)[:n]).to_csv())
     refused(
         "a sample named Total", X.set_axis(["Total", "a", "c", "d"], axis=1).to_csv(), "--columns"
