@@ -51,6 +51,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
+from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 from runtime.script import flag, lead_with, parse_args, run_script
 
@@ -60,7 +61,7 @@ from runtime.script import flag, lead_with, parse_args, run_script
     *("samples", "donors", "conditions", "contrast"),
 )
 @dataclass
-class Settings(DatasetSettings):
+class Settings(DatasetSettings, BulkOptions):
     """Compare generated cells with held-out real ones, and predicted with true proportions.
 
     Example: python evaluate.py --data filtered_feature_bc_matrix --weights my_weights

@@ -319,7 +319,7 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
         InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
     """
     card, lineages = methods.training.decoder_card, list(fractions.columns)
-    bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"))
+    bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"), cfg)
     index = fractions.index.get_indexer([str(name).strip() for name in samples])
     measured = index >= 0
     n = measured.sum()

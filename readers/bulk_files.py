@@ -41,13 +41,14 @@ class Source:
     format: str
     headerless: bool = False
     data: bytes | None = None
+    n_text_rows: int = 0
 
     def as_text(self, i):
         """The columns i (a list) as text, as the file has them; None if it is no text file."""
         if self.data is None:
             return None
         table, _ = read_text_table(self.data, self.path, text=True)
-        return table.iloc[:, i].to_numpy(object)
+        return table.iloc[self.n_text_rows :, i].to_numpy(object)
 
 
 def read_any_table(path):
@@ -103,6 +104,9 @@ def check_text(data, path):
             rb"^[^\t\n]+\t[^\t\n]+\t(gene|transcript|exon|mRNA|CDS)\t\d+\t\d+\t", head, re.M
         )
         is not None,
+        "a Markdown table": re.match(rb"\|[^\n]*\|\s*\n\|[ :|-]+\n", head) is not None,
+        "an R object as text (dput)": head.startswith(b"structure("),
+        "a printed tibble": head.startswith(b"# A tibble"),
         "featureCounts' summary": re.match(rb"Status\t[^\n]*\n(Assigned|Unassigned)", head)
         is not None,
     }

@@ -12,6 +12,8 @@ import scipy.stats
 
 from readers.bounded import to_numbers
 from readers.quantifiers import (
+    PROTEINS,
+    SAMPLES,
     STRANDS,
     choose_strand,
     no_samples,
@@ -19,10 +21,10 @@ from readers.quantifiers import (
     sample_name,
     split_words,
     unit_of,
+    without_paths,
 )
+from readers.redundant import FEWEST_ROWS, check_once, without_sums
 from runtime.errors import InputError, some
-
-FEWEST_ROWS = 200  # for evidence from values: that they are all distinct, sums, or correlate
 
 # Spearman correlation between genes: of RNA-seq samples of any two tissues above 0.5, of lengths,
 # ids, positions and p-values with samples below 0.25.
@@ -66,15 +68,19 @@ def choose_columns(source, gene_column, is_text, options, is_gene, notes):
         kept.remove(0)
         notes.append("the first column numbers the rows")
     kept = without_identifiers(values, kept)
+    check_rna(columns, kept, path)
     kept, names = one_of_each_sample(columns, kept, options, path)
     if len(kept) > 1 and not source.headerless:
         kept, names = related(values, kept, names, path)
-    kept, names = without_sums(values, kept, names)
+    if not source.headerless:
+        check_once(values, kept, names, path)
+    kept, names = without_sums(values, kept, names, path)
     if source.headerless or (len(kept) == 1 and not names[0]):
-        stem = sample_name(path)
+        stem = constant_name(table, is_text) or sample_name(path)
         if not source.headerless:
             notes.append(f"values by column {columns[kept[0]]}")
         names = [stem] if len(kept) == 1 else [f"{stem}_{columns[i]}" for i in kept]
+    names = without_paths(names)
     known = {*kept, gene_column} | ({0} if numbered else set())
     dropped = [i for i in range(len(columns)) if i not in known]
     if dropped:
@@ -103,6 +109,24 @@ def by_name(columns, numeric, values, path):
                 "it may be annotation or a summary by its name; --columns names the samples"
             )
     return kept
+
+
+def check_rna(columns, kept, path):
+    """Raise an InputError if most columns (positions kept) hold proteins, by their names (C)."""
+    proteins = [columns[i] for i in kept if PROTEINS.search(columns[i])]
+    if proteins and len(proteins) > len(kept) / 2:
+        raise InputError(
+            f"{path}: found columns of a proteomics experiment ({some(proteins)}), expected RNA "
+            "counts, TPM or CPM; --columns names the samples"
+        )
+
+
+def constant_name(table, is_text):
+    """The sample of a table that has the same name in each row of a column of samples, or None."""
+    for i in np.flatnonzero(is_text):
+        if SAMPLES.search(str(table.columns[i])) and table.iloc[:, i].nunique() == 1:
+            return str(table.iloc[0, i]).strip() or None
+    return None
 
 
 def is_sample_like(x, others):
@@ -221,7 +245,7 @@ def related(values, kept, names, path):
         values: of each column (R). kept: positions. names: of the samples.
 
     Raises:
-        InputError: there are two columns, and they do not.
+        InputError: there are two columns, and they do not; or one with many zeros does not.
     """
     X = np.stack([values[i] for i in kept])  # (S, R)
     if X.shape[1] < FEWEST_ROWS or np.isnan(X).mean() > 0.2:
@@ -240,11 +264,18 @@ def related(values, kept, names, path):
                 "them"
             )
         return kept, names
-    median = np.nanmedian(r, axis=1)
+    median = np.nanmax(r, axis=1) if len(r) == 3 else np.nanmedian(r, axis=1)
     good = median >= UNRELATED
     if not good.any() or np.median(median[good]) < RELATED:
         return kept, names
     good |= ~X.any(axis=1)  # an empty sample is an error of its own
+    zeros = (X == 0).mean(axis=1)  # lengths, positions and p-values have hardly any
+    if (~good & (zeros > 0.01)).any():
+        i = int(np.flatnonzero(~good & (zeros > 0.01))[0])
+        raise InputError(
+            f"{path}: found a column {names[i]} that goes with no other as samples do (rank "
+            f"correlation {median[i]:.2f}), expected samples; --columns names them"
+        )
     return [i for i, g in zip(kept, good, strict=True) if g], [
         name for name, g in zip(names, good, strict=True) if g
     ]
@@ -283,19 +314,3 @@ def strand_of(source, strands, is_gene, notes):
     best, why = choose_strand(np.nan_to_num(counts[is_gene]))
     notes.append(f"counts of STAR: {why}")
     return [strands[best]], [sample_name(source.path)]
-
-
-def without_sums(values, kept, names):
-    """Columns without one that is the sum or the mean of all others."""
-    if len(kept) < 4 or len(values[kept[0]]) < FEWEST_ROWS:
-        return kept, names
-    X = np.stack([values[i] for i in kept])  # (S, R)
-    if np.isnan(X).any():
-        return kept, names
-    total, scale = X.sum(axis=0), np.abs(X).max() + 1e-300
-    for j in np.flatnonzero(X.any(axis=1)):
-        others = total - X[j]
-        parts = others, others / (len(X) - 1)
-        if any(np.abs(X[j] - part).max() < 1e-6 * scale for part in parts):
-            return kept[:j] + kept[j + 1 :], names[:j] + names[j + 1 :]
-    return kept, names

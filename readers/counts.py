@@ -20,7 +20,7 @@ EMBEDDED = "pbmc68k_reduced"  # the dataset that ships with scanpy; needs no dow
 
 EMBEDDED_LABELS = "bulk_labels"  # its column of cell types
 
-COUNT_LAYERS = ("counts", "raw_counts")  # of an .h5ad, the first one that holds raw counts
+COUNT_LAYERS = ("counts", "raw_counts", "raw")  # of an .h5ad, the first one that holds raw counts
 
 # A barcode of a cell, with the name of a sample before or behind it, if any.
 BARCODE = re.compile(

@@ -247,3 +247,14 @@ def likely_cause(names, finder):
 def describe_kinds(kinds):
     """Text on what was mended, of a Counter of :meth:`GeneFinder.find`."""
     return some([f"{n:,} {kind}" for kind, n in kinds.most_common()], 8)
+
+
+def second_names(genes, gene_ids):
+    """The other names of genes that differ from their names."""
+    return [other for gene, other in zip(genes, gene_ids, strict=True) if other not in ("", gene)]
+
+
+def examples(genes, gene_ids):
+    """A few names that the model knows, for messages."""
+    others = second_names(genes, gene_ids)
+    return some(genes) + (f", or {some(others)}" if others else "")

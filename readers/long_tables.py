@@ -1,15 +1,12 @@
 """Long tables, with a row for each gene of each sample, as tidy tools write them."""
 
-import re
-
 import numpy as np
 import pandas as pd
 
 from readers.bounded import to_numbers
+from readers.quantifiers import SAMPLES
 from readers.tables import NO_VALUE
 from runtime.errors import InputError
-
-NAMED = re.compile("sample|run|subject|donor|patient|library", re.IGNORECASE)
 
 
 def find_sample_column(table, genes, is_text, gene_column, path):
@@ -30,7 +27,7 @@ def find_sample_column(table, genes, is_text, gene_column, path):
         return None
     usable = []
     for i, name in enumerate(table.columns):
-        if i == gene_column or not (is_text[i] or NAMED.search(str(name))):
+        if i == gene_column or not (is_text[i] or SAMPLES.search(str(name))):
             continue
         sample = table.iloc[:, i].astype(str)
         n = sample.nunique()
@@ -39,7 +36,7 @@ def find_sample_column(table, genes, is_text, gene_column, path):
             usable.append(i)
     if not usable:
         check_wide(table, genes, is_text, gene_column, path)
-    named = [i for i in usable if NAMED.search(str(table.columns[i]))]
+    named = [i for i in usable if SAMPLES.search(str(table.columns[i]))]
     return next(iter(named or usable), None)
 
 

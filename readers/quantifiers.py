@@ -65,6 +65,22 @@ UNIT_WORDS = {
 # Words that may stand beside these, and say nothing by themselves.
 FILLERS = {"gene", "total", "eff", "effective", "value", "values", "lo", "hi", "num", "n"}
 
+# Words of columns that hold something else than RNA.
+PROTEINS = re.compile(
+    r"\b(LFQ|iBAQ|intensity|intensities|spectral count|MS/MS count|peptides|reporter)",
+    re.IGNORECASE,
+)
+
+# What aligners and their pipelines add to the name of a sample.
+ALIGNMENT = re.compile(
+    r"([._-]?(Aligned|sortedByCoord|sorted|sort|out|markdup|dedup|rmdup|umi|hisat2?|star))*"
+    r"\.(bam|sam|cram)$",
+    re.IGNORECASE,
+)
+
+# A column that names samples.
+SAMPLES = re.compile("sample|run|subject|donor|patient|library", re.IGNORECASE)
+
 STRANDS = ("unstranded", "stranded_first", "stranded_second")  # columns of STAR's gene counts
 
 # Rows of HTSeq and STAR that count reads outside of genes.
@@ -194,6 +210,22 @@ def sample_name(path):
     if not stem or plain_name(stem) in {plain_name(name) for name in GENERIC}:
         return path.absolute().parent.name or path.name
     return stem
+
+
+def without_paths(names):
+    """Names of samples that were files of alignments, without folders and endings.
+
+    ``run/S1/S1.sorted.bam`` becomes ``S1``; so does ``run/S1/accepted_hits.bam``, if all files have
+    the same name. They stay as they are if samples could not be told by these.
+    """
+    if not all(ALIGNMENT.search(str(name)) for name in names):
+        return names
+    stems = [ALIGNMENT.sub("", re.split(r"[/\\]", name)[-1]) for name in names]
+    folders = [re.split(r"[/\\]", name)[-2] if re.search(r"[/\\]", name) else "" for name in names]
+    for shorter in (stems, folders):
+        if len(set(shorter)) == len(names) and all(shorter):
+            return shorter
+    return names
 
 
 def expand(paths):

@@ -15,6 +15,10 @@ ALL_GENES = 5000  # expressed genes from which the second limit holds
 LINEAR_OF_SMALL = 60
 LARGEST_LOG = 25
 
+FEW_COUNTS = 3  # the largest value of mutations, copy numbers or calls, as of no bulk
+
+MOST_READS = 1e10  # of one gene, in any library
+
 FLAG = "--log 2, --log e or --log 10 undoes a logarithm, --log no takes the values as they are"
 
 
@@ -28,6 +32,8 @@ class Scale:
     """For messages."""
     samples: np.ndarray | None = None
     """Mask of the samples that are not on a linear scale (S)."""
+    base: str | None = None
+    """Of a logarithm, if the values show it."""
 
 
 def skew(x):
@@ -63,6 +69,13 @@ def find_scale(X):
     negative = X < 0
     if negative.any():
         return negative_scale(X, negative)
+    if X.shape[1] >= FEWEST_GENES and X.max() <= FEW_COUNTS:
+        return Scale("few", f"no value is above {X.max():.4g}")
+    signs = transforms_of(X)
+    if signs:
+        name, why = next(iter(signs.items()))
+        everywhere = np.ones(len(X), bool)
+        return Scale("square roots" if name == "root" else "log", why, everywhere, name)
     if all(is_ranks(x) for x in X):
         return Scale("ranks", "values are ranks of the genes")
     skews = np.array([skew(x) for x in X])
@@ -93,6 +106,63 @@ def negative_scale(X, negative):
     if by_gene.mean() > 0.5 or by_sample.all():
         return Scale("z-scores", f"{example}, and means are 0")
     return Scale("log", example, negative.any(axis=1))
+
+
+def transforms_of(X):
+    """Transforms that X (S x G) seems to be of counts, or of CPM, and why.
+
+    They are undone in turn: only the right one gives integers, or samples of one sum that is a
+    power of ten.
+
+    Returns:
+        dict from ``root``, ``2``, ``e`` and ``10`` to a text; empty for what is on a linear scale.
+    """
+    X = X[:20]
+    if np.array_equal(X, np.rint(X)) or X.shape[1] < FEWEST_GENES or X.max() > np.sqrt(MOST_READS):
+        return {}
+    signs = {}
+    for name, (what, undo, largest) in UNDONE.items():
+        if X.max() > largest:
+            continue
+        Y = undo(X)
+        total = Y.sum(axis=1)
+        power = 10 ** np.rint(np.log10(np.maximum(total, 1)))
+        small = (Y > 1.5) & (Y < 30)
+        if small.sum() > 50 and is_whole(Y[small]) > 0.98 and is_whole(X[small]) < 0.5:
+            signs[name] = f"{what}, the values are integers"
+        elif len(X) > 1 and (power > 1e3).all() and (np.abs(total / power - 1) < 2e-3).all():
+            signs[name] = f"{what}, every sample has the sum {power[0]:,.0f}"
+    return signs
+
+
+def is_whole(x):
+    """The share of values (n) that are integers, but for rounding."""
+    return np.mean(np.abs(x - np.rint(x)) < 0.02)
+
+
+UNDONE = {  # of each transform: for messages, its inverse, and the largest value it may have
+    "root": ("squared", np.square, np.sqrt(MOST_READS)),
+    "2": ("as powers of 2 less 1", lambda X: np.exp2(X) - 1, np.log2(MOST_READS)),
+    "e": ("as powers of e less 1", np.expm1, np.log(MOST_READS)),
+    "10": ("as powers of 10 less 1", lambda X: 10**X - 1, np.log10(MOST_READS)),
+}
+
+
+def check_base(X, base):
+    """Check that X (S x G) may be the logarithm to a base, and is not to another one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    largest = np.log(MOST_READS) / np.log(np.e if base == "e" else float(base))
+    if X.max() > largest:
+        raise ValueError(
+            f"found values up to {X.max():.4g}, expected logarithms to base {base} of at most "
+            f"{largest:.0f}, that of ten billion reads"
+        )
+    signs = transforms_of(X)
+    if signs and base not in signs:
+        raise ValueError(f"found values on another scale: {next(iter(signs.values()))}")
 
 
 def undo_log(X, base, pseudocount):

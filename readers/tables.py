@@ -37,6 +37,8 @@ NAMES_OF_GENES = {
     *("row", "rows", "rownames", "tracking", "ref", "gen", "sample", "samples", "unnamed", "index"),
 }
 
+SPACES = " '\u2019\u00a0\u2009\u202f"  # marks that can only stand between thousands
+
 FEWEST_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
 
 
@@ -169,7 +171,10 @@ def is_row_of_numbers(fields):
     n_text = 2 if bare_id(first) else 1  # HTSeq may write a symbol behind the id
     rest = fields[n_text:] if len(fields) > n_text else fields[1:]
     # A header may name samples by numbers, but then its first field is the name of a column.
-    return not set(words) & NAMES_OF_GENES and all(map(is_number, rest))
+    named = set(words) & NAMES_OF_GENES or re.search(
+        "gene|symbol|probe|ensembl|feature", first, re.I
+    )
+    return not named and all(map(is_number, rest))
 
 
 def is_number(field):
@@ -258,6 +263,14 @@ def read_numbers(text, where):
         InputError: too few numbers show which of the two is meant.
     """
     values = pd.Series(text.ravel()).astype(str).str.strip()
+    spaced = values.str.contains(rf"^-?\d{{1,3}}(?:[{SPACES}]\d{{3}})+(?:[.,]\d+)?$")
+    if spaced.any():
+        mark = re.sub(r"[\d.,-]", "", values[spaced].iloc[0])[0]
+        without = values.where(~spaced, values.str.replace(f"[{SPACES}]", "", regex=True))
+        mended, note = read_numbers(without.to_numpy(), where)
+        return mended, "; ".join(
+            filter(None, [f"{spaced.sum():,} numbers with {mark!r} between thousands", note])
+        )
     plain = to_numbers(values)
     numbers = values[~values.isin(NO_VALUE)]
     for grouping, decimal in ((",", "."), (".", ",")):

@@ -894,6 +894,128 @@ def add_h5ad():
     refused("h5ad of single cells", save(cells), "cells")
 
 
+# ----------------------------------------------------- the same again, other data, rows of text
+
+
+def add_redundant():
+    X, rng = data(), np.random.default_rng(3)
+    cpm = (X / X.sum() * 1e6).round(3)
+    for words, other in ((("raw", "xyz"), cpm), (("A", "B"), cpm), (("all", "dedup"), X // 3)):
+        twice = [X.add_suffix(f"_{words[0]}"), other.add_suffix(f"_{words[1]}")]
+        refused(f"each sample twice, {words}", pd.concat(twice, axis=1).to_csv(), "2 times")
+    twice = pd.concat([X.add_prefix("a."), cpm.add_prefix("b.")], axis=1)
+    refused("each sample twice, words in front", twice.to_csv(), "2 times")
+    replicates = {f"S{i}_rep{k}": rng.poisson(8 * X.iloc[:, i]) for i in range(3) for k in (1, 2)}
+    replicates = pd.DataFrame(replicates, X.index)
+    right("technical replicates", replicates.to_csv(), replicates)
+    refused("sum of two samples", X.assign(both=X["S1"] + X["S2"]).to_csv(), "sum")
+    lanes = {f"{c}_L{k}": rng.poisson(X[c] / 2) for c in X for k in (1, 2)}
+    lanes = pd.DataFrame(lanes, X.index)
+    for c in X:
+        lanes[f"{c}_merged"] = lanes[f"{c}_L1"] + lanes[f"{c}_L2"]
+    refused("lanes and their sums", lanes.to_csv(), "sum")
+    right("sum and mean", X.assign(Pool=X.sum(axis=1), avrg=X.mean(axis=1)).to_csv(), X)
+    right("mean as an integer", X.assign(avrg=X.mean(axis=1).round()).to_csv(), X)
+    lengths = X[["S1", "S2"]].assign(bp=rng.integers(300, 9000, len(X)))
+    right("lengths beside two samples", lengths.to_csv(), X[["S1", "S2"]])
+    poor = X.assign(degraded=rng.permutation(X["S1"]))
+    refused("a sample unlike all others", poor.to_csv(), "degraded", "--columns")
+    right("a sample unlike all others, named", poor.to_csv(), poor, columns=tuple(poor))
+
+
+def add_other_data():
+    X, rng = data(), np.random.default_rng(4)
+    peaks = X.sample(n=2 * len(X), replace=True, random_state=0)
+    summed = peaks.groupby(level=0).sum()
+    start = rng.integers(1000, 10**8, len(peaks))
+    peaks.insert(0, "gene", peaks.index)
+    for i, (name, values) in enumerate({"chr": "chr1", "start": start, "end": start + 500}.items()):
+        peaks.insert(i, name, values)
+    refused("peaks", peaks.to_csv(index=False), "peaks")
+    named = peaks.drop(columns=["chr", "start", "end"])
+    named.insert(0, "peak", [f"chr1:{s}-{s + 500}" for s in start])
+    refused("peaks by name", named.to_csv(index=False), "peaks")
+    right("peaks to be added up", peaks.to_csv(index=False), summed, gene_column="gene")
+    exons = peaks.assign(exon_number=1)
+    right("exons", exons.to_csv(index=False), summed)
+    protein = (X * 1e5 + 7).add_prefix("LFQ intensity ")
+    refused("proteins", protein.to_csv(index_label="Gene names"), "proteomics")
+    calls = pd.DataFrame((rng.random(X.shape) < 0.05).astype(int), X.index, X.columns)
+    refused("mutations", calls.to_csv(), "too small")
+    refused("copy numbers", (calls + 2).to_csv(), "too small")
+    beta = pd.DataFrame(rng.beta(0.5, 0.5, X.shape), X.index, X.columns)
+    refused("methylation", beta.to_csv(), "too small", "log")
+    refused("square roots of counts", np.sqrt(X).round(4).to_csv(), "square root")
+    cpm = X / X.sum() * 1e6
+    refused("square roots of CPM", np.sqrt(cpm).round(4).to_csv(), "square root")
+    logs = np.log2(cpm + 1)
+    refused("logarithms say their base", logs.to_csv(), "--log 2 undoes it")
+    refused("logarithms of another base", logs.to_csv(), "powers of 2", log="e")
+    refused("no logarithms to base 2", X.to_csv(), "expected logarithms to base 2", log="2")
+    refused("no logarithms to base 10", logs.to_csv(), "base 10", log="10")
+
+
+def add_text_rows():
+    X = data()
+
+    def above(*rows):
+        names = [name for name, _ in rows]
+        rows = pd.DataFrame([row for _, row in rows], names, X.columns)
+        return pd.concat([rows, X.astype(str)]).to_csv(index_label="gene")
+
+    condition = "condition", ["ctrl", "ctrl", "IFN", "IFN"]
+    right("a row of conditions", above(condition))
+    right("rows of ages and conditions", above(("age", ["44", "51", "60", "61"]), condition))
+    right("a row of units", above(("", ["TPM"] * 4)))
+    levels = X.set_axis(pd.MultiIndex.from_tuples([("a", c) for c in X]), axis=1)
+    right("a header of two rows", levels.to_csv())
+    names = ["101", "102", "103", "104"]
+    right(
+        "numbers as names of samples",
+        X.set_axis(names, axis=1).to_csv(index_label="Gensymbol"),
+        X.set_axis(names, axis=1),
+    )
+    for mark in ("\u00a0", "'", "\u202f", " "):
+        grouped = X.map(lambda v, mark=mark: f"{v:,}".replace(",", mark))
+        right(f"{mark!r} between thousands", grouped.to_csv(sep=";"))
+    for mark in ",.":
+        mixed, values = (X / 4).map(lambda v: f"{v:.2f}"), (X / 4).round(2)
+        mixed["S2"] = X["S2"].map(lambda v, mark=mark: f"{v:,}".replace(",", mark))
+        values["S2"] = X["S2"]
+        right(f"{mark!r} between thousands of one sample", mixed.to_csv(sep=";"), values)
+    one = X.reset_index(names="gene").assign(sample="S2")[["gene", "sample", "S2"]]
+    one = one.set_axis(["gene", "sample", "count"], axis=1)
+    right("one sample, named by a column", one.to_csv(index=False), X[["S2"]])
+    refused("Markdown", "| gene | S1 |\n|---|---|\n| CD3E | 7 |\n", "Markdown")
+    refused("dput", 'structure(list(S1 = c(1, 2)), row.names = c("CD3E", "CD4"))\n', "dput")
+    for ending in ("/{}.sorted.bam", "/{}Aligned.sortedByCoord.out.bam", "/accepted_hits.bam"):
+        paths = [f"/data/{c}{ending.format(c)}" for c in X]
+        right(f"paths of alignments {ending}", X.set_axis(paths, axis=1).to_csv())
+    barcodes = ["".join(row) for row in np.random.default_rng(5).choice(list("ACGT"), (60, 14))]
+    wells = X.iloc[:, [0, 1, 2] * 20].set_axis(barcodes, axis=1)
+    refused("samples named by barcodes", wells.to_csv(), "--columns")
+    right("barcodes, asked for", wells.to_csv(), wells, columns=tuple(barcodes))
+
+    def files(column):
+        def make(folder):
+            for c in X:
+                X[[c]].set_axis([column], axis=1).to_csv(folder / f"{c}.csv")
+            return [folder / f"{c}.csv" for c in X]
+
+        return make
+
+    for column in ("x", "V2", "value", "tumor"):
+        right(f"files of one column {column}", files(column))
+    raw = anndata.AnnData(np.log1p(X.T.to_numpy(float)), None, pd.DataFrame(index=X.index))
+    raw.obs_names, raw.layers["raw"] = list(X), X.T.to_numpy()
+
+    def write_raw(folder):
+        raw.write_h5ad(folder / "b.h5ad")
+        return folder / "b.h5ad"
+
+    right("h5ad, counts in a layer raw", write_raw)
+
+
 @cache
 def all_cases():
     """All cases, made once."""
@@ -909,6 +1031,9 @@ def all_cases():
         add_quantifiers,
         add_several,
         add_h5ad,
+        add_redundant,
+        add_other_data,
+        add_text_rows,
     ):
         add()
     assert len({case.name for case in CASES}) == len(CASES)
