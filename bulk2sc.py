@@ -10,10 +10,8 @@ bulk, and each batch yields one cell. Writes one .h5ad and, of bulk samples or m
 a picture beside it (see README, "The output").
 """
 
-import contextlib
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from data import DatasetSettings
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, plain_settings, run_script
+from runtime.outputs import Outputs
+from runtime.script import lead_with, parse_args, run_script
 
 
 @lead_with(
-    *("bulk", "n_cells", "out", "force", "weights", "proportions", "lineages", "mrna_content"),
-    *("calibrate", "platform", "dry_run", "genes_in", "gene_column", "columns", "bulk_unit"),
-    *("log", "pseudocount", "data", "batch_size"),
+    *("bulk", "n_cells", "cells_per_type", "out", "format", "force", "weights", "proportions"),
+    *("lineages", "mrna_content", "calibrate", "platform", "dry_run", "genes_in", "gene_column"),
+    *("columns", "bulk_unit", "log", "pseudocount", "data", "batch_size"),
 )
 @dataclass
 class Settings(DatasetSettings, BulkOptions):
@@ -66,8 +65,14 @@ class Settings(DatasetSettings, BulkOptions):
     """For --calibrate types: what all bulks share against the reference is the platform's. keep:
     cells show it as the bulks do; remove: cells are as the reference's platform would measure them;
     none: there is none, as the bulks are of the reference's own platform."""
+    cells_per_type: int | None = None
+    """Cells to generate of each cell type, in place of as many as the proportions say: of each
+    sample of --bulk or --proportions, in all without them."""
     out: Path = Path("generated.h5ad")
-    """The file of generated cells. Tables and pictures get its name with another ending."""
+    """The generated cells: an .h5ad, a 10x .h5, or a 10x folder (a name without ending). Tables and
+    pictures get its name with another ending, or stand in the folder."""
+    format: Literal["png", "pdf", "svg"] = "png"
+    """Of pictures."""
     dry_run: bool = False
     """Say how --bulk is read, and stop."""
     force: bool = False
@@ -80,6 +85,8 @@ class Settings(DatasetSettings, BulkOptions):
             self.weights = Path("weights/pbmc" if of_samples else "weights")
         if self.n_cells < 0:
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
+        if self.cells_per_type is not None and self.cells_per_type < 1:
+            raise InputError(f"--cells-per-type: found {self.cells_per_type}, expected 1 or more")
         if self.batch_size < 1:
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
         if self.calibrate != "auto" and not self.bulk:
@@ -90,80 +97,13 @@ class Settings(DatasetSettings, BulkOptions):
             raise InputError(f"--pseudocount: found {self.pseudocount}, expected 0 or more")
         if self.lineages is not None and self.proportions is None:
             raise InputError("--lineages: found no --proportions, expected fractions of lineages")
-        if self.out.suffix != ".h5ad":
-            raise InputError(f"--out {self.out}: expected a name that ends in .h5ad")
-        for given in (*self.bulk, self.proportions, self.lineages, Path(self.data)):
-            if given is not None and (ending := written_over(given, self.out)):
-                raise InputError(
-                    f"--out {self.out}: would write {beside(self.out, ending)} over the input "
-                    f"{given}, expected another name"
-                )
+        given = (*self.bulk, self.proportions, self.lineages, self.data, self.labels)
+        outputs_of(self).check_inputs([Path(path) for path in given if path is not None])
 
 
-ENDINGS = ["h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]  # of --out
-# What tells that a file is from bulk2sc: entries of an .h5ad, possible headers of a csv.
-OWN_ENTRIES = {
-    "h5ad": ["uns/settings", "uns/cell_types", "uns/proportions"],
-    "expression.h5ad": [
-        *("obs/sample", "obs/cell_type", "obs/proportion"),
-        *("layers/log2_fold_change", "layers/log2_fold_change_sd"),
-    ],
-}
-OWN_HEADERS = {
-    "proportions.csv": [
-        "sample,cell_type,proportion,low,high,rna_fraction",
-        "sample,cell_type,proportion,low,high,rna_fraction,known",
-    ],
-    "fit.csv": [
-        "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high,agreement",
-    ],
-}
-
-
-def beside(out, ending):
-    """The path of a file that is written beside --out; ending: one of ENDINGS."""
-    return out.with_name(f"{out.stem}.{ending}")
-
-
-def written_over(given, out):
-    """The ENDING, if any, that would replace a file; a link of --out to it would be replaced."""
-    for ending in ENDINGS:
-        with contextlib.suppress(OSError):  # one of them is not there
-            if os.path.samestat(beside(out, ending).lstat(), given.stat()):
-                return ending
-    return None
-
-
-def is_own(path, ending):
-    """Whether a file that is there is recognisably from bulk2sc; ending: one of ENDINGS."""
-    if not path.is_file():  # a pipe would never answer
-        return False
-    if ending in OWN_ENTRIES:
-        return has_entries(path, OWN_ENTRIES[ending])
-    return first_line(path) in OWN_HEADERS.get(ending, [])
-
-
-def check_replaced(cfg):
-    """Check that every file that this run would replace is from bulk2sc; with --force, any may be.
-
-    Raises:
-        InputError: one is not, or a folder is in the way.
-    """
-    endings = ["h5ad"]
-    if cfg.bulk or cfg.proportions is not None:
-        endings += ["proportions.csv", "proportions.png"]
-    if cfg.bulk:
-        endings += ["fit.csv", "expression.h5ad"]
-    of_own_cells = is_own(cfg.out, "h5ad")  # then what is beside it is ours as well
-    for ending in endings:
-        path = beside(cfg.out, ending)
-        if path.is_dir():
-            raise InputError(f"{path}: found a folder, expected a file or nothing at this name")
-        if path.exists() and not (cfg.force or of_own_cells or is_own(path, ending)):
-            raise InputError(
-                f"{path}: found a file that is not from bulk2sc, expected another --out, or "
-                "--force to replace it"
-            )
+def outputs_of(cfg):
+    """The files of a run with these settings."""
+    return Outputs(cfg.out, bool(cfg.bulk or cfg.proportions), bool(cfg.bulk), cfg.format)
 
 
 if __name__ == "__main__":
@@ -171,15 +111,16 @@ if __name__ == "__main__":
 
 from functools import partial
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from cell_tables import CellTable, named_apart
 from expression import expression_table, mean_library
 from generation import (
     MISFIT,
+    MODEL_FILES,
     BulkSamples,
     encode_batches,
     encode_mixtures,
@@ -189,51 +130,16 @@ from generation import (
 from plotting import write_proportions
 from proportions import make_proportions
 from readers.bulk import read_bulk
+from readers.bulk_files import read_sample_metadata
+from readers.counts import EMBEDDED
+from readers.fingerprint import digest
 from readers.proportions import read_proportions
+from runtime.cell_writers import open_cells
 from runtime.device import pick_device, seed_everything
 from runtime.errors import one_line, plain, some
-from runtime.writing import first_line, has_entries, open_cells, write_h5ad, write_whole
-
-
-class CellTable:
-    """What is kept in memory of all generated cells: everything but their counts."""
-
-    def __init__(self, n_types, n_latent):
-        self.pi = [np.zeros((0, n_types), np.float32)]  # proportions of the bulks
-        self.cell_type, self.bulk = [np.zeros(0, int)], [np.zeros(0, int)]
-        self.latent = [np.zeros((0, n_latent), np.float32)]
-
-    def append(self, cells):
-        """Add generated Cells."""
-        self.cell_type.append(cells.cell_type)
-        self.bulk.append(cells.bulk)
-        self.latent.append(cells.latent)
-
-    def to_anndata(self, proportions, cfg, samples=None):
-        """The tables of the output: ``.obs``, ``.obsm`` and ``.uns`` of all cells.
-
-        Args:
-            proportions: Proportions of the bulks (S). samples: BulkSamples with --bulk.
-        """
-        names, cell_types = proportions.names, proportions.cell_types
-        bulk = np.concatenate(self.bulk)
-        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(len(bulk))])
-        obs["sample"] = pd.Categorical.from_codes(bulk, categories=names)
-        cell_type = np.concatenate(self.cell_type)
-        obs["cell_type"] = pd.Categorical.from_codes(cell_type, categories=cell_types)
-        cells = anndata.AnnData(obs=obs)
-        cells.obsm["X_latent"] = np.concatenate(self.latent)
-        cells.uns["proportions"] = proportions.to_table()
-        cells.uns["samples"] = np.array(names, dtype=object)
-        cells.uns["cell_types"] = np.array(cell_types, dtype=object)
-        settings = plain_settings(cfg).items()
-        cells.uns["settings"] = {
-            k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in settings
-        }
-        if samples is not None:
-            cells.uns["fit"] = samples.fit
-            cells.obs["misfit"] = samples.fit["misfit"].to_numpy()[bulk]
-        return cells
+from runtime.provenance import command_of, files_read, run_name, typed
+from runtime.version import VERSION
+from runtime.writing import write_h5ad, write_whole
 
 
 def print_cell_types(proportions, cells):
@@ -278,17 +184,52 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-def write_samples(cfg, proportions, samples=None):
+def describe_run(cfg, bulk=None):
+    """What an output says of the run it comes from: its name, settings and provenance.
+
+    bulk: what was read of --bulk, in place of the checksum of a pipe.
+    """
+    left_out = {"dry_run", "force"}
+    options = {field.name for field in fields(BulkOptions)}
+    if not cfg.bulk:
+        left_out |= {*options, "mrna_content", "calibrate", "platform"}
+    roles = {"weights": [cfg.weights / name for name in MODEL_FILES], "bulk": cfg.bulk}
+    if cfg.bulk or cfg.proportions is not None:
+        left_out |= {"data", "labels", "samples", "batch_size"}
+    elif cfg.data != EMBEDDED:
+        roles["data"] = [cfg.data]
+    for name in ("proportions", "lineages"):
+        roles[name] = [] if getattr(cfg, name) is None else [getattr(cfg, name)]
+    settings, files = typed(cfg, left_out), files_read(roles)
+    contents = "" if bulk is None else digest(*bulk[:2], list(bulk[2]))
+    name = run_name(settings, files, contents, aside=(*roles, "out", "format", "device"))
+    provenance = {
+        "version": VERSION,
+        "run": name,
+        "command": command_of(cfg, "bulk2sc.py"),
+        "seed": cfg.seed,
+        "files": files,
+    }
+    return {"name": name, "settings": settings, "provenance": provenance}
+
+
+def fixed_types(cfg, n_types):
+    """Codes of the cells of a sample with --cells-per-type N: N of each type; None without it."""
+    if cfg.cells_per_type is None:
+        return None
+    return torch.arange(n_types).repeat_interleave(cfg.cells_per_type)
+
+
+def write_samples(outputs, proportions, samples=None):
     """Write the proportions of samples or mixtures beside --out and, with --bulk, their fit."""
     tables = {"proportions.csv": proportions.to_table()}
     if samples is not None:
-        print_fit(cfg, samples)
         tables["fit.csv"] = samples.fit.rename_axis("sample").reset_index()
     for ending, table in tables.items():
-        write_whole(beside(cfg.out, ending), partial(table.to_csv, index=False))
-    written = [beside(cfg.out, ending).name for ending in tables]
-    written += draw_samples(beside(cfg.out, "proportions.png"), proportions)
-    print(f"wrote {', '.join(written)} to {cfg.out.parent}")
+        write_whole(outputs[ending], partial(table.to_csv, index=False))
+    written = [outputs[ending].name for ending in tables]
+    written += draw_samples(outputs[outputs.picture], proportions)
+    print(f"wrote {', '.join(written)} to {outputs['fit.csv'].parent}")
 
 
 def draw_samples(path, proportions):
@@ -301,9 +242,9 @@ def draw_samples(path, proportions):
     return [path.name]
 
 
-def write_expression(cfg, samples, expression, card):
+def write_expression(outputs, samples, expression, card):
     """Write what each type is expected to express in each sample, beside --out."""
-    path = beside(cfg.out, "expression.h5ad")
+    path = outputs["expression.h5ad"]
     table = expression_table(samples.names, samples.proportions.cells, expression, card)
     write_h5ad(path, table)
     print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
@@ -325,21 +266,25 @@ def how_to_calibrate(cfg, encoder):
 
 
 def main(cfg):
+    outputs = outputs_of(cfg)
     if not cfg.dry_run:
-        check_replaced(cfg)
+        outputs.check_replaced(cfg.force)
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     encoder, encoder_card, decoder, card = models = load_models(cfg.weights, device)
     cell_types, genes = card["cell_types"], card["genes"]
     print(f"{cfg.weights}: {len(cell_types)} cell types, {len(genes):,} genes")
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    known, proportions, samples, log_factor = None, None, None, None
+    codes = fixed_types(cfg, len(cell_types))
+    per_bulk = cfg.n_cells if codes is None else len(codes)
+    bulk, known, proportions, samples, log_factor, metadata = [None] * 6
     if cfg.proportions is not None:
         known = read_proportions(cfg.proportions, cell_types, cfg.lineages)
     if cfg.bulk:
         bulk = read_bulk(cfg.bulk, genes, card.get("gene_ids"), cfg)
         if cfg.dry_run:
             return
+        metadata = read_sample_metadata(cfg.bulk, bulk[2])
         samples = BulkSamples(bulk, name_of(cfg.bulk), models, cfg.mrna_content, known)
         proportions, encoded = samples.proportions, [samples.encoded]
         expression = samples.estimate_expression(*how_to_calibrate(cfg, encoder))
@@ -347,20 +292,22 @@ def main(cfg):
     elif known is not None:
         proportions, *encoded = encode_mixtures(encoder_card, decoder, known)
     else:
-        encoded = encode_batches(cfg, encoder, encoder_card["genes"], device, rng)
-    # Of batches, proportions are known when all have been encoded, and each yields one cell.
-    names = [f"batch_{i}" for i in range(cfg.n_cells)] if proportions is None else proportions.names
-    per_bulk = 1 if proportions is None else cfg.n_cells
+        n_batches, per_bulk = per_bulk, 1  # each batch yields one cell
+        encoded = encode_batches(cfg, n_batches, encoder, encoder_card["genes"], device, rng)
+    # Of batches, proportions are known when all have been encoded.
+    names = [f"batch_{i}" for i in range(n_batches)] if proportions is None else proportions.names
 
+    run = describe_run(cfg, bulk)
     table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
     bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
-    with bar, open_cells(cfg.out, genes, n_cells) as file:
+    with bar, open_cells(cfg.out, genes, card.get("gene_ids"), n_cells) as file:
         for bulks in encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
-            for cells in generate_cells(decoder, bulks, per_bulk, generator, log_factor, first):
+            options = {"log_factor": log_factor, "first": first, "codes": codes}
+            for cells in generate_cells(decoder, bulks, per_bulk, generator, **options):
                 file.append(cells.counts)
                 table.append(cells)
                 if samples is not None:
-                    samples.add(cells)
+                    samples.add(cells, balanced=codes is not None)
                 bar.update(len(cells.bulk))
             table.pi.append(bulks[2].cpu().numpy())
             first += len(bulks[2])
@@ -369,14 +316,19 @@ def main(cfg):
         if proportions is None:
             pi = np.concatenate(table.pi)
             proportions = make_proportions(names, cell_types, pi, mean_library(decoder))
-        tables = table.to_anndata(proportions, cfg, samples)
+        metadata = None if metadata is None else named_apart(metadata)
+        tables = table.to_anndata(proportions, run, samples, metadata)
         file.write_tables(tables)
 
+    if outputs.kind != "h5ad":
+        write_whole(outputs["cells.csv"], partial(tables.obs.to_csv, index_label="cell"))
     print_cell_types(proportions, tables)
-    if samples is not None or known is not None:  # else every cell has a bulk of its own
-        write_samples(cfg, proportions, samples)
     if samples is not None:
-        write_expression(cfg, samples, expression, card)
+        print_fit(cfg, samples)
+    if samples is not None or known is not None:  # else every cell has a bulk of its own
+        write_samples(outputs, proportions, samples)
+    if samples is not None:
+        write_expression(outputs, samples, expression, card)
     source = "mixtures" if samples is None and known is not None else "bulks"
     print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} {source}")
 

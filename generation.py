@@ -49,13 +49,16 @@ LEAST_SD = 0.005  # of a proportion
 MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which users are warned
 
 
+MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")  # that generation reads
+
+
 def load_models(folder, device):
     """The Bulk Encoder and scDecoder of a folder of weights, and what their files say besides.
 
     Returns:
         encoder, its card, decoder, its card.
     """
-    encoder_file, decoder_file = folder / "bulkEncoder_model.pt", folder / "scDecoder_model.pt"
+    encoder_file, decoder_file = (folder / name for name in MODEL_FILES)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
@@ -72,7 +75,7 @@ def load_weights(weights, cells, cell_types, device, fewest=2):
     Returns:
         decoder, its card, encoder, its card, and the mask of held-out cells (N).
     """
-    decoder_file, encoder_file = weights / "scDecoder_model.pt", weights / "bulkEncoder_model.pt"
+    encoder_file, decoder_file = (weights / name for name in MODEL_FILES)
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     for file, card in ((decoder_file, decoder_card), (encoder_file, encoder_card)):
@@ -294,11 +297,12 @@ def choose_content(mrna_content, cell_types, counts, reads, why, where):
     return content
 
 
-def encode_batches(cfg, encoder, genes, device, rng):
-    """Sum batches of reference cells into --n-cells bulks and encode them, CHUNK at a time.
+def encode_batches(cfg, n_batches, encoder, genes, device, rng):
+    """Sum batches of reference cells into bulks and encode them, CHUNK at a time.
 
     Args:
-        genes: the encoder's (G). rng: NumPy generator.
+        cfg: settings of bulk2sc.py. n_batches: bulks to make. genes: the encoder's (G). rng: NumPy
+            generator.
 
     Returns:
         iterator of mu, var (B, K, D) and pi (B, K). The reference is read at once, so that errors
@@ -315,7 +319,7 @@ def encode_batches(cfg, encoder, genes, device, rng):
             f"{where}"
         )
     of_samples = f" of one of {len(names):,} samples" if len(names) > 1 else ""
-    print(f"{cfg.n_cells:,} bulks, each the sum of {cfg.batch_size} reference cells{of_samples}")
+    print(f"{n_batches:,} bulks, each the sum of {cfg.batch_size} reference cells{of_samples}")
     if small := np.sum(sizes < cfg.batch_size):
         print(f"{small:,} samples have fewer cells than that and give no bulk")
     batches = partial(batch_bulks, X)
@@ -324,7 +328,7 @@ def encode_batches(cfg, encoder, genes, device, rng):
 
     def encode():
         first = 0
-        for bulk, _ in batches(cfg.batch_size, cfg.n_cells, rng, CHUNK):
+        for bulk, _ in batches(cfg.batch_size, n_batches, rng, CHUNK):
             check_filled(bulk, range(first, first + len(bulk)), cfg.data)
             yield encode_bulks(encoder, sp.csr_matrix(bulk), present, device)[:3]
             first += len(bulk)
@@ -369,7 +373,7 @@ class Cells:
 
 
 @torch.inference_mode()
-def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first=0):
+def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first=0, codes=None):
     """Generate cells of bulks.
 
         k ~ Categorical(π̂),   z = μ̂_k + σ̂_k e   (e: shape of type k),   x ~ NB(scDecoder(z))
@@ -378,13 +382,20 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
         encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them.
         per_bulk: cells of each bulk. generator: torch Generator on their device.
         log_factor: (S, G) or (S, K, G), see :class:`expression.Expression`. first: index of the
-            first bulk.
+            first bulk. codes: types of the cells of each bulk in place of a draw (per_bulk); of
+            bulks that yield one cell, the types of all of these cells.
 
     Yields:
         Cells, CHUNK at a time.
     """
     mu, var, pi = encoded
-    cell_type = draw_types(pi, per_bulk, generator)  # (S * per_bulk)
+    if codes is None:
+        cell_type = draw_types(pi, per_bulk, generator)  # (S * per_bulk)
+    else:
+        codes = codes.to(pi.device)
+        cell_type = codes.repeat(len(pi))
+        if len(codes) != per_bulk:  # of all bulks
+            cell_type = codes[first : first + len(pi)]
     tilt = decoder.tilt_shape(mu, var) if len(mu) else None
     for i in range(0, len(cell_type), CHUNK):
         k = cell_type[i : i + CHUNK]  # (B)
@@ -574,9 +585,12 @@ class BulkSamples:
         self.fit["unknown"] = self.unknown.share
         self.fit["unknown_low"], self.fit["unknown_high"] = self.unknown.low, self.unknown.high
 
-    def add(self, cells):
-        """Add generated Cells to the sums of their samples."""
-        weight = sp.diags_array(self.weight[cells.bulk, cells.cell_type])
+    def add(self, cells, balanced=False):
+        """Add generated Cells to the sums of their samples; balanced: as many of each type."""
+        weight = self.weight[cells.bulk, cells.cell_type]
+        if balanced:
+            weight = weight * self.proportions.cells[cells.bulk, cells.cell_type]
+        weight = sp.diags_array(weight)
         add_to_sums(self.sums, weight @ cells.counts, cells.bulk)
 
     def compare_sums(self):

@@ -59,7 +59,8 @@ from torch import nn
 
 from generation import generate_cells
 from models import scDecoder
-from runtime.writing import open_cells, write_whole
+from runtime.cell_writers import open_cells
+from runtime.writing import write_whole
 
 K, D, N_REFERENCE = 8, 10, 906  # cell types, latents and cells, as in PBMC 1K
 PUBLISHED_EPOCHS = {"scDecoder": 5000, "Bulk Encoder": 3000}

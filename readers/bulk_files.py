@@ -235,3 +235,31 @@ def matrix_of(adata, path):
             return X, var, name
     name, X, var = next((place for place in places if place[0] == "X"), places[0])
     return X, var, name
+
+
+def read_sample_metadata(paths, samples):
+    """What an ``.h5ad`` of bulks says of its samples.
+
+    Args:
+        paths: of --bulk. samples: names as they were read (S).
+
+    Returns:
+        DataFrame (S x columns of text, numbers or categories), or None if there is none: for
+        tables, for several files, and for an ``.h5ad`` whose samples have no columns.
+    """
+    import anndata
+
+    if len(paths) != 1 or Path(paths[0]).is_dir() or is_pipe(Path(paths[0])):
+        return None
+    with open(paths[0], "rb") as file:
+        if file.read(8)[:4] != b"\x89HDF":
+            return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adata = anndata.read_h5ad(paths[0], backed="r")
+    frames = [adata.obs, adata.var]
+    adata.file.close()
+    frame = next((f for f in frames if set(samples) <= set(f.index) and f.index.is_unique), None)
+    if frame is None or not frame.shape[1]:
+        return None
+    return frame.loc[list(samples)]

@@ -5,21 +5,13 @@ import io
 import os
 import re
 import secrets
-import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-
 from runtime.errors import InputError, one_line, plain
-from runtime.signals import Stopped, defer_signals
+from runtime.signals import defer_signals
 
 OLD = 3600  # seconds after which a temporary file counts as left behind by a killed run
-# Of an .h5ad of generated cells; measured on weights, weights/pbmc and weights/pbmc1k: 1.2 to 1.6
-# for each count that is not zero, 230 and more for each cell.
-BYTES_PER_COUNT, BYTES_PER_CELL = 1.0, 100
 
 
 def new_temporary(path):
@@ -111,7 +103,7 @@ def has_entries(path, names):
         return False
 
 
-# ------------------------------------------------------------------------- .h5ad, block by block
+# ------------------------------------------------------------------------------------------ HDF5
 
 
 class PatientFile(io.FileIO):
@@ -206,74 +198,3 @@ def write_h5ad(path, table):
     table.strings_to_categoricals()
     with open_hdf5(path) as (file, _, _):
         anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
-
-
-def check_space(path, n_cells, counts):
-    """Check that the disk can hold a file of cells, by a lower bound of its size.
-
-    Args:
-        path: of the file. n_cells: that it will hold. counts: CSR, of the first of them.
-
-    Raises:
-        InputError: it cannot.
-    """
-    size = BYTES_PER_CELL + BYTES_PER_COUNT * counts.nnz / max(counts.shape[0], 1)
-    expected = n_cells * size / 2  # half, as later cells may have fewer counts than the first
-    found = shutil.disk_usage(Path(path).parent).free
-    if found < expected:
-        raise InputError(
-            f"{path}: found {found / 1e6:,.1f} MB of free space, expected at least "
-            f"{expected / 1e6:,.1f} MB for {n_cells:,} cells; what was there before is untouched"
-        )
-
-
-class CellsWriter:
-    """An .h5ad that is being written: counts block by block, then the tables beside them."""
-
-    def __init__(self, path, n_cells, genes, file, sink, signals):
-        import anndata
-
-        self.path, self.n_cells = path, n_cells
-        self.file, self.sink, self.signals = file, sink, signals
-        empty = sp.csr_matrix((0, len(genes)), dtype=np.int32)
-        anndata.io.write_elem(file, "/", anndata.AnnData(empty, var=pd.DataFrame(index=genes)))
-        # 64-bit row pointers: a million cells have more than 2^31 non-zero counts. With bytes
-        # shuffled, the fastest gzip level packs tighter than the default does without, in a third
-        # of the time.
-        options = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-        options |= {"chunks": (1 << 14,), "indptr_dtype": np.int64}
-        anndata.io.write_elem(file, "X", empty, dataset_kwargs=options)
-        sink.check()
-        self.X = anndata.io.sparse_dataset(file["X"])
-
-    def append(self, counts):
-        """Write the counts (B x G), CSR int32, of the next cells."""
-        if self.n_cells is not None and not self.X.shape[0]:
-            check_space(self.path, self.n_cells, counts)
-        self.X.append(counts)
-        self.sink.check()
-        if self.signals:
-            raise Stopped(self.signals[0])
-
-    def write_tables(self, cells):
-        """Write ``.obs``, ``.obsm`` and ``.uns`` of an AnnData of all cells without counts."""
-        import anndata
-
-        for name in ("obs", "obsm", "uns"):
-            table = getattr(cells, name)
-            anndata.io.write_elem(self.file, name, table if name == "obs" else dict(table))
-            self.sink.check()
-
-
-@contextlib.contextmanager
-def open_cells(path, genes, n_cells=None):
-    """Yield a :class:`CellsWriter`; the .h5ad appears whole at ``path`` or not at all.
-
-    Memory is that of one block and of the tables. Signals wait for the end of a block.
-
-    Args:
-        path: of the .h5ad. genes: names (G). n_cells: that will be written, if it is known, to
-            check the free space before the first block.
-    """
-    with open_hdf5(path) as (file, sink, signals):
-        yield CellsWriter(path, n_cells, genes, file, sink, signals)

@@ -18,10 +18,11 @@ import pytest
 import scipy.sparse as sp
 
 from conftest import ROOT, assert_one_line_error, make_cells, run_inside
-from runtime import writing
+from runtime import cell_writers
+from runtime.cell_writers import check_space, open_cells
 from runtime.errors import InputError
 from runtime.script import expand_home, plain_settings
-from runtime.writing import PatientFile, check_space, open_cells, write_h5ad
+from runtime.writing import PatientFile, write_h5ad
 
 SCRIPTS = [
     *("annotate", "bulk2sc", "evaluate", "make_figures"),
@@ -213,7 +214,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from runtime.script import run_script
-from runtime.writing import open_cells, write_h5ad
+from runtime.cell_writers import open_cells
+from runtime.writing import write_h5ad
 
 def main(path):
     counts = np.random.default_rng(0).poisson(0.3, (200, 2000)).astype(np.int32)
@@ -278,8 +280,8 @@ def test_hdf5_reads_back_what_the_disk_did_not_take(tmp_path, monkeypatch):
 def test_space_is_looked_at_before_the_first_block(flags, monkeypatch):
     out = flags[-1]
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(1e9, 1e9, 100_000))
-    monkeypatch.setattr(writing.CellsWriter, "write_tables", None)  # never reached
+    monkeypatch.setattr(cell_writers.shutil, "disk_usage", lambda folder: usage(1e9, 1e9, 100_000))
+    monkeypatch.setattr(cell_writers.H5adWriter, "write_tables", None)  # never reached
     done = run_inside("bulk2sc.py", *flags, "--n-cells", 5000)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     error = done.stderr.strip().splitlines()[-1]
@@ -292,15 +294,15 @@ def test_space_is_looked_at_before_the_first_block(flags, monkeypatch):
 def test_estimate_of_the_size_is_a_lower_bound(tmp_path, monkeypatch, density):
     """Of rare and of frequent counts alike, without any cell's latent position."""
     X = sp.csr_matrix(np.random.default_rng(0).poisson(density, (2000, 500)).astype(np.int32))
-    with open_cells(tmp_path / "g.h5ad", [f"g{i}" for i in range(500)], X.shape[0]) as file:
+    obs = pd.DataFrame(index=[f"cell_{i}" for i in range(X.shape[0])])
+    with open_cells(tmp_path / "g.h5ad", [f"g{i}" for i in range(500)], n_cells=len(obs)) as file:
         file.append(X)
-        obs = pd.DataFrame(index=[f"cell_{i}" for i in range(X.shape[0])])
         file.write_tables(anndata.AnnData(obs=obs))
     size = (tmp_path / "g.h5ad").stat().st_size
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(size))
+    monkeypatch.setattr(cell_writers.shutil, "disk_usage", lambda folder: usage(size))
     check_space(tmp_path / "g.h5ad", X.shape[0], X)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage(size // 10))
+    monkeypatch.setattr(cell_writers.shutil, "disk_usage", lambda folder: usage(size // 10))
     with pytest.raises(InputError, match="free space"):  # and not so low as to be of no use
         check_space(tmp_path / "g.h5ad", X.shape[0], X)
 

@@ -94,7 +94,7 @@ def test_generated_file(trained, h5ad, tmp_path):
     for column in ("proportion", "rna_fraction"):
         sums = table.groupby("sample", observed=True)[column].sum()
         np.testing.assert_allclose(sums, 1, rtol=1e-5)
-    assert out.uns["settings"]["n_cells"] == "50"
+    assert out.uns["settings"]["n_cells"] == 50
 
 
 def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):

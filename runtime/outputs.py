@@ -1,0 +1,122 @@
+"""The files of a run of bulk2sc.py: their names, and whether what is there may be replaced."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from runtime.cell_writers import FOLDER_FILES, kind_of
+from runtime.errors import InputError
+from runtime.writing import first_line, has_entries
+
+# Beside the cells, by what was asked for.
+OF_SAMPLES = ("proportions.csv",)
+OF_BULKS = ("fit.csv", "expression.h5ad", "report.html")
+OF_10X = ("cells.csv",)
+
+# What tells that a file is from bulk2sc: entries of an .h5ad, beginnings of a first line.
+OWN_ENTRIES = {
+    "h5ad": ["uns/settings", "uns/cell_types", "uns/proportions"],
+    "expression.h5ad": [
+        *("obs/sample", "obs/cell_type", "obs/proportion"),
+        *("layers/log2_fold_change", "layers/log2_fold_change_sd"),
+    ],
+}
+OWN_LINES = {
+    "proportions.csv": "sample,cell_type,proportion,low,high,rna_fraction",
+    "fit.csv": "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high,agreement",
+    "cells.csv": "cell,sample,cell_type,",
+    "report.html": "<!doctype html><!-- bulk2sc",
+}
+
+
+class Outputs:
+    """The files of one run.
+
+    Attributes:
+        path: --out, a file or a folder. kind: ``h5ad``, ``h5`` or ``folder``. cells: the files of
+            the cells themselves. beside: what stands beside them, for example ``fit.csv``. picture:
+            which of these is the picture of proportions.
+    """
+
+    def __init__(self, path, of_samples=False, of_bulks=False, picture="png"):
+        """Args:
+        path: --out. of_samples, of_bulks: whether there are samples, and bulks of them. picture:
+            the format of pictures.
+
+        Raises:
+            InputError: the path ends in something else.
+        """
+        self.path, self.kind = Path(path), kind_of(path)
+        if self.kind is None:
+            raise InputError(
+                f"--out {path}: expected a name that ends in .h5ad or .h5 (10x), or one without an "
+                "ending for a 10x folder"
+            )
+        of_samples = (*OF_SAMPLES, f"proportions.{picture}") * of_samples
+        self.beside = [*of_samples, *OF_BULKS * of_bulks, *OF_10X * (self.kind != "h5ad")]
+        self.picture = f"proportions.{picture}"
+        self.cells = [self.path]
+        if self.kind == "folder":
+            self.cells = [self.path / name for name in FOLDER_FILES]
+
+    def __getitem__(self, name):
+        """The path of a file beside the cells: ``x.fit.csv``, or ``fit.csv`` in a folder."""
+        if self.kind == "folder":
+            return self.path / name
+        return self.path.with_name(f"{self.path.stem}.{name}")
+
+    def all(self):
+        """Every file of the run: dict from path to what it is."""
+        return dict.fromkeys(self.cells, self.kind) | {self[name]: name for name in self.beside}
+
+    def check_inputs(self, given):
+        """Refuse to write over an input; a link to it would be replaced, too.
+
+        Args:
+            given: paths of inputs.
+
+        Raises:
+            InputError: a file of the run is one of them.
+        """
+        for path in self.all():
+            for source in given:
+                with contextlib.suppress(OSError):  # one of them is not there
+                    if os.path.samestat(path.lstat(), source.stat()):
+                        raise InputError(
+                            f"--out {self.path}: would write {path} over the input {source}, "
+                            "expected another name"
+                        )
+
+    def check_replaced(self, force):
+        """Check that every file that this run would replace is from bulk2sc; force: any may be.
+
+        Raises:
+            InputError: one is not, or a folder is in the way.
+        """
+        # Then what is beside them is ours as well; a picture cannot tell.
+        of_own_cells = self.has_own_cells()
+        of_own_table = is_own(self["proportions.csv"], "proportions.csv")
+        for path, what in self.all().items():
+            if path.is_dir():
+                raise InputError(f"{path}: found a folder, expected a file or nothing at this name")
+            is_ours = of_own_cells or is_own(path, what) or (what == self.picture and of_own_table)
+            if path.exists() and not (force or is_ours):
+                raise InputError(
+                    f"{path}: found a file that is not from bulk2sc, expected another --out, or "
+                    "--force to replace it"
+                )
+
+    def has_own_cells(self):
+        """Whether cells that are there are from bulk2sc; 10x files say so in their table."""
+        if self.kind == "h5ad":
+            return is_own(self.path, "h5ad")
+        return is_own(self["cells.csv"], "cells.csv")
+
+
+def is_own(path, what):
+    """Whether a file that is there is recognisably from bulk2sc; what: as in Outputs.all."""
+    if not path.is_file():  # a pipe would never answer
+        return False
+    if what in OWN_ENTRIES:
+        return has_entries(path, OWN_ENTRIES[what])
+    return what in OWN_LINES and (first_line(path) or "").startswith(OWN_LINES[what])

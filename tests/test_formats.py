@@ -1,0 +1,274 @@
+"""Outputs of bulk2sc.py as the next tool takes them: scanpy, Seurat, concatenation."""
+
+import gzip
+import hashlib
+import shutil
+import subprocess
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+
+from conftest import CELL_TYPES, ROOT, assert_one_line_error, make_cells, run_inside
+from readers.counts import read_counts
+from runtime.cell_writers import open_cells
+from runtime.errors import InputError
+
+
+@pytest.fixture
+def bulk(tmp_path):
+    """A table of two bulks in the genes of the trained model."""
+    X = make_cells().X
+    table = {"a": X[:40].sum(axis=0).A1, "b": X[40:].sum(axis=0).A1}
+    path = tmp_path / "bulk.csv"
+    pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)]).to_csv(path)
+    return path
+
+
+def generate(trained, bulk, out, *flags, n_cells=30):
+    given = ["--weights", trained, "--bulk", bulk, "--out", out, "--n-cells", n_cells]
+    done = run_inside("bulk2sc.py", *given, *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ------------------------------------------------------------------------------------------ .h5ad
+
+
+def test_h5ad_says_what_it_holds_and_where_it_is_from(trained, bulk, tmp_path):
+    generate(trained, bulk, tmp_path / "g.h5ad", "--columns", "a", "b")
+    cells = anndata.read_h5ad(tmp_path / "g.h5ad")
+    assert cells.uns["X_name"] == "counts" and (cells.X.data == np.rint(cells.X.data)).all()
+    assert cells.obs["synthetic"].dtype == bool and cells.obs["synthetic"].all()
+    assert list(cells.var.columns) == ["gene_ids", "feature_types"]
+    assert len(cells.uns["cell_type_colors"]) == len(CELL_TYPES)
+    settings = cells.uns["settings"]
+    assert settings["n_cells"] == 30 and settings["pseudocount"] == 1.0
+    assert list(settings["columns"]) == ["a", "b"]
+    assert not {"data", "labels", "batch_size", "proportions"} & set(settings)  # not used
+    origin = cells.uns["bulk2sc"]
+    files = origin["files"].set_index("file")
+    for path in (bulk, trained / "scDecoder_model.pt", trained / "bulkEncoder_model.pt"):
+        assert files.loc[str(path), "sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert origin["command"].startswith(f"python bulk2sc.py --bulk {bulk}")
+    assert all(name.startswith(f"{origin['run']}_") for name in cells.obs_names)
+
+
+def test_command_of_an_output_makes_it_again(trained, bulk, tmp_path):
+    generate(trained, bulk, tmp_path / "g.h5ad", "--seed", 3, "--calibrate", "uniform")
+    cells = anndata.read_h5ad(tmp_path / "g.h5ad")
+    python, script, *flags = cells.uns["bulk2sc"]["command"].split()
+    assert (python, script) == ("python", "bulk2sc.py")
+    (tmp_path / "g.h5ad").unlink()
+    done = run_inside(script, *flags)
+    assert done.returncode == 0, done.stderr
+    again = anndata.read_h5ad(tmp_path / "g.h5ad")
+    assert (again.X != cells.X).nnz == 0 and list(again.obs_names) == list(cells.obs_names)
+
+
+def test_two_runs_concatenate(trained, bulk, tmp_path):
+    """Regression: names of cells started at cell_0 in each of them."""
+    runs = []
+    for seed in (0, 1, 1):
+        path = tmp_path / f"{len(runs)}.h5ad"
+        generate(trained, bulk, path, "--seed", seed)
+        runs.append(anndata.read_h5ad(path))
+    assert list(runs[1].obs_names) == list(runs[2].obs_names)  # the same run, under another name
+    both = anndata.concat(runs[:2], label="run", merge="same", uns_merge="same")
+    assert both.obs_names.is_unique and both.n_obs == 2 * runs[0].n_obs
+    both.write_h5ad(tmp_path / "both.h5ad")
+    again = anndata.read_h5ad(tmp_path / "both.h5ad")
+    assert (again.X != both.X).nnz == 0 and list(again.var["gene_ids"]) == list(
+        both.var["gene_ids"]
+    )
+    assert list(again.obs["cell_type"].cat.categories) == CELL_TYPES
+
+
+def test_metadata_of_bulk_samples_is_carried_over(trained, bulk, tmp_path):
+    table = pd.read_csv(bulk, index_col=0).T
+    obs = pd.DataFrame(
+        {"age": [40, 51], "arm": pd.Categorical(["x", "y"]), "sample": ["p", "q"]}, table.index
+    )
+    source = anndata.AnnData(table.to_numpy(np.float32), obs, pd.DataFrame(index=table.columns))
+    source.write_h5ad(tmp_path / "bulk.h5ad")
+    done = generate(trained, tmp_path / "bulk.h5ad", tmp_path / "g.h5ad")
+    assert "renamed to bulk_<name>: sample" in done.stdout
+    cells = anndata.read_h5ad(tmp_path / "g.h5ad")
+    of_b = cells.obs[cells.obs["sample"] == "b"]
+    assert len(of_b) == 30 and set(of_b["age"]) == {51} and set(of_b["arm"]) == {"y"}
+    assert set(of_b["bulk_sample"]) == {"q"}
+
+
+def test_scanpy_tutorial_runs_on_an_output(trained, bulk, tmp_path):
+    """Quality control, normalisation, genes, PCA, neighbours, clusters, UMAP and markers."""
+    generate(trained, bulk, tmp_path / "g.h5ad", n_cells=60)
+    cells = sc.read_h5ad(tmp_path / "g.h5ad")
+    assert cells.X.indices.dtype == cells.X.indptr.dtype  # regression: scanpy failed at once
+    cells.layers["counts"] = cells.X.copy()
+    sc.pp.calculate_qc_metrics(cells, inplace=True, percent_top=(20,))
+    sc.pp.filter_genes(cells, min_cells=3)
+    sc.pp.normalize_total(cells)
+    sc.pp.log1p(cells)
+    sc.pp.highly_variable_genes(cells, n_top_genes=30)
+    sc.pp.pca(cells, n_comps=10)
+    sc.pp.neighbors(cells)
+    sc.tl.leiden(cells, flavor="igraph", n_iterations=2)
+    sc.tl.umap(cells, maxiter=20)
+    sc.tl.rank_genes_groups(cells, "cell_type", method="wilcoxon")
+    sc.pl.umap(cells, color=["cell_type", "leiden"], show=False)
+    assert list(cells.uns["cell_type_colors"]) == list(
+        anndata.read_h5ad(tmp_path / "g.h5ad").uns["cell_type_colors"]
+    )
+
+
+# -------------------------------------------------------------------------------------------- 10x
+
+
+@pytest.mark.parametrize("name", ["cells.h5", "cells"])
+def test_10x_formats_hold_the_same_cells(trained, bulk, tmp_path, name):
+    generate(trained, bulk, tmp_path / "g.h5ad")
+    expected = anndata.read_h5ad(tmp_path / "g.h5ad")
+    path = tmp_path / name
+    generate(trained, bulk, path)
+    read = sc.read_10x_h5(path) if path.suffix else sc.read_10x_mtx(path)
+    for cells in (read, read_counts(path)):  # scanpy's reader and bulk2sc's own
+        assert (cells.X != expected.X).nnz == 0
+        assert list(cells.obs_names) == list(expected.obs_names)
+        assert list(cells.var_names) == list(expected.var_names)
+    assert set(read.var["feature_types"]) == {"Gene Expression"}
+    beside = path if path.is_dir() else tmp_path
+    prefix = "" if path.is_dir() else "cells."
+    table = pd.read_csv(beside / f"{prefix}cells.csv", index_col="cell")
+    assert list(table.index) == list(expected.obs_names)
+    assert list(table["cell_type"]) == list(expected.obs["cell_type"])
+    for ending in ("proportions.csv", "fit.csv", "expression.h5ad", "proportions.png"):
+        assert (beside / f"{prefix}{ending}").is_file()
+
+
+def test_10x_features_have_ids_where_there_are_any(tmp_path):
+    genes, ids = ["CD3E", "NOVEL"], ["ENSG00000198851", ""]
+    X = sp.csr_matrix([[3, 0], [0, 2], [0, 0]], dtype=np.int32)
+    names = pd.DataFrame(index=["r_0", "r_1", "r_2"])
+    for path in (tmp_path / "x", tmp_path / "x.h5"):
+        with open_cells(path, genes, ids, 3) as file:
+            file.append(X[:2])
+            file.append(X[2:])
+            file.write_tables(anndata.AnnData(obs=names))
+        read = sc.read_10x_h5(path) if path.suffix else sc.read_10x_mtx(path)
+        assert list(read.var["gene_ids"]) == ["ENSG00000198851", "NOVEL"]
+        assert (read.X.toarray() == X.toarray()).all() and list(read.obs_names) == list(names.index)
+    text = gzip.decompress((tmp_path / "x" / "matrix.mtx.gz").read_bytes()).decode()
+    assert text.startswith("%%MatrixMarket matrix coordinate integer general\n%")
+    assert text.splitlines()[2:] == ["2 3 2", "1 1 3", "2 2 2"]
+
+
+def test_large_h5ad_has_long_indices_of_both_kinds(tmp_path):
+    """More than 2^31 counts need 64 bits; then both are, as scipy expects."""
+    X = sp.csr_matrix(np.eye(3, dtype=np.int32))
+    with open_cells(tmp_path / "x.h5ad", list("abc"), None, 2**30) as file:
+        file.append(X)
+        file.append(X)
+        file.write_tables(anndata.AnnData(obs=pd.DataFrame(index=list("uvwxyz"))))
+    cells = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert cells.X.indices.dtype == cells.X.indptr.dtype == np.int64
+    cells.X.eliminate_zeros()
+    assert (cells.X.toarray() == np.vstack([np.eye(3)] * 2)).all()
+
+
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_failed_10x_folder_leaves_nothing(tmp_path, name):
+    (tmp_path / "old").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError), open_cells(tmp_path / name, ["g"], None, 2) as file:
+        file.append(sp.csr_matrix([[1]], dtype=np.int32))
+        raise InputError("stop")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["cells.h5", "cells"])
+def test_10x_files_of_others_are_replaced_only_by_force(trained, bulk, tmp_path, name):
+    path = tmp_path / name
+    if path.suffix:
+        path.write_bytes(b"precious")
+    else:
+        path.mkdir()
+        (path / "matrix.mtx.gz").write_bytes(b"precious")
+    flags = ["--weights", trained, "--bulk", bulk, "--out", path, "--n-cells", 3]
+    assert_one_line_error(run_inside("bulk2sc.py", *flags), path, "not from bulk2sc", "--force")
+    done = run_inside("bulk2sc.py", *flags, "--force")
+    assert done.returncode == 0, done.stderr
+    done = run_inside("bulk2sc.py", *flags, "--n-cells", 4)  # now they are its own
+    assert done.returncode == 0, done.stderr
+    assert read_counts(path).n_obs == 8
+
+
+def test_out_of_another_ending_is_refused():
+    assert_one_line_error(run_inside("bulk2sc.py", "--out", "x.loom"), "x.loom", ".h5ad", ".h5")
+
+
+# ---------------------------------------------------------------------------- cells of each type
+
+
+def test_cells_per_type_are_balanced(trained, bulk, h5ad, tmp_path):
+    """Of bulks, of mixtures and of batches of the reference."""
+    mixture = pd.DataFrame({CELL_TYPES[0]: [0.9, 0.1]}, index=["x", "y"])
+    mixture.to_csv(tmp_path / "mix.csv")
+    given = {
+        "bulk": ["--bulk", bulk],
+        "mixtures": ["--proportions", tmp_path / "mix.csv"],
+        "batches": ["--data", h5ad, "--batch-size", 20],
+    }
+    for name, flags in given.items():
+        out = tmp_path / f"{name}.h5ad"
+        done = run_inside("bulk2sc.py", "--weights", trained, *flags, "--cells-per-type", 7,
+                          "--out", out)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        cells = anndata.read_h5ad(out)
+        if name != "batches":
+            assert (pd.crosstab(cells.obs["sample"], cells.obs["cell_type"]) == 7).all(axis=None)
+        assert (cells.obs["cell_type"].value_counts() == (7 if name == "batches" else 14)).all()
+    proportions = anndata.read_h5ad(tmp_path / "mixtures.h5ad").uns["proportions"]
+    assert proportions["proportion"].iloc[0] == pytest.approx(0.9)  # as given, whatever is drawn
+
+
+def test_balanced_cells_add_up_to_the_bulk_at_its_proportions(trained, bulk, tmp_path):
+    """The agreement of their sum is as that of cells in proportion."""
+    agreement = {}
+    for flags in (("--n-cells", 900), ("--cells-per-type", 300)):
+        generate(trained, bulk, tmp_path / "g.h5ad", *flags)
+        agreement[flags[0]] = anndata.read_h5ad(tmp_path / "g.h5ad").uns["fit"]["agreement"]
+    a, b = agreement.values()
+    assert np.abs(a - b).max() < 0.02 and (b > 0.9).all()
+
+
+def test_cells_per_type_has_to_be_positive():
+    done = run_inside("bulk2sc.py", "--cells-per-type", 0)
+    assert_one_line_error(done, "--cells-per-type: found 0")
+
+
+# ------------------------------------------------------------------------------------------ Seurat
+
+
+def has_seurat():
+    if shutil.which("Rscript") is None:
+        return False
+    return subprocess.run(["Rscript", "-e", "library(Seurat)"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_seurat(), reason="needs R with Seurat")
+def test_seurat_takes_an_output_to_a_umap(trained, bulk, tmp_path):
+    """The snippet of docs/your-data.md as it stands there."""
+    generate(trained, bulk, tmp_path / "generated", n_cells=60)
+    text = (ROOT / "docs" / "your-data.md").read_text()
+    snippet = next(part for part in text.split("```r\n")[1:]).split("```")[0]
+    snippet = snippet.replace("npcs = 30", "npcs = 10").replace("1:30", "1:10")  # of 60 genes
+    snippet += '\nstopifnot(ncol(cells) == 120, "umap" %in% Reductions(cells))\n'
+    snippet += "stopifnot(length(unique(cells$cell_type)) > 1, all(cells$synthetic == 'True'))\n"
+    done = subprocess.run(
+        ["Rscript", "-e", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "Rplots.pdf").stat().st_size > 3000
