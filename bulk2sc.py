@@ -98,7 +98,8 @@ class Settings(DatasetSettings, BulkOptions):
         if self.lineages is not None and self.proportions is None:
             raise InputError("--lineages: found no --proportions, expected fractions of lineages")
         given = (*self.bulk, self.proportions, self.lineages, self.data, self.labels)
-        outputs_of(self).check_inputs([Path(path) for path in given if path is not None])
+        every = Outputs(self.out, of_samples=True, of_bulks=True, picture=self.format)
+        every.check_inputs([Path(path) for path in given if path is not None])
 
 
 def outputs_of(cfg):
@@ -113,31 +114,21 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm import tqdm
 
-from cell_tables import CellTable, named_apart
-from expression import expression_table, mean_library
-from generation import (
-    MISFIT,
-    MODEL_FILES,
-    BulkSamples,
-    encode_batches,
-    encode_mixtures,
-    generate_cells,
-    load_models,
-)
+from api import deconvolve, generate, mixtures
+from cell_tables import named_apart
+from expression import expression_table
+from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
 from plotting import write_proportions
-from proportions import make_proportions
 from readers.bulk import read_bulk
 from readers.bulk_files import read_sample_metadata
 from readers.counts import EMBEDDED
 from readers.fingerprint import digest
-from readers.proportions import read_proportions
-from runtime.cell_writers import open_cells
+from report import ShownCells, write_report
 from runtime.device import pick_device, seed_everything
 from runtime.errors import one_line, plain, some
 from runtime.provenance import command_of, files_read, run_name, typed
+from runtime.script import recorded
 from runtime.version import VERSION
 from runtime.writing import write_h5ad, write_whole
 
@@ -213,13 +204,6 @@ def describe_run(cfg, bulk=None):
     return {"name": name, "settings": settings, "provenance": provenance}
 
 
-def fixed_types(cfg, n_types):
-    """Codes of the cells of a sample with --cells-per-type N: N of each type; None without it."""
-    if cfg.cells_per_type is None:
-        return None
-    return torch.arange(n_types).repeat_interleave(cfg.cells_per_type)
-
-
 def write_samples(outputs, proportions, samples=None):
     """Write the proportions of samples or mixtures beside --out and, with --bulk, their fit."""
     tables = {"proportions.csv": proportions.to_table()}
@@ -228,24 +212,26 @@ def write_samples(outputs, proportions, samples=None):
     for ending, table in tables.items():
         write_whole(outputs[ending], partial(table.to_csv, index=False))
     written = [outputs[ending].name for ending in tables]
-    written += draw_samples(outputs[outputs.picture], proportions)
+    picture = outputs[outputs.picture]
+    if draw(write_proportions, picture, proportions):
+        written.append(picture.name)
     print(f"wrote {', '.join(written)} to {outputs['fit.csv'].parent}")
 
 
-def draw_samples(path, proportions):
-    """Draw the proportions; names of the files written, none with a warning if that fails."""
+def draw(write, path, *arguments):
+    """Write a picture or a report, and whether that worked; a failure is only a warning."""
     try:
-        write_proportions(path, proportions)
+        write(path, *arguments)
     except Exception as error:  # matplotlib, its fonts, the disk: cells and tables matter more
         warn(f"{path}: could not be drawn ({plain(one_line(error))})")
-        return []
-    return [path.name]
+        return False
+    return True
 
 
-def write_expression(outputs, samples, expression, card):
+def write_expression(outputs, samples, card):
     """Write what each type is expected to express in each sample, beside --out."""
     path = outputs["expression.h5ad"]
-    table = expression_table(samples.names, samples.proportions.cells, expression, card)
+    table = expression_table(samples.names, samples.proportions.cells, samples.expression, card)
     write_h5ad(path, table)
     print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
 
@@ -255,82 +241,72 @@ def name_of(bulk):
     return str(bulk[0]) if len(bulk) == 1 else f"--bulk ({len(bulk)} files)"
 
 
-def how_to_calibrate(cfg, encoder):
-    """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none."""
-    if cfg.calibrate != "auto":
-        return cfg.calibrate, cfg.platform
-    if not encoder.n_state:
-        return "none", cfg.platform
-    print(f"--calibrate types, --platform {cfg.platform}: the reference was of several samples")
-    return "types", cfg.platform
+def read_source(cfg, models, bulk, device, rng):
+    """What cells are to be generated of, as the settings say.
+
+    Returns:
+        generation.Bulks, and DataFrame of what the input says of its samples, or None.
+    """
+    if bulk is not None:
+        given = {name: getattr(cfg, name) for name in ("mrna_content", "calibrate", "platform")}
+        known = {"proportions": cfg.proportions, "lineages": cfg.lineages}
+        samples = deconvolve(bulk, models, where=name_of(cfg.bulk), **known, **given)
+        metadata = read_sample_metadata(cfg.bulk, bulk[2])
+        return samples.to_bulks(), None if metadata is None else named_apart(metadata)
+    if cfg.proportions is not None:
+        return mixtures(cfg.proportions, models, cfg.lineages), None
+    n_types = len(models.decoder_card["cell_types"])
+    n = cfg.n_cells if cfg.cells_per_type is None else cfg.cells_per_type * n_types
+    genes = models.encoder_card["genes"]
+    encoded = encode_batches(cfg, n, models.encoder, genes, device, rng)
+    return Bulks([f"batch_{i}" for i in range(n)], encoded, one_cell_each=True), None
 
 
 def main(cfg):
     outputs = outputs_of(cfg)
     if not cfg.dry_run:
         outputs.check_replaced(cfg.force)
+    with recorded() as said:
+        generate_and_write(cfg, outputs, said)
+
+
+def generate_and_write(cfg, outputs, said):
+    """Read, deconvolve, generate and write; said: gets the lines that are printed meanwhile."""
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    encoder, encoder_card, decoder, card = models = load_models(cfg.weights, device)
-    cell_types, genes = card["cell_types"], card["genes"]
+    models = load_models(cfg.weights, device)
+    genes, cell_types = (models.decoder_card[name] for name in ("genes", "cell_types"))
     print(f"{cfg.weights}: {len(cell_types)} cell types, {len(genes):,} genes")
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    codes = fixed_types(cfg, len(cell_types))
-    per_bulk = cfg.n_cells if codes is None else len(codes)
-    bulk, known, proportions, samples, log_factor, metadata = [None] * 6
-    if cfg.proportions is not None:
-        known = read_proportions(cfg.proportions, cell_types, cfg.lineages)
+    bulk = None
     if cfg.bulk:
-        bulk = read_bulk(cfg.bulk, genes, card.get("gene_ids"), cfg)
+        bulk = read_bulk(cfg.bulk, genes, models.decoder_card.get("gene_ids"), cfg)
         if cfg.dry_run:
             return
-        metadata = read_sample_metadata(cfg.bulk, bulk[2])
-        samples = BulkSamples(bulk, name_of(cfg.bulk), models, cfg.mrna_content, known)
-        proportions, encoded = samples.proportions, [samples.encoded]
-        expression = samples.estimate_expression(*how_to_calibrate(cfg, encoder))
-        log_factor = expression.log_factor
-    elif known is not None:
-        proportions, *encoded = encode_mixtures(encoder_card, decoder, known)
-    else:
-        n_batches, per_bulk = per_bulk, 1  # each batch yields one cell
-        encoded = encode_batches(cfg, n_batches, encoder, encoder_card["genes"], device, rng)
-    # Of batches, proportions are known when all have been encoded.
-    names = [f"batch_{i}" for i in range(n_batches)] if proportions is None else proportions.names
-
-    run = describe_run(cfg, bulk)
-    table, n_cells, first = CellTable(*decoder.mu.shape), per_bulk * len(names), 0
-    bar = tqdm(total=n_cells, desc="cells", unit="cell", unit_scale=True)
-    with bar, open_cells(cfg.out, genes, card.get("gene_ids"), n_cells) as file:
-        for bulks in encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
-            options = {"log_factor": log_factor, "first": first, "codes": codes}
-            for cells in generate_cells(decoder, bulks, per_bulk, generator, **options):
-                file.append(cells.counts)
-                table.append(cells)
-                if samples is not None:
-                    samples.add(cells, balanced=codes is not None)
-                bar.update(len(cells.bulk))
-            table.pi.append(bulks[2].cpu().numpy())
-            first += len(bulks[2])
-        if samples is not None:
-            samples.compare_sums()
-        if proportions is None:
-            pi = np.concatenate(table.pi)
-            proportions = make_proportions(names, cell_types, pi, mean_library(decoder))
-        metadata = None if metadata is None else named_apart(metadata)
-        tables = table.to_anndata(proportions, run, samples, metadata)
-        file.write_tables(tables)
+    bulks, metadata = read_source(cfg, models, bulk, device, rng)
+    n_read, run = len(said), describe_run(cfg, bulk)
+    per_sample = cfg.n_cells
+    if cfg.cells_per_type is not None:
+        per_sample = cfg.cells_per_type * len(cell_types)
+    shown = ShownCells(per_sample * len(bulks.names))
+    options = {"run": run, "metadata": metadata, "shown": shown if bulk else None}
+    cells = generate(bulks, models, cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out, **options)
 
     if outputs.kind != "h5ad":
-        write_whole(outputs["cells.csv"], partial(tables.obs.to_csv, index_label="cell"))
-    print_cell_types(proportions, tables)
+        write_whole(outputs["cells.csv"], partial(cells.obs.to_csv, index_label="cell"))
+    proportions, samples = bulks.proportions, bulks.samples
+    print_cell_types(proportions, cells)
     if samples is not None:
         print_fit(cfg, samples)
-    if samples is not None or known is not None:  # else every cell has a bulk of its own
+    if not bulks.one_cell_each:  # else every cell has a bulk of its own
         write_samples(outputs, proportions, samples)
     if samples is not None:
-        write_expression(outputs, samples, expression, card)
-    source = "mixtures" if samples is None and known is not None else "bulks"
-    print(f"wrote {cfg.out}: {n_cells:,} cells x {len(genes):,} genes from {len(names):,} {source}")
+        write_expression(outputs, samples, models.decoder_card)
+        page = outputs["report.html"]
+        if draw(write_report, page, run, samples, cells, shown, said, n_read):
+            print(f"wrote {page}: what was read, how samples fit, what the cells look like")
+    source = "mixtures" if samples is None and cfg.proportions is not None else "bulks"
+    n = len(bulks.names)
+    print(f"wrote {cfg.out}: {cells.n_obs:,} cells x {len(genes):,} genes from {n:,} {source}")
 
 
 if __name__ == "__main__":

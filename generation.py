@@ -8,8 +8,12 @@ Notation in shape comments: S bulk samples, N cells, B cells of a chunk, G genes
 D latent dimensions.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,7 +39,13 @@ from expression import (
 )
 from models import BulkEncoder, scDecoder
 from mrna_content import counts_reads, published_content
-from proportions import make_proportions, mixtures, normal_interval, reference_composition
+from proportions import (
+    Proportions,
+    make_proportions,
+    mixtures,
+    normal_interval,
+    reference_composition,
+)
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model
 from unknown import unknown_share
@@ -52,17 +62,26 @@ MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which
 MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")  # that generation reads
 
 
+class Models(NamedTuple):
+    """The models that generation needs, and what their files say besides."""
+
+    encoder: BulkEncoder
+    encoder_card: dict
+    decoder: scDecoder
+    decoder_card: dict
+
+
 def load_models(folder, device):
     """The Bulk Encoder and scDecoder of a folder of weights, and what their files say besides.
 
     Returns:
-        encoder, its card, decoder, its card.
+        Models: encoder, its card, decoder, its card.
     """
     encoder_file, decoder_file = (folder / name for name in MODEL_FILES)
     encoder, encoder_card = load_model(encoder_file, BulkEncoder, device)
     decoder, decoder_card = load_model(decoder_file, scDecoder, device)
     check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
-    return encoder, encoder_card, decoder, decoder_card
+    return Models(encoder, encoder_card, decoder, decoder_card)
 
 
 def load_weights(weights, cells, cell_types, device, fewest=2):
@@ -539,16 +558,35 @@ def sample_proportions(names, cell_types, answer, known=None):
     return make_proportions(names, cell_types, pi, answer.content, interval, known)
 
 
+@dataclass
+class Bulks:
+    """What cells are generated of: bulks as the models see them, or mixtures of cell types."""
+
+    names: list
+    """Of the samples (S)."""
+    encoded: Iterable
+    """Of mu, var (S', K, D) and pi (S', K), for one part of the samples after the other."""
+    proportions: Proportions | None = None
+    """None if they are known only when all have been encoded."""
+    samples: BulkSamples | None = None
+    """Of bulk samples, what tells how they fit."""
+    log_factor: torch.Tensor | None = None
+    """See :class:`expression.Expression`."""
+    one_cell_each: bool = False
+    """Whether each yields one cell."""
+
+
 class BulkSamples:
     """The samples of --bulk, encoded, and how the reference's cell types add up to them.
 
     Attributes:
-        names: of the samples (S). bulk: (S, G) in the decoder's genes. measured: mask (G).
-        proportions: of the samples, estimated or known. encoded: mu, var (S, K, D) and pi (S, K),
-            the proportions of cells. mixed: the same, with proportions at which the reference's
-            cells make the bulk's RNA. expected: (S, G), the sum that these make. profiles: expected
-            of each type (S, K, G). sums: (S, G), of the cells generated so far, each at its type's
-            weight (S, K). unknown: UnknownShare. fit: a row for each sample.
+        names: of the samples (S). genes: the decoder's (G). bulk: (S, G) in these genes. measured:
+            mask (G). proportions: of the samples, estimated or known. encoded: mu, var (S, K, D)
+            and pi (S, K), the proportions of cells. mixed: the same, with proportions at which the
+            reference's cells make the bulk's RNA. expected: (S, G), the sum that these make.
+            profiles: expected of each type (S, K, G). sums: (S, G), of the cells generated so far,
+            each at its type's weight (S, K). unknown: UnknownShare. fit: a row for each sample.
+            expression: Expression, once estimated, and how: ``(calibrate, platform)``.
     """
 
     def __init__(self, bulk, where, models, mrna_content="auto", known=None):
@@ -560,6 +598,7 @@ class BulkSamples:
         """
         _, encoder_card, decoder, decoder_card = models
         genes, encoder_genes = decoder_card["genes"], encoder_card["genes"]
+        self.genes = genes
         bulk, self.measured, self.names = bulk
         n_read = np.isin(encoder_genes, np.array(genes)[self.measured]).sum()
         print(f"{where}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
@@ -581,9 +620,16 @@ class BulkSamples:
         reference = encoder_card.get("fit")
         self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
         own = type_profiles(decoder, decoder.mu[None], decoder.var[None])[0]  # (K, G), of no state
+        self.expression = self.how = None
         self.unknown = unknown_share(self.bulk, self.measured, own, genes)
         self.fit["unknown"] = self.unknown.share
         self.fit["unknown_low"], self.fit["unknown_high"] = self.unknown.low, self.unknown.high
+
+    def to_bulks(self):
+        """Bulks of these samples, for cells to be generated."""
+        self.sums[:] = 0
+        factor = None if self.expression is None else self.expression.log_factor
+        return Bulks(self.names, [self.encoded], self.proportions, self, factor)
 
     def add(self, cells, balanced=False):
         """Add generated Cells to the sums of their samples; balanced: as many of each type."""

@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from readers.bounded import to_numbers
-from readers.bulk_files import read_any_table
+from readers.bulk_files import in_memory, read_any_table, source_of_memory
 from readers.bulk_options import BulkOptions
 from readers.bulk_table import BulkTable, find_samples
 from readers.gene_names import GeneFinder, bare_id, examples, likely_cause, n_found
@@ -43,8 +43,8 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     counts, TPM or CPM, as only ratios within a sample matter.
 
     Args:
-        paths: a path, or several. genes: the model's genes (M). gene_ids: their other names (M), ""
-            where there is none. options: BulkOptions.
+        paths: a path, or several; or an AnnData or DataFrame (S x genes). genes: the model's genes
+            (M). gene_ids: their other names (M), "" where there is none. options: BulkOptions.
 
     Returns:
         ``(X, present, samples)``: CSR float64 (S x M), a mask (M) of the genes found in all files,
@@ -57,7 +57,7 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     options = BulkOptions() if options is None else options
     gene_ids = genes if gene_ids is None else gene_ids
     finder = GeneFinder(genes, gene_ids)
-    files = expand([paths] if isinstance(paths, (str, Path)) else paths)
+    files = [paths] if in_memory(paths) else expand(as_list(paths))
     said = set() if len(files) > MOST_REPORTS else None
     parts = [read_file(path, finder, genes, gene_ids, options, said) for path in files]
     name_after_files(parts, files)
@@ -76,7 +76,8 @@ def read_file(path, finder, genes, gene_ids, options, said=None):
 
     said: notes on the files before, which are not repeated; None to print all.
     """
-    source = read_any_table(Path(path))
+    source = source_of_memory(path) if in_memory(path) else read_any_table(Path(path))
+    path = source.path
     bulk = find_samples(source, finder, genes, gene_ids, options)
     bulk = check_bulk(bulk, path)
     if not options.columns:
@@ -86,6 +87,11 @@ def read_file(path, finder, genes, gene_ids, options, said=None):
     check_found(bulk, finder, genes, gene_ids, path)
     report(bulk, genes, gene_ids, path, said)
     return *sum_by_gene(bulk, len(genes)), list(bulk.samples)
+
+
+def as_list(paths):
+    """A path or several, as a list."""
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
 
 def name_after_files(parts, files):

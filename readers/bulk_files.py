@@ -23,6 +23,8 @@ from readers.hdf5 import check_hdf5
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
 
+IN_MEMORY = Path("bulk")  # what messages call samples that come from no file
+
 MOST_BYTES = 10**9  # of a workbook when unpacked
 
 
@@ -200,6 +202,30 @@ def read_bulk_h5ad(path):
         raise
     except Exception as error:  # h5py and anndata raise many types of errors on broken files
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
+    return source_of(adata, path)
+
+
+def in_memory(bulk):
+    """Whether bulk samples are no path but an AnnData or a DataFrame."""
+    return isinstance(bulk, pd.DataFrame) or hasattr(bulk, "obs_names")
+
+
+def source_of_memory(bulk):
+    """The Source of an AnnData or a DataFrame (samples x genes).
+
+    Raises:
+        InputError: it holds no matrix, or too large values.
+    """
+    if not isinstance(bulk, pd.DataFrame):
+        return source_of(bulk, IN_MEMORY)
+    table = bulk.T.rename_axis(None)
+    table.columns = [str(name) for name in table.columns]
+    table.insert(0, "", table.index.astype(str), allow_duplicates=True)
+    return Source(IN_MEMORY, table.reset_index(drop=True), "DataFrame")
+
+
+def source_of(adata, path):
+    """The Source of an AnnData; see :func:`read_bulk_h5ad`."""
     X, var, place = matrix_of(adata, path)
     X = check_sparse(X, path)
     X = X.toarray() if sp.issparse(X) else np.asarray(X)
@@ -212,7 +238,7 @@ def read_bulk_h5ad(path):
         ],
         axis=1,
     )
-    return Source(path, table, f".h5ad, {place}")
+    return Source(path, table, f"{'AnnData' if path is IN_MEMORY else '.h5ad'}, {place}")
 
 
 def matrix_of(adata, path):

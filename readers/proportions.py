@@ -59,7 +59,8 @@ def read_proportions(path, cell_types, lineage_file=None):
     columns that are missing are not known. A row that gives all types is normalised.
 
     Args:
-        path: the csv; its first column names the samples. cell_types: of the model (K).
+        path: the csv, whose first column names the samples; or a DataFrame, whose index does.
+            cell_types: of the model (K).
         lineage_file: a csv ``cell_type,lineage``, if the columns are lineages; types without one
             are not known.
 
@@ -71,13 +72,19 @@ def read_proportions(path, cell_types, lineage_file=None):
             type nor a lineage; a value is no number of 0 or more; the unit is not clear; a row
             exceeds 1, or gives all types and does not sum to 1.
     """
-    if not Path(path).is_file():
+    if isinstance(path, pd.DataFrame):
+        rows, path = path.reset_index().astype(object), "proportions"
+        rows = rows.where(rows.notna(), "").astype(str)
+        rows.columns = [str(name) for name in rows.columns]
+    elif not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected known proportions for --proportions")
+    else:
+        rows = read_rows(path).fillna("")
     names, of_type = list(cell_types), list(cell_types)  # of the groups; of each type its group
     if lineage_file is not None:
         of_type = read_lineages(lineage_file, cell_types, elsewhere=None)
         names = lineages_in(of_type)
-    text = read_text(path, names, "lineages" if lineage_file else "cell types")
+    text = read_text(rows, path, names, "lineages" if lineage_file else "cell types")
     values = read_values(text, path)  # (R, C)
     unit = find_unit(values, text.index, path)
     column = pd.Index(text.columns).get_indexer([name or "" for name in of_type])  # (K)
@@ -88,10 +95,9 @@ def read_proportions(path, cell_types, lineage_file=None):
     return KnownProportions(Path(path), list(text.index), fractions, column)
 
 
-def read_text(path, names, what):
-    """The fields of the csv (R x C) as text, samples as index; what: ``names`` are, in messages."""
-    table = read_rows(path).fillna("")
-    table = table.apply(lambda column: column.str.strip())
+def read_text(rows, path, names, what):
+    """The fields of rows of text (R x C), samples as index; what: ``names`` are, in messages."""
+    table = rows.apply(lambda column: column.str.strip())
     unnamed = (table == "").all(axis=0) & (table.columns == "")  # spreadsheets leave such columns
     table = table.loc[:, ~unnamed]
     if table.shape[1] < 2 or not len(table):

@@ -48,6 +48,33 @@ def as_utf8(text):
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+class Tee(io.TextIOBase):
+    """A stream that passes on what it gets and keeps its lines, but for those of progress bars."""
+
+    def __init__(self, stream, lines):
+        self.stream, self.lines, self.rest = stream, lines, ""
+
+    def write(self, text):
+        *whole, self.rest = (self.rest + text).split("\n")
+        self.lines += [line for line in whole if line.strip() and "\r" not in line]
+        return self.stream.write(text)
+
+    def flush(self):
+        self.stream.flush()
+
+    def __getattr__(self, name):  # encoding, isatty, fileno: as of the stream itself
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def recorded():
+    """Yield a list that gets every line which the body prints on stdout and stderr."""
+    lines = []
+    out, err = Tee(sys.stdout, lines), Tee(sys.stderr, lines)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield lines
+
+
 def check_choices(settings):
     """Check the fields of type ``Literal``, which Python itself does not.
 

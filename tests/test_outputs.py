@@ -28,7 +28,7 @@ SCRIPTS = [
     *("annotate", "bulk2sc", "evaluate", "make_figures"),
     *("train_gmvae", "train_decoder", "train_encoder"),
 ]
-BESIDE = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]
+BESIDE = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html"]
 
 
 @pytest.fixture
@@ -159,6 +159,7 @@ FOREIGN = {
     "proportions.png": lambda path: path.write_bytes(b"\x89PNG"),
     "fit.csv": lambda path: path.write_bytes(b"\xff\xfe\n"),
     "expression.h5ad": foreign_h5ad,
+    "report.html": lambda path: path.write_text("<!doctype html><title>mine</title>"),
 }
 
 
@@ -356,15 +357,17 @@ def test_reader_who_leaves_costs_no_file(flags):
 def test_picture_that_fails_is_a_warning(flags, monkeypatch, error):
     import bulk2sc
 
-    def fail(path, proportions):
+    def fail(path, *_):
         raise error
 
     monkeypatch.setattr(bulk2sc, "write_proportions", fail)
+    monkeypatch.setattr(bulk2sc, "write_report", fail)
     done = run_inside("bulk2sc.py", *flags)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert any("g.proportions.png: could not be drawn" in line for line in warnings), done.stderr
-    names = [f"g.{e}" for e in ("h5ad", *BESIDE) if e != "proportions.png"]
+    for name in ("g.proportions.png", "g.report.html"):
+        assert any(f"{name}: could not be drawn" in line for line in warnings), done.stderr
+    names = [f"g.{e}" for e in ("h5ad", *BESIDE) if e not in ("proportions.png", "report.html")]
     assert outputs(flags[-1]) == sorted(names)
     assert ".png" not in done.stdout
 

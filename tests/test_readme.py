@@ -71,7 +71,7 @@ def clone(tmp_path_factory):
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.csv"), ROOT / "README.md"]:
         shutil.copy(path, folder)
-    for name in ("weights", "benchmarks", "examples", "readers", "runtime"):
+    for name in ("weights", "benchmarks", "examples", "readers", "runtime", "templates"):
         shutil.copytree(ROOT / name, folder / name)
     rng = np.random.default_rng(0)
     cells = read_counts()  # the embedded dataset stands in for every download
@@ -140,12 +140,12 @@ def test_code_blocks_run_in_order(clone):
                 env=environment,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-1500:]
-        else:  # output and tables, not to be run
-            assert language == "text", f"a block of {language or 'no language'}"
+        else:  # output and tables, not to be run; R runs in test_formats.py
+            assert language in ("text", "r"), f"a block of {language or 'no language'}"
     scripts = {word for command in ran for word in command.split() if word.endswith(".py")}
     assert scripts == set(SMALL)  # the pages show every script
-    endings = ("h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad")
-    for name in (*(f"generated.{ending}" for ending in endings), "figures/joint.png"):
+    endings = ["h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]
+    for name in (*(f"generated.{e}" for e in (*endings, "report.html")), "figures/joint.png"):
         assert (clone / name).is_file(), name
     # The example bulk is what its script writes, up to rounding on another machine.
     again, shipped = (
@@ -183,6 +183,7 @@ def test_links_lead_somewhere(name):
             "generated.proportions.csv",
             "generated.fit.csv",
             "evaluation.csv",
+            "cells.csv",
         }
         assert path in generated or (ROOT / path).exists() or (folder / path).exists(), path
 

@@ -1,0 +1,356 @@
+"""A report of one run on bulk samples: a single HTML page that needs no network and no script.
+
+It says what was read, how the samples fit, which proportions were estimated, what the cells look
+like, and what they must not be taken for.
+
+Notation in shape comments: S samples, N shown cells, K cell types, G genes, D latent dimensions.
+"""
+
+import base64
+import io
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from sklearn.manifold import TSNE
+
+from figure_style import pyplot
+from generation import MISFIT
+from plotting import plain_text, type_colors
+from runtime.writing import write_whole
+
+MARK = "<!doctype html><!-- bulk2sc"  # first line of a report, by which it is known
+N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
+N_BACKGROUND = 800  # positions drawn from the reference
+N_MARKERS = 3  # of each cell type
+FEWEST = 10  # shown cells of a type, for a mean of them
+MOST_ROWS = 500  # of a table; the csv beside the report has all
+# Genes of ribosomes and mitochondria are no markers: they tell the state of a cell, not its type.
+NO_MARKERS = r"(?i)^(?:M?RP[LS]\d|MT-|MTRNR|RPSA$|RPLP\d)"
+PSEUDOCOUNT = 50  # CPM, so that a gene that hardly any cell shows is no marker
+
+LABELLED = 30  # samples that have their names beside each panel
+
+SHARED = "#c9ced6"  # grey of what is not coloured
+
+
+class ShownCells:
+    """A sample of the generated cells, evenly spaced, whose counts are kept for the report."""
+
+    def __init__(self, n_cells):
+        last, n = max(n_cells - 1, 0), min(n_cells, N_SHOWN)
+        self.chosen = np.unique(np.linspace(0, last, n, dtype=int))
+        self.counts, self.latent, self.cell_type, self.bulk, self.n_seen = [], [], [], [], 0
+
+    def add(self, cells):
+        """Keep those of generated Cells that were chosen."""
+        n = len(cells.cell_type)
+        rows = self.chosen[(self.chosen >= self.n_seen) & (self.chosen < self.n_seen + n)]
+        rows = rows - self.n_seen
+        self.n_seen += n
+        for kept, values in (
+            (self.counts, cells.counts),
+            (self.latent, cells.latent),
+            (self.cell_type, cells.cell_type),
+            (self.bulk, cells.bulk),
+        ):
+            kept.append(values[rows])
+
+    def all(self):
+        """Counts (N x G) CSR, latents (N, D), codes (N) and indices of samples (N)."""
+        parts = self.latent, self.cell_type, self.bulk
+        return sp.vstack(self.counts, format="csr"), *(np.concatenate(part) for part in parts)
+
+
+def log_expression(X):
+    """log(CP10K + 1) of counts (N x G), CSR."""
+    total = np.maximum(np.asarray(X.sum(axis=1)).ravel(), 1)
+    return (sp.diags_array(1e4 / total) @ X).log1p()
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def as_uri(figure, kind, dpi=150):
+    """A figure as the address of an inline picture; kind: ``svg`` or ``png``. It is closed."""
+    buffer = io.BytesIO()
+    options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": dpi}
+    figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
+    pyplot().close(figure)
+    return data_uri(buffer.getvalue(), kind)
+
+
+def data_uri(data, kind):
+    """Bytes of a picture as an address."""
+    kind = "svg+xml" if kind == "svg" else kind
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def proportions_picture(proportions):
+    """A panel for each cell type: proportion and 90 % interval in each sample."""
+    S, K = proportions.cells.shape
+    n_columns = min(K, 4)
+    n_rows = -(-K // n_columns)
+    height = max(0.65 + min(0.17 * S, 5), 1.5)
+    grid = {"sharey": True, "squeeze": False, "figsize": (11, height * n_rows)}
+    figure, axes = pyplot().subplots(n_rows, n_columns, **grid)
+    colors, y = type_colors(proportions.cell_types), np.arange(S)
+    for k, (axis, name) in enumerate(zip(axes.flat, proportions.cell_types, strict=False)):
+        mean = proportions.cells[:, k]
+        ends = proportions.low[:, k], proportions.high[:, k]
+        axis.hlines(y, *ends, color=colors[name], alpha=0.55, lw=2 if S <= LABELLED else 0.7)
+        axis.plot(mean, y, "o", ms=4 if S <= LABELLED else 1.5, color=colors[name], mec="none")
+        axis.set_title(plain_text(name), fontsize=9)
+        axis.set(xlim=(0, None), ylim=(S - 0.4, -0.6), yticks=[])
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color="#e7eaee")
+        axis.set_axisbelow(True)
+        if S <= LABELLED:
+            axis.set_yticks(y, [plain_text(sample, 18) for sample in proportions.names])
+    for axis in axes[:, 0] if S > LABELLED else ():
+        axis.set_ylabel("samples, in order", fontsize=8)
+    for axis in axes.flat[K:]:
+        axis.set_visible(False)
+    figure.supxlabel("fraction of the cells of a sample", fontsize=9)
+    figure.tight_layout()
+    return as_uri(figure, "svg" if S * K < 2000 else "png")
+
+
+def cloud_picture(latent, codes, bulk, background, names, cell_types):
+    """Latent positions of cells in one t-SNE with the reference's clouds: by type and by sample.
+
+    Args:
+        latent: (N, D). codes, bulk: types and samples of the cells (N). background: positions
+            drawn from the reference's types (M, D). names: samples (S). cell_types: names (K).
+    """
+    points = np.concatenate([latent, background])
+    perplexity = min(30, max((len(points) - 1) / 3, 1))
+    xy = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
+    type_color = type_colors(cell_types)
+    panels = [
+        ("by cell type", codes, cell_types, [type_color[name] for name in cell_types]),
+        ("by sample", bulk, names, sample_colors(len(names))),
+    ]
+    for axis, (title, index, labels, colors) in zip(axes, panels, strict=True):
+        axis.scatter(*xy[len(latent) :].T, s=4, c=SHARED, lw=0, label="reference")
+        order = np.random.default_rng(0).permutation(len(latent))  # no sample lies on top
+        axis.scatter(*xy[order].T, s=7, c=np.array(colors)[index[order]], lw=0)
+        shown = np.unique(index)[:20]
+        for k in shown:
+            axis.scatter([], [], s=25, color=colors[k], label=plain_text(labels[k], 30))
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    figure.tight_layout()
+    return as_uri(figure, "png")
+
+
+def sample_colors(n):
+    """Colours of n samples, in order."""
+    colors = pyplot().get_cmap("turbo")(np.linspace(0.05, 0.95, max(n, 2)))
+    return [tuple(color) for color in colors[:n]]
+
+
+def find_markers(profiles, genes, n=N_MARKERS):
+    """Genes that tell each type from the type next to it.
+
+        specificity of g for k = log2 (x_kg + 50) - log2 (max_{j != k} x_jg + 50),     x in CPM
+
+    Args:
+        profiles: fractions of a cell's counts (K, G). genes: names (G).
+
+    Returns:
+        list of K lists of at most n genes, best first; none below a specificity of 0.5.
+    """
+    x = np.log2(profiles * 1e6 + PSEUDOCOUNT)
+    x[:, pd.Series(list(genes)).str.contains(NO_MARKERS).to_numpy(bool)] = 0
+    markers = []
+    for k in range(len(x)):
+        others = np.delete(x, k, axis=0)
+        specificity = x[k] - (others.max(axis=0) if len(others) else np.log2(PSEUDOCOUNT))
+        best = np.argsort(-specificity, kind="stable")[:n]
+        markers.append([genes[g] for g in best if specificity[g] > 0.5])
+    return markers
+
+
+def marker_picture(X, codes, markers, genes, cell_types):
+    """Dots: mean log(CP10K + 1) and share of cells with the gene, of types with FEWEST.
+
+    Args:
+        X: log(CP10K + 1) (N x G), CSR. codes: types (N). markers: of each type (K lists).
+    """
+    names = list(dict.fromkeys(gene for of_type in markers for gene in of_type))
+    position = {gene: i for i, gene in enumerate(genes)}
+    shown = np.flatnonzero(np.bincount(codes) >= FEWEST)
+    X = X[:, [position[name] for name in names]].toarray()  # (N, markers)
+    mean = np.stack([X[codes == k].mean(axis=0) for k in shown])
+    share = np.stack([(X[codes == k] > 0).mean(axis=0) for k in shown])
+    scaled = mean / np.maximum(mean.max(axis=0), 1e-9)
+    size = (2.2 + 0.24 * len(names), 1.3 + 0.27 * len(shown))
+    figure, axis = pyplot().subplots(figsize=size)
+    y, x = np.indices(mean.shape)
+    dots = axis.scatter(x, y, s=4 + 90 * share, c=scaled, cmap="Blues", vmin=0, vmax=1, lw=0)
+    axis.set_xticks(range(len(names)), [plain_text(name, 20) for name in names], rotation=90)
+    axis.set_yticks(range(len(shown)), [plain_text(cell_types[k]) for k in shown])
+    axis.set(xlim=(-0.7, len(names) - 0.3), ylim=(len(shown) - 0.4, -0.6))
+    axis.tick_params(labelsize=8, length=0)
+    for side in axis.spines.values():
+        side.set_color(SHARED)
+    bar = figure.colorbar(dots, ax=axis, shrink=0.6, pad=0.02)
+    bar.set_label("mean, relative to the highest type", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return as_uri(figure, "svg")
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def proportion_rows(proportions):
+    """Rows of the table of proportions: sample, type, percentages and how they came about."""
+    table = proportions.to_table().head(MOST_ROWS)
+    rows = []
+    for row in table.itertuples():
+        has_interval = np.isfinite(row.low) and not getattr(row, "known", False)
+        rows.append(
+            {
+                "sample": row.sample,
+                "cell_type": row.cell_type,
+                "proportion": f"{row.proportion:.1%}",
+                "interval": f"{row.low:.1%} to {row.high:.1%}" if has_interval else "",
+                "rna": f"{row.rna_fraction:.1%}",
+                "known": bool(getattr(row, "known", False)),
+                "width": round(100 * row.proportion, 1),
+            }
+        )
+    return rows
+
+
+def fit_rows(samples):
+    """Rows of the table of fit: one for each sample, with what is to be said of it."""
+    rows = []
+    for i, (name, row) in enumerate(samples.fit.head(MOST_ROWS).iterrows()):
+        remarks = []
+        if row["misfit"] > MISFIT:
+            remarks.append("not what the reference's cell types add up to")
+        if samples.unknown.is_flagged[i]:
+            remarks.append(
+                f"much RNA of types that the reference lacks: {samples.unknown.describe(i)}"
+            )
+        rows.append(
+            {
+                "sample": name,
+                "correlation": f"{row['correlation']:.3f}",
+                "misfit": "" if np.isnan(row["misfit"]) else f"{row['misfit']:.1f}",
+                "unknown": f"{row['unknown']:.1%}",
+                "interval": f"{row['unknown_low']:.1%} to {row['unknown_high']:.1%}",
+                "agreement": f"{row['agreement']:.3f}",
+                "remark": "; ".join(remarks),
+            }
+        )
+    return rows
+
+
+CALIBRATION = {
+    "none": "Cells take the proportions of their sample and, if the reference was of several "
+    "samples, the state of their cell type in it. Nothing else of the bulk shows in them.",
+    "uniform": "One factor for each gene, the same in all cell types, makes the cells of a sample "
+    "add up to its bulk. What the platform changes is part of it.",
+    "types": "What a gene differs by in a sample was allotted to its cell types and to the "
+    "platform, that is to what all samples share against the reference.",
+}
+PLATFORM = {
+    "keep": " Cells show the platform's part as the bulks do.",
+    "remove": " The platform's part is left out: cells are as the reference's platform measures.",
+    "none": " Nothing was taken for the platform's, as asked for.",
+}
+
+
+def draw_background(decoder, generator):
+    """Latent positions of the reference's cell types, as many of each (M, D)."""
+    K = len(decoder.mu)
+    codes = torch.arange(K, device=decoder.mu.device).repeat_interleave(max(N_BACKGROUND // K, 1))
+    with torch.inference_mode():
+        z = decoder.sample_latent(decoder.mu[codes], decoder.var[codes], codes, generator)
+    return z.cpu().numpy()
+
+
+def type_rows(cells, shown, codes, X, markers):
+    """Rows of the table of cells: of each type, how many, and how many counts and genes they have.
+
+    Args:
+        cells: AnnData of all cells. shown: types that have shown cells. codes: their types (N). X:
+            their counts (N x G), CSR. markers: of each type (K lists).
+    """
+    depth, n_genes = np.asarray(X.sum(axis=1)).ravel(), np.diff(X.indptr)
+    rows = []
+    for k, (name, n) in enumerate(cells.obs["cell_type"].value_counts(sort=False).items()):
+        row = {"cell_type": name, "n": f"{n:,}", "markers": ", ".join(markers[k])}
+        if k in shown:
+            row["counts"] = f"{np.median(depth[codes == k]):,.0f}"
+            row["genes"] = f"{np.median(n_genes[codes == k]):,.0f}"
+        rows.append(row)
+    return rows
+
+
+def write_report(path, run, samples, cells, shown, said, n_read):
+    """Write the report of a run.
+
+    Args:
+        path: of the page. run: dict with ``settings`` and ``provenance``. samples: BulkSamples.
+            cells: AnnData of all cells without counts. shown: ShownCells. said: lines that the run
+            printed; the first n_read of them say what was read.
+    """
+    proportions, decoder = samples.proportions, samples.decoder
+    genes, cell_types = samples.genes, proportions.cell_types
+    X, latent, codes, bulk = shown.all()
+    means = decoder.type_means().cpu().numpy()  # (K, G)
+    markers = find_markers(means / means.sum(axis=1, keepdims=True), genes)
+    background = draw_background(decoder, torch.Generator(decoder.mu.device).manual_seed(0))
+    pictures = {"proportions": proportions_picture(proportions)}
+    if len(codes) > 10:
+        pictures["clouds"] = cloud_picture(
+            latent, codes, bulk, background, proportions.names, cell_types
+        )
+        if any(markers) and (np.bincount(codes) >= FEWEST).any():
+            log = log_expression(X)
+            pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
+    calibrate, platform = samples.how
+    calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")
+    warned = [line for line in said if line.startswith("warning: ")]
+    page = template().render(
+        run=run["provenance"],
+        settings=run["settings"],
+        files=run["provenance"]["files"].to_dict("records"),
+        said=[line for line in said[:n_read] if line not in warned],
+        warnings=[line.removeprefix("warning: ") for line in warned],
+        n_samples=len(samples.names),
+        n_cells=cells.n_obs,
+        n_genes=len(genes),
+        n_types=len(cell_types),
+        n_shown=len(codes),
+        n_background=len(background),
+        n_rows=len(samples.names) * len(cell_types),
+        most_rows=MOST_ROWS,
+        misfit=MISFIT,
+        fewest=FEWEST,
+        proportions=proportion_rows(proportions),
+        fit=fit_rows(samples),
+        counts=type_rows(cells, set(codes), codes, X, markers),
+        agreement=samples.fit["agreement"].median(),
+        calibration=calibration,
+        pictures=pictures,
+    )
+    write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
+
+
+def template():
+    """The page's template; what is filled in is escaped."""
+    folder = Path(__file__).resolve().parent / "templates"
+    loader = jinja2.FileSystemLoader(folder)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html")

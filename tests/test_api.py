@@ -1,0 +1,111 @@
+"""The functions of api.py give what the scripts give."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import api
+from conftest import CELL_TYPES, make_cells, run_inside
+from runtime.errors import InputError
+
+
+@pytest.fixture
+def bulk(tmp_path):
+    """Two bulks (samples x genes) and the same as a file."""
+    X = make_cells().X
+    table = {"a": X[:40].sum(axis=0).A1, "b": X[40:].sum(axis=0).A1}
+    table = pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)]).T
+    table.T.to_csv(tmp_path / "bulk.csv")
+    return table, tmp_path / "bulk.csv"
+
+
+def test_functions_give_what_the_script_gives(trained, bulk, tmp_path):
+    """From a file, a DataFrame and an AnnData alike, with the same seed."""
+    table, path = bulk
+    out = tmp_path / "g.h5ad"
+    done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", path, "--n-cells", 25,
+                      "--seed", 4, "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = anndata.read_h5ad(out)
+    models = api.load(trained, "cpu")
+    adata = anndata.AnnData(table.to_numpy(np.float32), None, pd.DataFrame(index=table.columns))
+    adata.obs_names = table.index
+    for given in (path, table, adata):
+        samples = api.deconvolve(given, models)
+        cells = api.generate(samples, models, n_cells=25, seed=4)
+        assert (cells.X != expected.X).nnz == 0
+        assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
+        np.testing.assert_allclose(cells.obsm["X_latent"], expected.obsm["X_latent"])
+        columns = ["proportion", "low", "high", "rna_fraction"]
+        ours, theirs = (c.uns["proportions"][columns] for c in (cells, expected))
+        np.testing.assert_allclose(ours, theirs)
+        np.testing.assert_allclose(samples.fit["agreement"], expected.uns["fit"]["agreement"])
+    cells.write_h5ad(tmp_path / "again.h5ad")
+    assert anndata.read_h5ad(tmp_path / "again.h5ad").obs_names.is_unique
+
+
+def test_generation_again_does_not_change_the_fit(trained, bulk):
+    """Sums of the cells are of one generation."""
+    models = api.load(trained, "cpu")
+    samples = api.deconvolve(bulk[0], models)
+    first = api.generate(samples, models, n_cells=30)
+    fit = samples.fit["agreement"].copy()
+    second = api.generate(samples, models, n_cells=30)
+    assert (first.X != second.X).nnz == 0 and list(first.obs_names) == list(second.obs_names)
+    pd.testing.assert_series_equal(samples.fit["agreement"], fit)
+    third = api.generate(samples, models, n_cells=30, seed=1)
+    assert not set(first.obs_names) & set(third.obs_names)
+
+
+def test_mixtures_need_no_bulk(trained):
+    models = api.load(trained, "cpu")
+    table = pd.DataFrame(np.eye(3), index=["x", "y", "z"], columns=CELL_TYPES)
+    cells = api.generate(api.mixtures(table, models), models, n_cells=5)
+    assert list(cells.obs["cell_type"]) == list(np.repeat(CELL_TYPES, 5))
+    assert list(cells.obs["sample"]) == list(np.repeat(["x", "y", "z"], 5))
+
+
+def test_known_proportions_take_the_place_of_estimates(trained, bulk):
+    models = api.load(trained, "cpu")
+    known = pd.DataFrame({CELL_TYPES[1]: [0.5]}, index=["b"])
+    table = api.deconvolve(bulk[0], models, proportions=known).proportions.to_table()
+    row = table[(table["sample"] == "b") & (table["cell_type"] == CELL_TYPES[1])].iloc[0]
+    assert row["known"] and row["proportion"] == pytest.approx(0.5)
+
+
+def test_training_from_anndata_gives_models(tmp_path):
+    cells = make_cells()
+    settings = {"n_genes": 40, "device": "cpu", "held_out": 0.2}
+    models = api.train(cells, tmp_path / "w", epochs=2, **settings)
+    assert models.decoder_card["cell_types"] == CELL_TYPES
+    assert models.decoder_card["genes"] == list(cells.var_names)
+    assert (tmp_path / "w" / "bulkEncoder_model.pt").is_file()
+    made = api.generate(api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), models), models, 4)
+    assert made.n_obs == 4 and set(made.obs["cell_type"]) == {CELL_TYPES[0]}
+
+
+def test_errors_are_one_line_that_names_what_was_found(trained, bulk, tmp_path):
+    models = api.load(trained, "cpu")
+    table = bulk[0]
+    wrong = {
+        "-1": table - table.iloc[0, 0] - 1,
+        "known": table.rename(columns=lambda name: f"x{name}"),
+        "more than once": table.set_axis(["a", "a"], axis=0),
+    }
+    for words, given in wrong.items():
+        with pytest.raises(InputError, match=words) as error:
+            api.deconvolve(given, models)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="expected one for each of 3"):
+        api.train(make_cells(), tmp_path, epochs=(1, 2))
+    with pytest.raises(InputError, match="no such file"):
+        api.load(tmp_path / "none")
+
+
+def test_shipped_weights_are_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert api.load("weights/pbmc1k", "cpu").decoder_card["genes"]
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(InputError, match="no such file"):  # a folder of one's own comes first
+        api.load("weights", "cpu")

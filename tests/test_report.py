@@ -1,0 +1,154 @@
+"""The report of a run: what it says is what the tables say, in one file that needs nothing else."""
+
+import html
+import re
+from html.parser import HTMLParser
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import report
+from conftest import CELL_TYPES, make_cells, run_inside
+
+
+class Page(HTMLParser):
+    """Text, pictures and rows of tables of a page; fails on tags that are not closed."""
+
+    VOID = {"meta", "img", "br", "link"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.sources, self.rows = [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th", "code") and self.rows:
+            self.rows[-1][-1] = (self.rows[-1][-1] + data).strip()
+
+
+@pytest.fixture
+def bulk(tmp_path):
+    """Two bulks, one of them with a name that would be markup."""
+    X = make_cells().X
+    table = {"a<b>&": X[:40].sum(axis=0).A1, "second": X[40:].sum(axis=0).A1}
+    path = tmp_path / "bulk.csv"
+    pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)]).assign(Length=9).to_csv(path)
+    return path
+
+
+@pytest.fixture
+def made(trained, bulk, tmp_path):
+    """A page, and the cells that it is about."""
+    out = tmp_path / "g.h5ad"
+    done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", bulk, "--n-cells", 40,
+                      "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'g.report.html'}" in done.stdout
+    return (tmp_path / "g.report.html").read_text(), anndata.read_h5ad(out), done
+
+
+def test_report_says_what_was_read_and_made(made, trained, bulk):
+    text, cells, done = made
+    page = Page(text)
+    assert "Single cells from 2 bulk samples" in page.text and "80 generated cells" in page.text
+    for line in done.stdout.splitlines():
+        if line.startswith(f"{bulk}: "):  # every line of the reader
+            assert " ".join(line.split()) in page.text
+    assert "Length" in page.text  # left out, and said
+    for warning in re.findall("warning: (.*)", done.stderr):
+        assert " ".join(warning.split()) in page.text
+    origin = cells.uns["bulk2sc"]
+    assert origin["command"] in page.text and origin["run"] in page.text
+    files = {row[1]: row[2] for row in page.rows if len(row) == 3}
+    assert set(origin["files"]["sha256"]) <= set(files.values())
+    assert str(trained / "scDecoder_model.pt") in files
+
+
+def test_report_has_the_numbers_of_the_tables(made, tmp_path):
+    text, cells, _ = made
+    rows = Page(text).rows
+    proportions = pd.read_csv(tmp_path / "g.proportions.csv")
+    shown = [row for row in rows if len(row) == 6 and row[1] in CELL_TYPES]
+    assert len(shown) == len(proportions) == 2 * len(CELL_TYPES)
+    for row, expected in zip(shown, proportions.itertuples(), strict=True):
+        assert row[0] == expected.sample and row[1] == expected.cell_type
+        assert row[2] == f"{expected.proportion:.1%}"
+        assert row[4] == f"{expected.low:.1%} to {expected.high:.1%}"
+        assert row[5] == f"{expected.rna_fraction:.1%}"
+    fit = pd.read_csv(tmp_path / "g.fit.csv")
+    shown = [row for row in rows if len(row) == 7 and row[0] != "sample"]
+    assert [row[5] for row in shown] == [f"{x:.3f}" for x in fit["agreement"]]
+    number = cells.obs["cell_type"].value_counts()
+    counted = {row[0]: row[1] for row in rows if len(row) == 5 and row[0] in CELL_TYPES}
+    assert counted == {name: f"{number[name]:,}" for name in CELL_TYPES}
+
+
+def test_report_needs_no_network_and_no_script(made):
+    text, _, _ = made
+    page = Page(text)
+    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
+    assert "<script" not in text and not re.findall(r'(?:src|href)="http', text)
+    assert len(text) < 5e6
+    assert "a<b>&" not in text and html.escape("a<b>&") in text  # names are no markup
+    assert text.startswith(report.MARK)  # by which a later run knows it for its own
+
+
+def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
+    known = tmp_path / "known.csv"
+    pd.DataFrame({CELL_TYPES[0]: [0.25]}, index=["second"]).to_csv(known)
+    flags = ["--weights", trained, "--bulk", bulk, "--n-cells", 20, "--proportions", known]
+    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
+    assert done.returncode == 0, done.stderr
+    rows = Page((tmp_path / "g.report.html").read_text()).rows
+    given = [row for row in rows if len(row) == 6 and row[4] == "given"]
+    assert [row[:3] for row in given] == [["second", CELL_TYPES[0], "25.0%"]]
+
+
+def test_markers_tell_a_type_from_the_next_and_are_no_ribosomal_genes():
+    genes = ["RPS12", "MT-CO1", "CD3E", "LYZ", "ACTB", "MRPL3", "CD79A"]
+    counts = np.array(
+        [
+            [900, 900, 60, 1, 500, 300, 0],
+            [20, 10, 2, 90, 480, 10, 0],
+            [20, 10, 1, 30, 490, 10, 80],
+        ],
+        float,
+    )
+    markers = report.find_markers(counts / counts.sum(axis=1, keepdims=True), genes)
+    assert [of_type[0] for of_type in markers] == ["CD3E", "LYZ", "CD79A"]
+    assert not {"RPS12", "MT-CO1", "MRPL3"} & {gene for of_type in markers for gene in of_type}
+
+
+def test_shown_cells_are_spaced_over_all(monkeypatch):
+    import scipy.sparse as sp
+
+    from generation import Cells
+
+    monkeypatch.setattr(report, "N_SHOWN", 7)
+    shown, X = report.ShownCells(100), sp.csr_matrix(np.arange(100)[:, None])
+    for i in range(0, 100, 30):
+        part = np.arange(i, min(i + 30, 100))
+        shown.add(Cells(X[part], part[:, None].astype(np.float32), part % 3, part // 50))
+    counts, latent, codes, bulk = shown.all()
+    expected = np.linspace(0, 99, 7, dtype=int)
+    assert list(counts.toarray().ravel()) == list(latent.ravel()) == list(expected)
+    assert list(codes) == list(expected % 3) and list(bulk) == list(expected // 50)
