@@ -4,16 +4,19 @@
     python make_figures.py --data pbmc1k_v3 --weights w0           # those in figures/
     python make_figures.py --samples sample --donors donor --conditions condition --states-only
 
-Writes to --out (figures): the paper's four t-SNE panels, pbmc1k.png (the raw cells, whatever the
-dataset), Latent.png, reconstructed.png and generated.png; labels.png, their legend alone;
-joint.png, real and generated cells in one t-SNE; proportions.png, sums.png, markers.png, losses.png
-and schematic.png. With samples and conditions, of a held-out donor under both: states.png, real
-cells and those generated from the donor's bulks in one t-SNE, and state_genes.png.
+Writes to --out (figures), as .png or by --format: the paper's four t-SNE panels, pbmc1k.png (the
+raw cells, whatever the dataset), Latent.png, reconstructed.png and generated.png; labels.png, their
+legend alone; joint.png, real and generated cells in one t-SNE; proportions.png, sums.png,
+markers.png, losses.png and schematic.png. With samples and conditions, of a held-out donor under
+both: states.png, real cells and those generated from the donor's bulks in one t-SNE, and
+state_genes.png.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
@@ -23,7 +26,7 @@ from runtime.script import flag, lead_with, parse_args, run_script
 
 
 @lead_with(
-    *("data", "labels", "weights", "out", "max_cells"),
+    *("data", "labels", "weights", "out", "format", "max_cells"),
     *("samples", "donors", "conditions", "contrast", "state_genes", "states_only"),
 )
 @dataclass
@@ -35,6 +38,8 @@ class Settings(DatasetSettings):
 
     out: Path = Path("figures")
     """Folder of the pictures."""
+    format: Literal["png", "pdf", "svg"] = "png"
+    """File format. In pdf and svg text stays text, and layers of many points are images."""
     max_cells: int = 3000
     """Most cells in a panel; of more, a random part is shown, so that t-SNE stays fast."""
     batch_size: int = 100
@@ -96,23 +101,25 @@ from generation import (
     CHUNK,
     calibrate_to,
     draw_types,
-    encode_bulks,
+    encode_samples,
     load_weights,
     log_cpm,
     new_cells,
 )
-from metrics import concordance, find_markers
+from metrics import concordance
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from plotting import (
     write_curves,
     write_joint,
     write_legend,
+    write_markers,
     write_panel,
     write_points,
+    write_predictions,
     write_schematic,
     write_state_genes,
-    write_whole_figure,
 )
+from proportions import normal_interval
 from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
 from state_figures import (
@@ -126,6 +133,17 @@ from state_figures import (
     state_table,
 )
 
+# Ribosomal, mitochondrial and housekeeping genes, which mark no cell type.
+HOUSEKEEPING = re.compile(
+    r"(MT-|MT(RNR|ND|CO|ATP)\d|M?RP[LS]\d|RPLP\d|RPSA|MRP[LS]|(FTL|FTH1|MALAT1|NEAT1|B2M|TMSB4X|"
+    r"TMSB10|ACTB|ACTG1|EEF1A1|EEF1B2|EEF2|TPT1|GAPDH|UBC|UBB|PTMA|FAU|UBA52|TUBA1B|HSP90AB1)$)",
+    re.IGNORECASE,
+)
+FEWEST_TO_COMPARE = 3  # cells of a type that markers of others are compared with
+FEWEST_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them
+LEAST_FRACTION = 0.1  # of a type's cells that have counts of its marker
+LEAST_RATIO = 1.3  # of its mean log-expression there to that in any other type
+LEAST_T = 2.0  # Welch's t against the nearest type: not by chance alone
 N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
 
@@ -151,6 +169,8 @@ class Reference:
     encoder: BulkEncoder
     gmvae: tuple[scGMVAE, dict] | None
     """scGMVAE and its card, if the weights have one."""
+    cards: tuple[dict, dict]
+    """Of the encoder and of the decoder."""
 
     def __post_init__(self):
         self.names = np.array(self.cell_types)[self.codes]  # (N)
@@ -168,13 +188,15 @@ def load_reference(cfg, device):
     genes, encoder_genes = card["genes"], encoder_card["genes"]
     X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
     obs, models = cells.obs, (decoder, encoder, gmvae)
-    return Reference(X, codes, cell_types, held_out, obs, genes, encoder_genes, *models)
+    cards = encoder_card, card
+    return Reference(X, codes, cell_types, held_out, obs, genes, encoder_genes, *models, cards)
 
 
 def save(cfg, name, write, *arguments):
     """Write a picture by one of plotting's functions."""
-    write(cfg.out / f"{name}.png", *arguments)
-    print(f"wrote {cfg.out / name}.png")
+    path = cfg.out / f"{name}.{cfg.format}"
+    write(path, *arguments)
+    print(f"wrote {path}")
 
 
 # --------------------------------------------------------------------------------- embeddings
@@ -271,7 +293,7 @@ def make_panels(reference, cfg, rng, generator):
     generated, generated_names = generate(cfg, len(rows), len(reference.codes))
     for name, title, points, point_names in (
         ("pbmc1k", "raw cells", principal_components(X), names),
-        ("Latent", "latent: z of each type's μ, σ²", z, names),
+        ("Latent", "latent z, drawn for each cell's type", z, names),
         ("reconstructed", "reconstructed cells", principal_components(rebuilt), names),
         (
             "generated",
@@ -281,6 +303,7 @@ def make_panels(reference, cfg, rng, generator):
         ),
     ):
         embedding = tsne(points, cfg.seed)
+        title = f"{title} (n = {len(points):,})"
         save(cfg, name, write_panel, embedding, point_names, reference.cell_types, title)
     save(cfg, "labels", write_legend, reference.cell_types)
 
@@ -313,35 +336,64 @@ def make_joint(reference, test, generated, origin, cfg):
 
 def make_dots(reference, test, generated, cfg):
     """Marker genes in real cells, and in as many generated ones of the same types."""
-    train = reference.train
-    markers = find_markers(log_cells(reference.X[train]), reference.codes[train])
-    markers = {reference.cell_types[k]: markers[k] for k in sorted(markers)}
-    real, generated = log_cells(reference.X[test]), log_cells(generated)
-    names = reference.names[test]
-    save(cfg, "markers", write_dots, real, generated, names, markers, reference.genes)
+    train, types = reference.train, reference.cell_types
+    log = log_cells(reference.X[train]).X
+    markers = choose_markers(log, reference.codes[train], len(types), reference.genes)
+    if not any(markers):
+        print(f"markers.{cfg.format} left out: no gene is specific to a cell type")
+        return
+    columns = np.concatenate([np.array(own, int) for own in markers])
+    codes = reference.codes[test]
+    shown = np.unique(codes)  # (T)
+    parts = [log_cells(X).X.tocsc()[:, columns].toarray() for X in (reference.X[test], generated)]
+    tables = [
+        np.array([[value(part[codes == k]).mean(axis=0) for k in shown] for part in parts])
+        for value in (np.asarray, lambda part: part > 0)
+    ]
+    genes = np.array(reference.genes)
+    named = {name: list(genes[own]) for name, own in zip(types, markers, strict=True)}
+    save(cfg, "markers", write_markers, tables, named, [types[k] for k in shown])
 
 
-def write_dots(path, real, generated, names, markers, genes):
-    """Write a dot plot of marker genes, each cell type's real cells above its generated ones.
+def choose_markers(log, codes, n_types, genes, most=2):
+    """Genes that mark one cell type alone: the most specific ones, up to ``most`` for each type.
+
+    A gene is ranked by Welch's t of the type's cells against those of the type that comes nearest,
+    so it is above every other type. None is a gene that HOUSEKEEPING names, or one that most cells
+    of most types have, as housekeeping genes are.
 
     Args:
-        real, generated: AnnData (M x G), log-normalised. names: cell types of both (M).
-        markers: cell type -> gene indices. genes: names (G).
+        log: log-normalised counts (N x G), CSR. codes: cell types (N), 0 to n_types - 1. genes:
+            names (G).
+
+    Returns:
+        list (K) of gene indices; empty for a type of too few cells, or without such a gene.
     """
-    cells = anndata.concat({"real": real, "generated": generated}, index_unique="-")
-    cells.var_names = genes
-    groups = [f"{name}, {origin}" for origin in ("real", "generated") for name in names]
-    order = [f"{name}, {origin}" for name in markers for origin in ("real", "generated")]
-    cells.obs["group"] = pd.Categorical(groups, categories=[g for g in order if g in set(groups)])
-    columns = []  # up to two markers of each type that no type before it has
-    for indices in markers.values():
-        columns += [genes[i] for i in indices if genes[i] not in columns][:2]
-    dots = scanpy.pl.DotPlot(cells, columns, "group", standard_scale="var")
-    dots.style(cmap="viridis_r", dot_edge_color="0.3", dot_edge_lw=0.3)
-    dots.legend(colorbar_title="mean, scaled\nper gene", size_title="cells with\ncounts (%)")
-    dots.make_figure()
-    dots.ax_dict["mainplot_ax"].set_title("marker genes, real cells above generated ones")
-    write_whole_figure(path, dots.fig, bbox_inches="tight")
+    size = np.bincount(codes, minlength=n_types)
+    one_hot = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
+    one_hot.resize((n_types, len(codes)))
+    n = np.maximum(size, 1)[:, None]
+    mean, square, fraction = (
+        (one_hot @ part).toarray() / n for part in (log, log.multiply(log).tocsr(), log > 0)
+    )  # (K, G) each
+    error = np.maximum(square - mean**2, 1e-6) / np.maximum(n - 1, 1)
+    there = size >= FEWEST_TO_COMPARE
+    if there.sum() < 2:
+        return [[] for _ in range(n_types)]
+    housekeeping = np.array([bool(HOUSEKEEPING.match(name)) for name in genes])
+    common = (fraction[there] > 0.5).mean(axis=0) > 0.5
+    allowed = ~housekeeping & ~common
+    markers = []
+    for k in range(n_types):
+        others = there.copy()
+        others[k] = False
+        t = (mean[k] - mean[others]) / np.sqrt(error[k] + error[others])  # (K', G)
+        above = mean[k] >= LEAST_RATIO * mean[others].max(axis=0)
+        often = fraction[k] >= LEAST_FRACTION
+        score = np.where(allowed & above & often, t.min(axis=0), -np.inf)
+        best = np.argsort(-score, kind="stable")[:most] if size[k] >= FEWEST_FOR_MARKERS else []
+        markers.append([i for i in best if score[i] > LEAST_T])
+    return markers
 
 
 # ------------------------------------------------------------------------------------- pseudobulks
@@ -355,18 +407,17 @@ def make_proportions(reference, bulk, true, cfg):
     profiles = mean_counts(X[train], reference.codes[train], len(reference.cell_types))
     columns = pd.Index(reference.genes).get_indexer(genes)
     read = bulk[:, columns]
-    device = reference.encoder.mu.device
-    pi = encode_bulks(reference.encoder, sp.csr_matrix(read), present, device)[2]
-    predicted = {
-        "bulk2sc": pi.cpu().numpy(),
-        "NNLS": nnls_proportions(read[:, present], profiles[:, present]),
-    }
-    panels = {
-        f"{method}: CCC {concordance(true, pi):.2f}": (true, pi) for method, pi in predicted.items()
-    }
-    names = np.tile(reference.cell_types, len(true))
-    axes = ("true proportion", "predicted proportion")
-    save(cfg, "proportions", write_points, panels, axes, names, reference.cell_types)
+    models = reference.encoder, reference.cards[0], reference.decoder, reference.cards[1]
+    measured, names = np.ones(bulk.shape[1], bool), [str(i) for i in range(len(bulk))]
+    answer = encode_samples(models, bulk, measured, names, "pseudobulks", "reference")
+    pi, sd = (part.cpu().numpy().astype(float) for part in (answer.cells, answer.sd))
+    low, high = normal_interval(pi, sd)
+    other = nnls_proportions(read[:, present], profiles[:, present])
+    inside = 100 * np.mean((low <= true) & (true <= high))
+    ours, theirs = (f"CCC {concordance(true, values):.2f}" for values in (pi, other))
+    texts = f"bulk2sc: {ours}; 90 % intervals hold {inside:.0f} % of the truths", f"NNLS: {theirs}"
+    arguments = true, (pi, low, high), other, reference.cell_types, texts
+    save(cfg, "proportions", write_predictions, *arguments)
 
 
 def make_sums(reference, bulk, generator, cfg):
@@ -377,7 +428,7 @@ def make_sums(reference, bulk, generator, cfg):
         f"{mode}: Pearson {np.corrcoef(*pair)[0, 1]:.3f}": pair
         for mode, pair in sum_points(bulk, decoder, pi, log_factor, generator).items()
     }
-    axes = ("bulk, log2(CPM + 1)", "sum of 1,000 cells, log2(CPM + 1)")
+    axes = ("pseudobulk, log2(CPM + 1)", "sum of 1,000 generated cells, log2(CPM + 1)")
     save(cfg, "sums", write_points, panels, axes)
 
 
@@ -401,17 +452,20 @@ def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
 # ------------------------------------------------------------------------------------------ losses
 
 
-def make_curves(cfg):
-    """The loss curves of the trainings, as far as the weights folder has them."""
+def make_curves(cfg, loss):
+    """The loss curves of the trainings, as far as the weights folder has them.
+
+    loss: of scDecoder, which says the unit.
+    """
     curves = {}
     for stage in ("scGMVAE", "scDecoder", "bulkEncoder"):
         file = cfg.weights / f"{stage}_loss.csv"
         if file.is_file():
             curves[stage] = pd.read_csv(file)
         else:
-            print(f"{file}: no such file, so {stage} is left out of losses.png")
+            print(f"{file}: no such file, so {stage} is left out of losses.{cfg.format}")
     if curves:
-        save(cfg, "losses", write_curves, curves)
+        save(cfg, "losses", write_curves, curves, loss)
 
 
 # ------------------------------------------------------------- a donor's cells under two conditions
@@ -446,7 +500,7 @@ def make_state_genes(reference, cells, genes, cfg):
     types = shown_types(n_cells)
     if not len(types) or not genes:
         few = f"no cell type of donor {donor} has {FEWEST_CELLS} cells under both conditions"
-        print(f"state_genes.png left out: {few if genes else 'no gene differs'}")
+        print(f"state_genes.{cfg.format} left out: {few if genes else 'no gene differs'}")
         return
     table = state_table(cells, pd.Index(reference.genes).get_indexer(genes), types)
     names = {reference.cell_types[k]: n_cells[:, k] for k in types}
@@ -477,7 +531,7 @@ def make_reference_pictures(reference, cfg, rng):
     make_proportions(reference, bulk, true, cfg)
     make_sums(reference, bulk[:1], generator, cfg)
 
-    make_curves(cfg)
+    make_curves(cfg, decoder.config["likelihood"])
     save(cfg, "schematic", write_schematic)
     print(f"generated cells among the {N_NEIGHBORS} nearest neighbours of a real one: {share:.2f}")
 

@@ -1,237 +1,33 @@
-"""Every picture that the scripts write, and the table behind the loss curves."""
+"""Pictures of cells, markers, proportions and the networks; losses are in training_plots.py."""
 
 from textwrap import fill
 
 import numpy as np
-import pandas as pd
 
+from figure_style import (
+    ORIGIN_COLORS,
+    legend_columns,
+    legend_of,
+    legend_width,
+    plain_text,
+    rasterized,
+)
+from figure_style import pyplot as pyplot  # here as well, for every script that draws
+from figure_style import type_colors as type_colors
+from figure_style import write_whole_figure as write_whole_figure
 from readers.labels import natural_order
-from runtime.writing import write_whole
+from training_plots import write_curves as write_curves
+from training_plots import write_evaluation as write_evaluation
+from training_plots import write_losses as write_losses
 
-# The seven colours of Okabe and Ito, then 33 more. Each is the furthest (in Oklab) from white and
-# from all before it, under the worst of full colour vision, protanopia and deuteranopia (simulated
-# after Machado et al., IEEE TVCG 2009). The last is 0.05 from any other; black to white is 1.
-TYPE_COLORS = [
-    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4B1E00"),
-    *("#000087", "#873C4B", "#0000FF", "#C3D2B4", "#5A87FF", "#003CB4", "#4B004B", "#B4D2FF"),
-    *("#B43C00", "#A5B487", "#4B3C78", "#691E3C", "#964B87", "#0F69F0", "#782D00", "#E1C369"),
-    *("#965A5A", "#78FF96", "#69C3C3", "#F05A69", "#E100C3", "#0087D2", "#D2E1E1", "#1E963C"),
-    *("#4B0F2D", "#1EA5FF", "#1E00A5", "#2D2D69", "#966987", "#4B4B96", "#5A692D", "#E1965A"),
-]
-LOSS_COLORS = {"training": "#0072B2", "held out": "#D55E00"}
-# What a loss on held-out bulks is read beside: prefix of its column -> legend and style of a line.
-LOSS_LINES = {
-    "constant": ("constant answer", "--"),
-    "noise": ("sampling noise of the target", ":"),
-}
-# Okabe and Ito's colours, which colour-blind readers can tell apart, then a brown and a grey.
-METHOD_COLORS = [
-    *("#D55E00", "#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#4B1E00"),
-    "#7F7F7F",
-]
-# Real and generated cells; under two conditions, real A and B, then generated A and B.
-ORIGIN_COLORS = {2: ("#0072B2", "#D55E00"), 4: ("#56B4E9", "#0072B2", "#E69F00", "#D55E00")}
-PANELS = 5  # beside each other in evaluation.png
 MAX_NAMED = 60  # samples whose names fit beside their bars
 FEW = 4  # samples that have a panel each in the picture of proportions
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing to files alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # there may be no screen
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def write_whole_figure(path, figure, dpi=130, **options):
-    """Save a matplotlib figure whole or not at all, and close it. options: of ``savefig``."""
-    write_whole(path, lambda part: figure.savefig(part, dpi=dpi, **options))
-    pyplot().close(figure)
-
-
-# ----------------------------------------------------------------------------------------- losses
-
-
-def loss_names(table):
-    """Columns of a loss table that get a panel: not the epoch, nor what is drawn beside a loss."""
-    beside = tuple(f"{prefix}_" for prefix in ("held_out", *LOSS_LINES))
-    return [name for name in table if name != "epoch" and not name.startswith(beside)]
-
-
-def draw_loss(axis, table, name, title):
-    """Draw a loss against the epoch, and beside it ``held_out_<name>`` and its LOSS_LINES."""
-    values = draw_lines(axis, table, name)
-    pairs = zip((name, f"held_out_{name}"), LOSS_COLORS.values(), strict=True)
-    for key, color in pairs:
-        if key in table and table[key].notna().any():
-            points = table[["epoch", key]].astype(float).dropna()
-            axis.plot(points["epoch"], points[key], color=color, lw=1.3)
-            values += list(points[key])
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axis.set_yscale("log")
-    elif values and max(values) == 0:  # the loss is 0 from the first step on
-        axis.set_ylim(-0.05, 1)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel("epoch")
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def draw_lines(axis, table, name):
-    """Draw the LOSS_LINES of a loss, as far as the table has them. Returns their values."""
-    values = []
-    for prefix, (_, style) in LOSS_LINES.items():
-        key = f"{prefix}_{name}"
-        if key in table and table[key].notna().any():
-            values.append(float(table[key].dropna().iloc[-1]))  # the same at every epoch
-            axis.axhline(values[-1], color="0.35", lw=1.3, ls=style)
-    return values
-
-
-def legend_of_losses(figure, tables):
-    """The legend of :func:`draw_loss`, of what one of the tables has."""
-
-    def any_has(prefix):
-        return any(t.filter(regex=f"^{prefix}_").notna().any(axis=None) for t in tables)
-
-    styles = {"training": {"color": LOSS_COLORS["training"]}}
-    if any_has("held_out"):
-        styles["held out"] = {"color": LOSS_COLORS["held out"]}
-    for prefix, (name, style) in LOSS_LINES.items():
-        if any_has(prefix):
-            styles[name] = {"color": "0.35", "ls": style}
-    lines = [pyplot().Line2D([], [], lw=2, **style) for style in styles.values()]
-    figure.legend(lines, list(styles), frameon=False, loc="outside right upper")
-
-
-def write_losses(stem, rows):
-    """Write loss curves as ``<stem>_loss.csv`` and ``<stem>_loss.png``.
-
-    Args:
-        stem: path without suffix, e.g. ``weights/scDecoder``.
-        rows: one dict per epoch with the same keys, ``epoch`` first. ``name``, ``held_out_name``,
-            ``constant_name`` and ``noise_name`` share a panel; None stands for "not measured in
-            this epoch".
-    """
-    table = pd.DataFrame(rows)
-    write_whole(f"{stem}_loss.csv", lambda path: table.to_csv(path, index=False))
-    names = loss_names(table)
-    size = (3.2 * len(names) + 1, 2.8)
-    options = {"squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot().subplots(1, len(names), figsize=size, **options)
-    for axis, name in zip(axes[0], names, strict=True):
-        draw_loss(axis, table, name, name.replace("_", " "))
-    axes[0][0].set_ylabel("loss")
-    legend_of_losses(figure, [table])
-    write_whole_figure(f"{stem}_loss.png", figure)
-
-
-def write_curves(path, curves):
-    """Write the loss curves of all trainings as one picture, a row for each.
-
-    curves: stage -> data frame of the csv that :func:`write_losses` writes.
-    """
-    columns = {stage: loss_names(table) for stage, table in curves.items()}
-    width = max(map(len, columns.values()))
-    size = (3.4 * width + 1.3, 2.5 * len(curves))
-    options = {"squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot().subplots(len(curves), width, figsize=size, **options)
-    for row, (stage, table) in zip(axes, curves.items(), strict=True):
-        for axis in row[len(columns[stage]) :]:
-            axis.set_visible(False)
-        for axis, name in zip(row, columns[stage], strict=False):
-            draw_loss(axis, table, name, f"{stage}: {name.replace('_', ' ')}")
-    legend_of_losses(figure, curves.values())
-    write_whole_figure(path, figure)
-
-
-# ------------------------------------------------------------------------------------- evaluation
-
-
-def write_evaluation(path, table):
-    """Write the metrics as one picture: a panel for each metric, a dot for each method.
-
-    Args:
-        path: of the .png.
-        table: data frame with the columns metric, best, method, mean, std, setting; std may be NaN.
-            The metrics of each setting have rows of panels of their own.
-    """
-    rows = []  # of panels: their metrics, and the methods that any of them has
-    for _, part in table.groupby("setting", sort=False):
-        metrics, methods = (list(dict.fromkeys(part[name])) for name in ("metric", "method"))
-        rows += [(metrics[i : i + PANELS], methods) for i in range(0, len(metrics), PANELS)]
-    width = max(len(metrics) for metrics, _ in rows)
-    heights = [0.9 + 0.19 * len(methods) for _, methods in rows]
-    letters = max(len(plain_text(name)) for name in table["method"])
-    size = (2.8 * width + 0.07 * letters, sum(heights) + 0.3)
-    options = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
-    figure, axes = pyplot().subplots(len(rows), width, figsize=size, **options)
-    for row, (metrics, methods) in zip(axes, rows, strict=True):
-        for axis, metric in zip(row, metrics, strict=False):
-            draw_metric(axis, table[table["metric"] == metric], metric, methods)
-        for axis in row[1:]:
-            axis.set_yticklabels([])
-        for axis in row[len(metrics) :]:
-            axis.set_visible(False)
-    figure.supxlabel("mean ± standard deviation; dashed: the best there is", fontsize=9)
-    write_whole_figure(path, figure, dpi=110)
-
-
-def draw_metric(axis, table, metric, methods):
-    """Draw one metric, a line for each of the methods (as far as they have it), the best dashed."""
-    axis.axvline(table["best"].iloc[0], color="0.7", lw=1, ls="--", zorder=0)
-    for row in table.itertuples():
-        i = methods.index(row.method)
-        std = None if np.isnan(row.std) else row.std  # NaN: measured once
-        style = {"fmt": "o", "ms": 5, "capsize": 2, "color": METHOD_COLORS[i % len(METHOD_COLORS)]}
-        axis.errorbar(row.mean, i, xerr=std, **style)
-    axis.set_yticks(range(len(methods)), [plain_text(name) for name in methods], fontsize=8)
-    axis.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top
-    axis.tick_params(axis="x", labelsize=8)
-    axis.set_title(fill(plain_text(metric, 80), 36), fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-# ------------------------------------------------------------------------------------- cell types
-
-
-def type_colors(cell_types):
-    """Colour of each cell type, the same in every picture of one model.
-
-    cell_types: all names of the model in its order (K). Beyond 40 types colours repeat.
-
-    Returns:
-        dict: name -> "#RRGGBB".
-    """
-    return {name: TYPE_COLORS[k % len(TYPE_COLORS)] for k, name in enumerate(cell_types)}
-
-
-def plain_text(name, longest=40):
-    """A name as matplotlib shows it letter by letter, cut if it is very long."""
-    name = str(name)
-    name = name if len(name) <= longest else name[: longest - 1] + "…"
-    return name.replace("$", r"\$")  # matplotlib sets what stands between two $ as a formula
-
-
-def legend_of(figure, cell_types, **where):
-    """A legend of cell types, in the colours that they have everywhere."""
-    plt = pyplot()
-    colors = type_colors(cell_types)
-    dots = [plt.Line2D([], [], marker="o", ls="", ms=8, color=c) for c in colors.values()]
-    names = [plain_text(name) for name in colors]
-    figure.legend(dots, names, frameon=False, fontsize=11, handletextpad=0.2, **where)
-
-
-def legend_width(cell_types):
-    """Inches that :func:`legend_of` takes."""
-    return 0.6 + 0.095 * max(len(plain_text(name)) for name in cell_types)
-
-
 def write_legend(path, cell_types):
     """Write the legend of the cell types (K) by itself."""
-    figure = pyplot().figure(figsize=(legend_width(cell_types), 0.2 + 0.25 * len(cell_types)))
+    n = -(-len(cell_types) // legend_columns(cell_types))
+    figure = pyplot().figure(figsize=(legend_width(cell_types), 0.2 + 0.25 * n))
     legend_of(figure, cell_types, loc="center")
     write_whole_figure(path, figure)
 
@@ -246,10 +42,11 @@ def write_proportions(path, proportions):
     panel beside the bars, with a row for each sample, the first on top.
 
     Args:
-        path: of the .png. proportions: proportions.Proportions of S samples and K types.
+        path: ending in .png, .pdf or .svg.
+        proportions: proportions.Proportions of S samples and K types.
     """
     few = len(proportions.names) <= FEW
-    write_whole_figure(path, (draw_few if few else draw_many)(proportions), dpi=110)
+    write_whole_figure(path, (draw_few if few else draw_many)(proportions))
 
 
 def draw_few(proportions):
@@ -257,9 +54,9 @@ def draw_few(proportions):
     n, K = proportions.cells.shape
     types = [plain_text(name) for name in proportions.cell_types]
     colors = list(type_colors(proportions.cell_types).values())
-    heights = [0.75 + 0.25 * n, 0.9 + 0.25 * K]
+    heights = [0.75 + 0.28 * n, 0.9 + 0.27 * K]
     letters = max(map(len, [*types, *map(plain_text, proportions.names)]))
-    size = (max(2.2 * n, 4) + 0.08 * letters, sum(heights))
+    size = (max(2.3 * n, 4.6) + 0.08 * letters, sum(heights) + 0.2)
     figure = pyplot().figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(2, n, height_ratios=heights)
     draw_stacked(figure.add_subplot(grid[0, :]), proportions, colors)
@@ -267,15 +64,17 @@ def draw_few(proportions):
     for i, name in enumerate(proportions.names):
         axis = figure.add_subplot(grid[1, i], sharex=first, sharey=first)
         draw_intervals(axis, proportions, (i, slice(None)), rows, colors, n_ticks=4)
-        axis.set_title(plain_text(name, 28), fontsize=9)
+        axis.set_title(plain_text(name, 28), fontsize=10)
+        axis.set_xlabel("fraction of cells", fontsize=9)
         if first is None:
             axis.set_ylim(K + 0.5, 0.5)
-            axis.set_yticks(rows, types, fontsize=8)
+            axis.set_yticks(rows, types, fontsize=9)
         else:
             axis.tick_params(axis="y", labelleft=False)
         first = first or axis
-    first.set_xlim(0, upper_end(proportions, slice(None)))
-    figure.supxlabel(interval_text(proportions), fontsize=9)
+    end = upper_end(proportions, slice(None))
+    first.set_xlim(-0.02 * end, end)
+    figure.supxlabel(interval_text(proportions), fontsize=9.5)
     return figure
 
 
@@ -286,19 +85,21 @@ def draw_many(proportions):
     n, K = proportions.cells.shape
     types = [plain_text(name) for name in proportions.cell_types]
     colors = list(type_colors(proportions.cell_types).values())
-    height = max(1.7 + 0.22 * n if n <= MAX_NAMED else 9, 0.6 + 0.2 * K)
+    height = max(1.9 + 0.22 * n if n <= MAX_NAMED else 9, 0.6 + 0.2 * K)
     letters = max(map(len, types)) + (longest_name(proportions) if n <= MAX_NAMED else 0)
-    size = (3.6 + 0.08 * letters + 0.95 * K, height)
-    options = {"sharey": True, "width_ratios": [3.2] + [1] * K, "layout": "constrained"}
+    size = (3.6 + 0.08 * letters + 1.15 * K, height)
+    options = {"sharey": True, "width_ratios": [3] + [1] * K, "layout": "constrained"}
     figure, axes = pyplot().subplots(1, 1 + K, figsize=size, **options)
     draw_stacked(axes[0], proportions, colors)
     rows = np.arange(1, n + 1)
     for k, axis in enumerate(axes[1:]):
         of_type = (slice(None), k)
         draw_intervals(axis, proportions, of_type, rows, [colors[k]] * n, n_ticks=2)
-        axis.set_xlim(0, upper_end(proportions, of_type))
-        axis.set_title(fill(types[k], 14), fontsize=8)
-    figure.supxlabel(f"{interval_text(proportions)}; each panel has its own scale", fontsize=9)
+        end = upper_end(proportions, of_type)
+        axis.set_xlim(-0.03 * end, end)
+        axis.set_title(fill(types[k], 14), fontsize=8.5)
+        axis.set_xlabel("fraction", fontsize=9)
+    figure.supxlabel(f"{interval_text(proportions)}; each panel has its own scale", fontsize=9.5)
     handles = [Patch(color=color) for color in colors]
     figure.legend(handles, types, frameon=False, fontsize=8, loc="outside right upper")
     return figure
@@ -328,15 +129,18 @@ def draw_intervals(axis, proportions, part, rows, colors, n_ticks):
         part: index of n of the (S, K). rows: heights (n). colors: (n). n_ticks: at most so many.
     """
     dense = len(rows) > MAX_NAMED
-    axis.grid(axis="y", color="0.92", lw=0 if dense else 0.6)
+    axis.grid(axis="y", color="0.88", lw=0 if dense else 0.6)
     axis.set_axisbelow(True)
     cells, colors = proportions.cells[part], np.array(colors)
     is_known = np.zeros(len(rows), bool) if proportions.known is None else proportions.known[part]
     ends = [np.where(is_known, np.nan, end[part]) for end in (proportions.low, proportions.high)]
-    axis.hlines(rows, *ends, color="0.35", lw=0.7 if dense else 1.3, zorder=2)
+    layer = {"rasterized": rasterized(len(rows))}
+    axis.hlines(rows, *ends, color="0.25", lw=0.7 if dense else 1.6, zorder=2, **layer)
     if not dense:  # an interval may be narrower than its point
-        axis.scatter(ends, [rows, rows], s=45, c="0.35", marker="|", linewidths=1, clip_on=False)
-    style = {"s": 5 if dense else 22, "edgecolors": "0.2", "linewidths": 0.3 if dense else 0.6}
+        caps = {"s": 70, "c": "0.25", "marker": "|", "linewidths": 1.4, "clip_on": False}
+        axis.scatter(ends, [rows, rows], **caps)
+    style = {"s": 5 if dense else 26, "edgecolors": "0.2", "linewidths": 0.3 if dense else 0.6}
+    style |= layer
     for marker, shown in (("o", ~is_known), ("D", is_known)):
         points = cells[shown], rows[shown]
         axis.scatter(*points, c=colors[shown], marker=marker, clip_on=False, zorder=3, **style)
@@ -360,9 +164,11 @@ def longest_name(proportions):
 
 def interval_text(proportions):
     """What lines and points stand for."""
-    known = proportions.known is not None and proportions.known.any()
-    lines = "" if np.isnan(proportions.low).all() else ", with 90 % intervals"
-    return f"fraction of cells{lines}{'; diamonds: known' if known else ''}"
+    known = proportions.known is not None and bool(proportions.known.any())
+    lines = "" if np.isnan(proportions.low).all() else "; bars: 90 % intervals"
+    return (
+        f"points: estimated fractions of cells{lines}{'; diamonds: given, not estimated' * known}"
+    )
 
 
 def draw_bars(axis, proportions, colors, outlined):
@@ -388,7 +194,7 @@ def write_clusters(path, points, clusters, cell_type, source="by ScType"):
     """Write cells in two dimensions, coloured by cell type, clusters named by their number.
 
     Args:
-        path: of the .png.
+        path: ending in .png, .pdf or .svg.
         points: UMAP coordinates (N, 2). clusters: integer codes (N). cell_type: names (N).
         source: of the names, for the title.
     """
@@ -400,7 +206,8 @@ def write_clusters(path, points, clusters, cell_type, source="by ScType"):
     figure, axis = plt.subplots(figsize=(5.6 + 0.08 * letters, 5), layout="constrained")
     for name, color in colors.items():
         size = max(1, min(8, 2e4 / len(points)))
-        axis.scatter(*points[cell_type == name].T, s=size, color=color, lw=0)
+        shown = points[cell_type == name].T
+        axis.scatter(*shown, s=size, color=color, lw=0, rasterized=rasterized(len(points)))
     for cluster in np.unique(clusters):
         x, y = np.median(points[clusters == cluster], axis=0)
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
@@ -414,14 +221,17 @@ def write_clusters(path, points, clusters, cell_type, source="by ScType"):
     handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
     names = [plain_text(name) for name in colors]
     figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
-    write_whole_figure(path, figure, dpi=110)
+    write_whole_figure(path, figure)
 
 
 def bare(axis):
-    """Remove ticks and frame: the axes of a t-SNE have no units."""
+    """Name the axes of a t-SNE and remove their ticks, as they have no units."""
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.spines[:].set_visible(False)
+    axis.set_xlabel("t-SNE 1", fontsize=11)
+    axis.set_ylabel("t-SNE 2", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("0.5")
     axis.set_aspect("equal", adjustable="datalim")
 
 
@@ -429,7 +239,8 @@ def scatter(axis, points, colors):
     """Draw points (N, 2) in their colours (N), in random order so that none hides another."""
     order = np.random.default_rng(0).permutation(len(points))
     size = float(np.clip(1.2e4 / len(points), 2, 18))
-    axis.scatter(*points[order].T, s=size, c=np.asarray(colors)[order], lw=0)
+    style = {"lw": 0, "rasterized": rasterized(len(points))}
+    axis.scatter(*points[order].T, s=size, c=np.asarray(colors)[order], **style)
 
 
 def scatter_types(axis, points, names, cell_types):
@@ -442,13 +253,14 @@ def write_panel(path, points, names, cell_types, title):
     """Write one t-SNE panel with its legend.
 
     Args:
-        path: of the .png. points: (N, 2). names: cell type of each point (N). cell_types: all (K).
+        path: ending in .png, .pdf or .svg.
+        points: (N, 2). names: cell type of each point (N). cell_types: all (K).
     """
     width = 4.6 + legend_width(cell_types)
     figure, axis = pyplot().subplots(figsize=(width, 4.6), layout="constrained")
     scatter_types(axis, points, names, cell_types)
     bare(axis)
-    axis.set_title(title, fontsize=15)
+    axis.set_title(title, fontsize=13)
     legend_of(figure, cell_types, loc="outside right center")
     write_whole_figure(path, figure)
 
@@ -457,7 +269,8 @@ def write_joint(path, points, names, cell_types, origins, caption):
     """Write real and generated cells in one t-SNE: by origin on the left, by type on the right.
 
     Args:
-        path: of the .png. points: (N, 2). names: cell types (N). cell_types: all (K).
+        path: ending in .png, .pdf or .svg.
+        points: (N, 2). names: cell types (N). cell_types: all (K).
         origins: where each cell comes from (N), one of two or four texts for the legend, in order
             of ORIGIN_COLORS.
         caption: below the right panel.
@@ -470,55 +283,172 @@ def write_joint(path, points, names, cell_types, origins, caption):
     for origin, color in colors.items():
         axes[0].scatter([], [], s=50, color=color, label=plain_text(origin, 24))
     axes[0].legend(frameon=False, fontsize=11, loc="upper center", ncols=2, handletextpad=0.1,
-                   bbox_to_anchor=(0.5, 0.0))  # fmt: skip
+                   bbox_to_anchor=(0.5, -0.06))  # fmt: skip
     scatter_types(axes[1], points, names, cell_types)
-    for axis, title in zip(axes, ("real and generated cells", "their cell types"), strict=True):
+    for axis, title in zip(
+        axes, ("real and generated cells", "the same cells by cell type"), strict=True
+    ):
         bare(axis)
-        axis.set_title(title, fontsize=15)
+        axis.set_title(title, fontsize=13)
     style = {"transform": axes[1].transAxes, "ha": "center", "va": "top", "fontsize": 11}
-    axes[1].text(0.5, -0.06, plain_text(caption, len(caption)), **style)
+    axes[1].text(0.5, -0.09, plain_text(caption, len(caption)), **style)
     legend_of(figure, cell_types, loc="outside right center")
     write_whole_figure(path, figure)
 
 
-def write_points(path, panels, axes_names, names=None, cell_types=()):
+def write_points(path, panels, axes_names):
     """Write scatter plots side by side, each with the line on which x and y are equal.
 
     Args:
-        path: of the .png. panels: title -> (x, y), arrays of one shape. axes_names: of x and y.
-        names: cell type of each point, if they are to be coloured; cell_types: all (K).
+        path: ending in .png, .pdf or .svg. panels: title -> (x, y), arrays of one shape.
+            axes_names: of x and y.
     """
-    extra = legend_width(cell_types) if names is not None else 0
-    size = (4.2 * len(panels) + extra, 4.2)
+    size = (4.2 * len(panels), 4.4)
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, **options)
     end = max(np.nanmax(values) for pair in panels.values() for values in pair)
     for axis, (title, (x, y)) in zip(axes[0], panels.items(), strict=True):
-        axis.axline((0, 0), slope=1, color="0.6", lw=1, ls="--", zorder=0)
-        points = np.column_stack([np.ravel(x), np.ravel(y)])
-        if names is None:
-            axis.scatter(*points.T, s=4, color="#0072B2", alpha=0.3, lw=0, rasterized=True)
-        else:
-            scatter_types(axis, points, names, cell_types)
-        axis.set_title(title, fontsize=13)
+        draw_identity(axis, end)
+        style = {"s": 4, "color": "#0072B2", "alpha": 0.3, "lw": 0}
+        axis.scatter(np.ravel(x), np.ravel(y), rasterized=rasterized(np.size(x)), **style)
+        axis.set_title(title, fontsize=12)
         axis.set_xlabel(axes_names[0], fontsize=11)
-        axis.set_xlim(-0.02 * end, 1.03 * end)
-        axis.set_ylim(-0.02 * end, 1.03 * end)
-        axis.set_box_aspect(1)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(axes_names[1], fontsize=11)
-    if names is not None:
-        legend_of(figure, cell_types, loc="outside right center")
+    figure.supxlabel("a dot: a gene; dashed: equal", fontsize=9.5)
     write_whole_figure(path, figure)
+
+
+def draw_identity(axis, end):
+    """Draw the line x = y, with both axes from 0 to end."""
+    axis.axline((0, 0), slope=1, color="0.6", lw=1, ls="--", zorder=0)
+    axis.set_xlim(-0.02 * end, 1.03 * end)
+    axis.set_ylim(-0.02 * end, 1.03 * end)
+    axis.set_box_aspect(1)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def write_predictions(path, true, ours, other, cell_types, texts):
+    """Write predicted against true proportions of pseudobulks, a panel for each cell type.
+
+    Args:
+        path: ending in .png, .pdf or .svg. true: fractions of cells (S, K).
+        ours: predicted fractions and both ends of their 90 % intervals, three of (S, K).
+        other: those of the method to compare with (S, K), whose points are grey.
+        cell_types: names (K). texts: what the legend calls ours and the other.
+    """
+    plt = pyplot()
+    K = len(cell_types)
+    width = min(4, K)
+    height = -(-K // width)
+    options = {"squeeze": False, "layout": "constrained"}
+    size = (2.7 * width + 0.4, 2.75 * height + 0.9)
+    figure, axes = plt.subplots(height, width, figsize=size, **options)
+    figure.get_layout_engine().set(hspace=0.06)
+    predicted, low, high = ours
+    many = {"rasterized": rasterized(len(true))}
+    for k, (axis, (name, color)) in enumerate(
+        zip(axes.flat, type_colors(cell_types).items(), strict=False)
+    ):
+        ends = true[:, k], predicted[:, k], other[:, k], high[:, k]
+        draw_identity(axis, max(max(map(np.nanmax, ends)), 1e-3))
+        style = {"s": 12, "facecolors": "none", "edgecolors": "0.6", "lw": 0.8, "zorder": 1}
+        axis.scatter(true[:, k], other[:, k], **style, **many)
+        axis.vlines(true[:, k], low[:, k], high[:, k], color="0.3", lw=0.8, alpha=0.7, zorder=2)
+        style = {"s": 15, "color": color, "edgecolors": "0.2", "lw": 0.4, "zorder": 3}
+        axis.scatter(true[:, k], predicted[:, k], **style, **many)
+        axis.set_title(plain_text(name), fontsize=10.5)
+        axis.locator_params(nbins=4)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.tick_params(labelsize=8.5)
+    for axis in axes.flat[K:]:
+        axis.remove()
+    dots = [
+        plt.Line2D([], [], marker="o", color="0.3", ms=5, lw=1.2, mec="0.2"),
+        plt.Line2D([], [], marker="o", ls="", ms=5, mfc="none", mec="0.6"),
+    ]
+    style = {"frameon": False, "fontsize": 10, "loc": "outside upper center", "ncols": 1}
+    figure.legend(dots, list(texts), **style)
+    figure.supxlabel("true fraction of cells", fontsize=11)
+    figure.supylabel("predicted fraction of cells", fontsize=11)
+    write_whole_figure(path, figure)
+
+
+# ---------------------------------------------------------------------------------- marker genes
+
+
+def write_markers(path, tables, markers, shown):
+    """Write a dot plot of marker genes, each cell type's real cells above its generated ones.
+
+    Args:
+        path: ending in .png, .pdf or .svg.
+        tables: mean log-expression and fraction of cells with counts, of real and of generated
+            cells: two arrays (2, T, P), NaN where there is no cell.
+        markers: cell type -> its marker genes (P in all), in the order of the columns.
+        shown: names of the types in the rows (T).
+    """
+    plt = pyplot()
+    mean, fraction = tables
+    genes = [gene for names in markers.values() for gene in names]
+    T, P = len(shown), len(genes)
+    low, high = np.nanmin(mean, axis=(0, 1)), np.nanmax(mean, axis=(0, 1))  # (P)
+    scaled = (mean - low) / np.maximum(high - low, 1e-9)
+    letters = max(len(plain_text(name)) for name in [*shown, *markers])
+    size = (0.36 * P + 0.085 * letters + 2.9, 0.5 * T + 0.065 * letters + 1.6)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    t, p = np.meshgrid(np.arange(T), np.arange(P), indexing="ij")
+    for origin, offset in ((0, -0.22), (1, 0.22)):
+        style = {"vmin": 0, "vmax": 1, "cmap": "viridis_r", "edgecolors": "0.3", "lw": 0.4}
+        dots = axis.scatter(
+            p.ravel(), (t + offset).ravel(), s=130 * np.nan_to_num(fraction[origin]).ravel(),
+            c=scaled[origin].ravel(), zorder=2, **style,
+        )  # fmt: skip
+    for row in range(0, T, 2):
+        axis.axhspan(row - 0.5, row + 0.5, color="0.95", lw=0, zorder=0)
+    start = 0
+    for name, own in markers.items():
+        if own:  # a bracket over the type's own genes
+            axis.plot(
+                [start - 0.3, start + len(own) - 0.7], [-0.75] * 2, color="0.2", clip_on=False
+            )
+            place = (start + len(own) / 2 - 0.5, -0.85)
+            style = {"rotation": 40, "ha": "left", "va": "bottom", "fontsize": 9}
+            axis.text(*place, plain_text(name), **style)
+        start += len(own)
+    rows = np.repeat(np.arange(T), 2) + np.tile([-0.22, 0.22], T)
+    axis.set_yticks(rows, ["real", "generated"] * T, fontsize=7.5)
+    axis.tick_params(axis="both", length=0)
+    for row, name in enumerate(shown):
+        style = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
+        place = {"xytext": (-52, 0), "textcoords": "offset points", "fontsize": 10}
+        axis.annotate(plain_text(name), (0, row), xycoords=style["transform"], ha="right",
+                      va="center", **place)  # fmt: skip
+    axis.set_xticks(range(P), [plain_text(gene, 16) for gene in genes], rotation=90, style="italic")
+    axis.set_xlim(-0.7, P - 0.3)
+    axis.set_ylim(T - 0.4, -0.6)
+    bar = figure.colorbar(dots, ax=axis, shrink=0.4, aspect=12, anchor=(0, 0))
+    bar.set_label("mean log(CP10k + 1),\nscaled per gene", fontsize=9)
+    sizes = [
+        axis.scatter([], [], s=130 * f, c="0.6", edgecolors="0.3", lw=0.4, label=f"{f:.0%}")
+        for f in (0.2, 0.5, 1)
+    ]
+    style = {"frameon": False, "fontsize": 9, "title_fontsize": 9, "title": "cells with\ncounts"}
+    figure.legend(handles=sizes, loc="outside right upper", **style)
+    figure.suptitle("marker genes of each cell type, in real cells and in as many generated ones")
+    write_whole_figure(path, figure)
+
+
+# ---------------------------------------------------------------------- genes under two conditions
 
 
 def write_state_genes(path, table, genes, cell_types, conditions, donor):
     """Write genes in cell types under two conditions: a row for each gene, a column for each type.
 
     Args:
-        path: of the .png. table: as :func:`state_figures.state_table` gives it. genes: names (P).
-            cell_types: name -> number of real cells under A and B (T). conditions: A and B.
-            donor: whose cells these are.
+        path: ending in .png, .pdf or .svg.
+        table: as :func:`state_figures.state_table` gives it. genes: names (P).
+        cell_types: name -> number of real cells under A and B (T). conditions: A and B.
+        donor: whose cells these are.
     """
     names = [plain_text(condition, 20) for condition in conditions]
     upright = max(map(len, names)) > 8  # they would run into each other
@@ -535,7 +465,7 @@ def write_state_genes(path, table, genes, cell_types, conditions, donor):
     for axis in axes[-1]:
         axis.set_xticks([0, 1], names, rotation=90 if upright else 0)
     figure.align_ylabels(axes[:, 0])
-    figure.supylabel("log2(CPM + 10)", fontsize=11)
+    figure.supylabel("expression, log2(CPM + 10)", fontsize=11)
     figure.supxlabel(
         f"donor {plain_text(donor)}, never trained on; n real cells and as many generated, "
         "± standard error; dotted: no counts",
@@ -589,11 +519,16 @@ def draw_training(axis):
     """Draw the upper part of the schematic."""
     draw_box(axis, (2, 36, 15, 9), "reference cells\ncounts x\ncell types k", DATA)
     draw_box(axis, (27, 36, 18, 9), "1  scGMVAE\nencoder of cells,\nmixture prior", NETWORK)
-    draw_box(axis, (56, 36, 17, 9), "latent z of each cell\nμₖ, σₖ² of\neach type", LATENT)
-    draw_box(axis, (84, 36, 17, 9), "2  scDecoder\nz → counts of\nall genes (NB)", NETWORK)
+    draw_box(
+        axis,
+        (56, 36, 17, 9),
+        "latent z of each cell\nK types × D dims:\nmean μₖ, variance σₖ²",
+        LATENT,
+    )
+    draw_box(axis, (84, 36, 17, 9), "2  scDecoder\n(paper: genVAE)\nz → all genes (NB)", NETWORK)
     draw_box(axis, (2, 23.4, 15, 7.4), "pseudobulks of\ndrawn cells", DATA)
     draw_box(axis, (27, 23.4, 18, 7.4), "3  Bulk Encoder\ndeconvolution, network", NETWORK)
-    draw_box(axis, (56, 23.4, 17, 7.4), "μ̂ₖ, σ̂ₖ², π̂", LATENT)
+    draw_box(axis, (56, 23.4, 17, 7.4), "μ̂ₖ, σ̂ₖ² (K × D)\nproportions π̂ (K)", LATENT)
     draw_arrow(axis, (17.6, 40.5), (26.4, 40.5))
     draw_arrow(axis, (45.6, 40.5), (55.4, 40.5))
     draw_arrow(axis, (73.6, 40.5), (83.4, 40.5), "z paired with\nits own x", (78.5, 45.2))
@@ -608,7 +543,7 @@ def draw_generation(axis):
     draw_box(axis, (2, 3.5, 15, 9), "bulk RNA-seq\nof a sample", DATA)
     draw_box(axis, (27, 3.5, 18, 9), "3  Bulk Encoder\n(trained)", NETWORK)
     draw_box(axis, (56, 3.5, 17, 9), "k ~ π̂\nz ~ N(μ̂ₖ, σ̂ₖ²)", LATENT)
-    draw_box(axis, (84, 3.5, 17, 9), "2  scDecoder\n→ one cell's\ncounts", NETWORK)
+    draw_box(axis, (84, 3.5, 17, 9), "2  scDecoder\n(paper: genVAE)\n→ counts of a cell", NETWORK)
     draw_arrow(axis, (17.6, 8), (26.4, 8))
     draw_arrow(axis, (45.6, 8), (55.4, 8), "μ̂ₖ, σ̂ₖ², π̂", (50.5, 10))
     draw_arrow(axis, (73.6, 8), (83.4, 8), "z", (78.5, 10))

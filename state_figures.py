@@ -95,7 +95,8 @@ def find_donor(obs, held_out, settings):
             both = " and ".join(conditions)
             why = f"{settings.weights} holds out no donor with samples of both {both}"
     if why is not None:
-        print(f"states.png and state_genes.png left out: {why}")
+        ending = settings.format
+        print(f"states.{ending} and state_genes.{ending} left out: {why}")
         return None
     return found
 

@@ -169,5 +169,6 @@ class TrainingRun(ResumableRun):
         card |= {"epoch": self.cfg.epochs, "made_from": self.made_from}
         path = self.cfg.weights / f"{self.name}_model.pt"
         save_model(path, self.model, self.cfg, **card)
-        write_losses(self.cfg.weights / self.name, self.progress.curve)
+        loss = getattr(self.cfg, "loss", "nb")
+        write_losses(self.cfg.weights / self.name, self.progress.curve, loss)
         self.remove_checkpoint()

@@ -11,6 +11,7 @@ import torch
 import make_figures
 import plotting
 import state_figures
+import training_plots
 from conftest import (
     CELL_TYPES,
     OF_SAMPLES,
@@ -21,8 +22,17 @@ from conftest import (
     run_inside,
 )
 from data import codes_of, load_cells
+from figure_style import TYPE_COLORS
 from generation import load_weights
-from make_figures import Settings, generate, mixing, principal_components, reconstruct
+from make_figures import (
+    HOUSEKEEPING,
+    Settings,
+    choose_markers,
+    generate,
+    mixing,
+    principal_components,
+    reconstruct,
+)
 from models import scGMVAE
 from runtime.weights import load_model
 
@@ -46,10 +56,39 @@ def test_every_picture_is_written_and_no_other_file(tmp_path, trained, h5ad, mon
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.png" for name in PICTURES}
     for name in PICTURES:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    # All cells in each of the four panels; 18 held-out ones and as many generated; 100 x 3 points.
-    assert sorted(n_points.values()) == [36, 90, 90, 90, 90, 300]
+    # All cells in each of the four panels; 18 held-out ones and as many generated.
+    assert sorted(n_points.values()) == [36, 90, 90, 90, 90]
     assert "generated cells among the 30 nearest neighbours" in done.stdout
     assert "state_genes.png left out: they need --samples and --conditions" in done.stdout
+
+
+def test_vector_pictures_hold_text_as_text(tmp_path, trained, h5ad):
+    """--format svg gives the same pictures under the same names, and no other file."""
+    where = ["--data", h5ad, "--weights", trained, "--out", tmp_path]
+    done = run_inside("make_figures.py", *where, "--format", "svg", "--max-cells", 30)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.svg" for name in PICTURES}
+    assert "joint.svg" in done.stdout and ".png" not in done.stdout
+    for name, text in {"joint": "t-SNE 1", "schematic": "genVAE", "losses": "epoch"}.items():
+        assert text in (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_only_three_formats():
+    assert_one_line_error(
+        run_inside("make_figures.py", "--format", "jpg"), "--format", "jpg", "svg"
+    )
+
+
+@pytest.mark.parametrize("n", [100, 600])
+def test_layers_of_many_points_are_images_in_vector_files(tmp_path, n):
+    points = np.random.default_rng(0).normal(size=(n, 2))
+    names = np.repeat(["B", "T"], n // 2)
+    for ending in ("svg", "pdf", "png"):
+        plotting.write_panel(tmp_path / f"a.{ending}", points, names, ["B", "T"], "cells")
+    assert (b"<image" in (tmp_path / "a.svg").read_bytes()) == (n > 500)
+    pdf = (tmp_path / "a.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf  # fonts whose text can be edited
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_ends_in_one_line(tmp_path, trained, h5ad):
@@ -112,6 +151,92 @@ def test_principal_components_tell_types_apart_and_allow_empty_genes():
     center = {name: pcs[names == name, :3].mean(axis=0) for name in set(names)}
     nearest = [min(center, key=lambda n: np.linalg.norm(p[:3] - center[n])) for p in pcs]
     assert np.mean(np.array(nearest) == names) > 0.9
+
+
+# ---------------------------------------------------------------------------------- marker genes
+
+
+def marker_cells(genes, rates):
+    """Log-normalised cells (3 x 60, G) with mean counts ``rates`` (3, G); types; gene names."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1, 2], 60)
+    X = sp.csr_matrix(rng.poisson(np.array(rates)[codes]))
+    return make_figures.log_cells(X).X, codes, genes
+
+
+def test_markers_are_specific_to_their_type():
+    """Neither what two types share, nor what all have, nor a housekeeping gene however specific."""
+    genes = ["CD79A", "RPS12", "FTL", "MT-CO1", "SHARED", "EVERYWHERE", "REST", "LYZ"]
+    rates = [
+        [9, 30, 30, 30, 9, 40, 9999, 0.1],
+        [0.1, 1, 1, 1, 9, 9, 9999, 9],
+        [0.1, 1, 1, 1, 0.1, 9, 9999, 0.3],
+    ]
+    markers = choose_markers(*marker_cells(genes, rates)[:2], 3, genes)
+    assert [[genes[i] for i in own] for own in markers] == [["CD79A"], ["LYZ"], []]
+
+
+def test_housekeeping_genes_never_mark_a_type():
+    never = [
+        "RPS12",
+        "RPL3",
+        "RPLP0",
+        "RPSA",
+        "RPS4X",
+        "MRPL12",
+        "MRPS6",
+        "MT-ND1",
+        "mt-Nd1",
+        "Rps3",
+    ]
+    never += ["FTL", "FTH1", "MALAT1", "B2M", "TMSB4X", "ACTB", "EEF1A1"]
+    assert all(HOUSEKEEPING.match(name) for name in never)
+    allowed = ["MTOR", "RPN1", "RPE", "ACTBL2", "B2MX", "LYZ", "MS4A1", "MT1X", "FTLP3", "RPGR"]
+    assert not [name for name in allowed if HOUSEKEEPING.match(name)]
+    others = [f"GENE{i}" for i in range(60)]
+    rates = np.full((3, len(never) + 60), 0.3)  # not common
+    rates[0, : len(never)] = 20  # specific, and yet no marker
+    markers = choose_markers(*marker_cells(never + others, rates)[:2], 3, never + others)
+    assert not set(np.concatenate(markers).astype(int)) & set(range(len(never)))
+
+
+def test_rare_types_have_no_markers():
+    log, codes, genes = marker_cells(["A", "B"], [[9, 0.1], [0.1, 9], [0.1, 0.1]])
+    codes = np.where(np.arange(180) < 2, 3, codes)
+    assert choose_markers(log, codes, 5, genes)[3:] == [[], []]  # of two cells, and of none
+    assert not any(choose_markers(log, np.zeros(180, int), 1, genes))
+
+
+# ------------------------------------------------------------------------------------ the palette
+
+TO_LMS = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.63]])
+TO_LAB = np.array([[0.2105, 0.7936, -0.0041], [1.978, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
+# Protanopia and deuteranopia, Machado et al., IEEE TVCG 2009, severity 1; linear RGB.
+BLIND = [
+    [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.052]],
+    [[0.3673, 0.8606, -0.228], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+]
+
+
+def distances(colors, seen_as=None):
+    """Distances in Oklab between colours "#RRGGBB" (n), as (n, n) with inf on the diagonal."""
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colors])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = linear if seen_as is None else (linear @ np.transpose(seen_as)).clip(0, 1)
+    lab = np.cbrt(linear @ TO_LMS.T) @ TO_LAB.T
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    return apart + np.diag(np.full(len(colors), np.inf))
+
+
+def test_colours_of_thirty_types_can_be_told_apart():
+    """Oklab distances, black to white 1; neighbours in the legend are farther apart than others."""
+    for n, least in ((12, 0.15), (20, 0.11), (30, 0.09)):
+        apart = distances(TYPE_COLORS[:n])
+        assert apart.min() > least and np.diag(apart, 1).min() > 0.12
+    for blind in BLIND:
+        apart = distances(TYPE_COLORS[:30], blind)
+        assert apart.min() > 0.05 and np.diag(apart, 1).min() > 0.08
+    assert distances([*TYPE_COLORS[:30], "#FFFFFF"])[-1].min() > 0.1  # pale dots would vanish
 
 
 # ------------------------------------------------------------- a donor's cells under two conditions
@@ -180,6 +305,7 @@ def find(rows, capsys, **settings):
     obs = pd.DataFrame([row[:3] for row in rows], columns=["sample", "donor", "condition"])
     held_out = np.array([row[3] for row in rows])
     defaults = {"samples": "s", "conditions": "c", "contrast": None, "weights": "w"}
+    defaults |= {"format": "png"}
     settings = SimpleNamespace(**defaults | settings)
     return state_figures.find_donor(obs, held_out, settings), capsys.readouterr().out
 
@@ -292,10 +418,26 @@ def test_default_genes_are_shown_if_the_model_has_all_of_them():
 # ------------------------------------------------------------------------------------------- losses
 
 
-def test_what_losses_are_read_beside_shares_their_panels(tmp_path, monkeypatch):
-    """The constant answer's losses are lines in the panels of mu, var and pi, and in the legend."""
-    drawn = []
-    monkeypatch.setattr(plotting, "write_whole_figure", lambda path, figure: drawn.append(figure))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of losses and evaluation, in place of files."""
+    figures = []
+    monkeypatch.setattr(
+        training_plots, "write_whole_figure", lambda path, figure: figures.append(figure)
+    )
+    yield figures
+    for figure in figures:
+        plotting.pyplot().close(figure)
+
+
+def shown_text(figure):
+    """All words of a figure, in one line."""
+    texts = figure.findobj(plotting.pyplot().Text)
+    return " ".join(" ".join(text.get_text().split()) for text in texts)
+
+
+def test_what_losses_are_read_beside_shares_their_panels(tmp_path, drawn):
+    """The constant answer's losses are lines with their name in the panels of mu, var and pi."""
     names = ("mu", "var", "pi")
     beside = {f"constant_{name}": 3.0 for name in names} | {"noise_mu": 0.5}
     rows = [
@@ -306,21 +448,82 @@ def test_what_losses_are_read_beside_shares_their_panels(tmp_path, monkeypatch):
     table = pd.read_csv(tmp_path / "bulkEncoder_loss.csv")
     assert list(table) == list(rows[0])
     plotting.write_curves(tmp_path / "losses.png", {"bulkEncoder": table})
-    legend = ["training", "held out", "constant answer", "sampling noise of the target"]
+    assert len(drawn) == 2
     for figure in drawn:
-        assert [a.get_title().split()[-1] for a in figure.axes] == list(names)
+        titles = [axis.get_title(loc="left") for axis in figure.axes]
+        assert titles == ["Bulk Encoder: μ̂ₖ", "Bulk Encoder: σ̂ₖ²", "Bulk Encoder: π̂"]
         flat = [[y.get_ydata()[0] for y in a.lines if y.get_color() == "0.35"] for a in figure.axes]
         assert flat == [[3.0, 0.5], [3.0], [3.0]]
-        styles = [line.get_linestyle() for line in figure.axes[0].lines[:2]]
+        styles = [y.get_linestyle() for y in figure.axes[0].lines if y.get_color() == "0.35"]
         assert styles == ["--", ":"]
-        assert [text.get_text() for text in figure.legends[0].texts] == legend
-        plotting.pyplot().close(figure)
+        legend = [text.get_text() for text in figure.legends[0].texts]
+        assert legend == ["training", "held out, never trained on"]
+        text = shown_text(figure)
+        assert text.count("ends 17 % below") == 3 and "sampling noise of the target" in text
 
 
-def test_losses_without_anything_beside_them_have_a_short_legend(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plotting, "write_whole_figure", lambda path, figure: drawn.append(figure))
-    rows = [{"epoch": i, "loss": 1.0 / i, "held_out_loss": None} for i in (1, 2)]
+def test_losses_have_no_empty_panel_and_say_what_they_count(tmp_path, drawn):
+    """A loss of 0 throughout has no panel, and a line says so; steps are not called epochs."""
+    zero = {"mu": 0.0, "var": 0.0, "held_out_mu": 0.0, "held_out_var": None}
+    rows = [{"epoch": i, "pi": 1.0 / i, "deconvolved": 2.0} | zero for i in (25, 50)]
+    plotting.write_losses(tmp_path / "bulkEncoder", rows)
+    epochs = [{"epoch": i, "reconstruction": 9.0 / i} for i in range(1, 5)]
+    curves = {"scDecoder": pd.DataFrame(epochs), "bulkEncoder": pd.DataFrame(rows)}
+    plotting.write_curves(tmp_path / "losses.png", curves)
+    assert [len(figure.axes) for figure in drawn] == [2, 3]
+    for figure in drawn:
+        for axis in figure.axes:
+            assert any(np.ptp(y.get_ydata()) or y.get_ydata()[0] for y in axis.lines)
+            assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title(loc="left")
+        assert "Not drawn: Bulk Encoder, μ̂ₖ and σ̂ₖ²" in shown_text(figure)
+    assert drawn[1].axes[0].get_xlabel().startswith("epoch")
+    assert {axis.get_xlabel().split()[0] for axis in drawn[0].axes} == {"step"}
+    assert [text.get_text() for text in drawn[0].legends[0].texts][:1] == ["training"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        ([9, 4, 5], "lowest at epoch 2, ends 25.0 % higher"),
+        ([9, 5, 4.0], "ends at its lowest"),
+        ([None] * 3, ""),
+    ],
+)
+def test_picture_says_whether_the_held_out_loss_rises(tmp_path, drawn, held_out, words):
+    rows = [
+        {"epoch": i + 1, "reconstruction": 3.0 - i, "held_out_reconstruction": value}
+        for i, value in enumerate(held_out)
+    ]
     plotting.write_losses(tmp_path / "scDecoder", rows)
-    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["training"]
-    plotting.pyplot().close(drawn[0])
+    text = shown_text(drawn[0])
+    assert words in text and ("no early stopping" in text) == ("higher" in words)
+    assert ("held out" in text) == bool(words)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_is_grouped_and_says_what_is_better(tmp_path, drawn):
+    """Headings in a fixed order, bulk2sc first, the constant answer last; what is better."""
+    rows = [
+        *(("proportions CCC", 1, name, 0.5, 0.1, "within") for name in ("constant answer", "X")),
+        ("proportions CCC", 1, "bulk2sc", 0.9, np.nan, "within"),
+        *((m, b, "bulk2sc", 0.6, 0.1, "") for m, b in (("MMD2, PCs", 0), ("macro-F1", 1))),
+        *(("random-forest AUROC, PCs", 0.5, n, 0.7, 0.1, "") for n in ("scVI", "bulk2sc")),
+        ("within-type variance ratio", 1, "bulk2sc", 0.7, 0.1, ""),
+    ]
+    columns = ["metric", "best", "method", "mean", "std", "setting"]
+    plotting.write_evaluation(tmp_path / "e.png", pd.DataFrame(rows, columns=columns))
+    [figure] = drawn
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == [
+        *("MMD2, PCs", "random-forest AUROC, PCs", "within-type variance ratio", "macro-F1", "CCC"),
+    ]
+    better = {title: axis.get_xlabel() for title, axis in panels.items()}
+    assert "lower is better" in better["MMD2, PCs"] and "higher is better" in better["macro-F1"]
+    assert better["random-forest AUROC, PCs"] == "0.5 is best"
+    assert better["within-type variance ratio"] == "1 is best"
+    names = [text.get_text() for text in panels["CCC"].get_yticklabels()]
+    assert names == ["bulk2sc", "X", "constant answer"]
+    text = shown_text(figure)
+    assert text.index("Realism: can") < text.index("Cell types:") < text.index("Proportions:")
