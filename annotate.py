@@ -90,7 +90,7 @@ import scipy.sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
 from cell_types import UNKNOWN, read_cell_types, scale_genes, type_cells
-from data import choose_genes, library_size, log_normalise
+from data import choose_genes, library_size, log_normalise, shipped
 from plotting import write_clusters
 from readers.bounded import read_table
 from readers.gene_names import bare_id
@@ -109,9 +109,10 @@ MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a millio
 def fetch(db):
     """Path of the marker table; an address is downloaded once, into the current folder."""
     if not re.match(r"(https?|ftp|file)://", db):
-        if not Path(db).is_file():
+        path = shipped(db)
+        if not path.is_file():
             raise InputError(f"{db}: no such file, expected a marker table for --db")
-        return Path(db)
+        return path
     path = Path(Path(re.sub(r"[?#].*", "", db)).name)
     if not path.is_file():
         try:

@@ -19,8 +19,16 @@ import torch
 from tqdm import tqdm
 
 from cell_tables import CellTable
+from data import shipped
 from expression import mean_library
-from generation import Bulks, BulkSamples, Models, encode_mixtures, generate_cells, load_models
+from generation import (
+    Bulks,
+    BulkSamples,
+    Models,
+    encode_mixtures,
+    generate_cells,
+    load_models,
+)
 from proportions import make_proportions
 from readers.bulk import read_bulk
 from readers.fingerprint import digest
@@ -47,13 +55,6 @@ def load(weights="weights/pbmc", device="auto"):
         InputError: a file is missing or no weights file, or the device is not there.
     """
     return load_models(shipped(weights), pick_device(device))
-
-
-def shipped(folder):
-    """A folder of weights, beside this file if it is not in the current folder."""
-    folder = Path(folder)
-    beside = Path(__file__).resolve().parent / folder
-    return beside if not folder.exists() and beside.is_dir() else folder
 
 
 def train(cells, weights, labels="cell_type", epochs=None, **settings):

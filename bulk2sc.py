@@ -17,7 +17,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-from data import DatasetSettings
+from data import DatasetSettings, shipped
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 from runtime.outputs import Outputs
@@ -272,6 +272,7 @@ def main(cfg):
 
 def generate_and_write(cfg, outputs, said):
     """Read, deconvolve, generate and write; said: gets the lines that are printed meanwhile."""
+    cfg.weights = shipped(cfg.weights)
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     models = load_models(cfg.weights, device)

@@ -106,6 +106,13 @@ class TrainingSettings(DatasetSettings):
             raise InputError("--held-out-donors: found --held-out as well, expected one of them")
 
 
+def shipped(path):
+    """A path, or what bulk2sc ships under this name if nothing is there in the current folder."""
+    path = Path(path)
+    beside = Path(__file__).resolve().parent / path
+    return beside if not path.exists() and beside.exists() else path
+
+
 # ---------------------------------------------------------------------------- reading counts
 
 
