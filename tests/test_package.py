@@ -95,9 +95,7 @@ def test_command_and_functions_work_far_from_the_checkout(installed, tmp_path):
 
 
 def test_errors_of_the_commands_are_one_line(installed, tmp_path):
-    code = (
-        "import sys; from bulk2sc import cli; sys.argv = ['x', '--bulk', 'none']; cli.bulk2sc()"
-    )
+    code = "import sys; from bulk2sc import cli; sys.argv = ['x', '--bulk', 'none']; cli.bulk2sc()"
     done = run(installed, code, tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: none: no such file") and done.stderr.count("\n") == 1
