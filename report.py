@@ -24,7 +24,7 @@ from runtime.writing import write_whole
 
 MARK = "<!doctype html><!-- bulk2sc"  # first line of a report, by which it is known
 N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
-N_BACKGROUND = 800  # positions drawn from the reference
+N_BACKGROUND = 500  # positions drawn from the reference
 N_MARKERS = 3  # of each cell type
 FEWEST = 10  # shown cells of a type, for a mean of them
 MOST_ROWS = 500  # of a table; the csv beside the report has all
@@ -128,7 +128,8 @@ def cloud_picture(latent, codes, bulk, background, names, cell_types):
     """
     points = np.concatenate([latent, background])
     perplexity = min(30, max((len(points) - 1) / 3, 1))
-    xy = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
+    options = {"perplexity": perplexity, "max_iter": 500, "random_state": 0}
+    xy = TSNE(init="pca", **options).fit_transform(points)
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
     type_color = type_colors(cell_types)
     panels = [

@@ -34,3 +34,7 @@ def annotate():
 
 def make_figures():
     run("make_figures")
+
+
+def simulate_bulks():
+    run("simulate_bulks")

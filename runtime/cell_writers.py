@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from runtime.errors import InputError
 from runtime.signals import Stopped
 from runtime.version import VERSION
-from runtime.writing import open_hdf5, whole_file
+from runtime.writing import open_hdf5, whole_file, write_anndata
 
 # On disk, of generated cells; measured on .h5ad by weights, weights/pbmc and weights/pbmc1k: 1.2 to
 # 1.6 for each count that is not zero, 230 and more for each cell. 10x folders take more.
@@ -137,7 +137,7 @@ class H5adWriter(HDF5Writer):
         var = pd.DataFrame({"gene_ids": gene_ids, "feature_types": FEATURE_TYPE}, index=genes)
         var["feature_types"] = var["feature_types"].astype("category")
         empty = sp.csr_matrix((0, len(genes)), dtype=np.int32)
-        anndata.io.write_elem(file, "/", anndata.AnnData(empty, var=var))
+        write_anndata(file, anndata.AnnData(empty, var=var))
         # A million cells have more than 2^31 counts. scipy wants both indices of one type.
         is_large = n_cells is None or n_cells * len(genes) >= 2**31
         index = np.int64 if is_large else np.int32

@@ -191,10 +191,17 @@ def open_hdf5(path):
         sink.check()
 
 
-def write_h5ad(path, table):
-    """Write an AnnData whole or not at all; a full disk is an error where anndata's own crashes."""
+def write_anndata(file, table, **options):
+    """Write an AnnData into an open HDF5 file, so that anndata before 0.12 reads it, too."""
     import anndata
 
+    anndata.io.write_elem(file, "/", table, dataset_kwargs=options)
+    if table.raw is None and "raw" in file:  # an empty one, whose encoding is new in 0.12
+        del file["raw"]
+
+
+def write_h5ad(path, table):
+    """Write an AnnData whole or not at all; a full disk is an error where anndata's own crashes."""
     table.strings_to_categoricals()
     with open_hdf5(path) as (file, _, _):
-        anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
+        write_anndata(file, table, compression="gzip")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +56,18 @@ def test_h5ad_says_what_it_holds_and_where_it_is_from(trained, bulk, tmp_path):
         assert files.loc[str(path), "sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert origin["command"].startswith(f"python bulk2sc.py --bulk {bulk}")
     assert all(name.startswith(f"{origin['run']}_") for name in cells.obs_names)
+
+
+def test_h5ad_has_no_encoding_that_older_anndata_lacks(trained, bulk, tmp_path):
+    """Regression: an empty raw, whose encoding is new in 0.12, made 0.11 refuse the whole file."""
+    known = {"anndata", "array", "categorical", "csr_matrix", "dataframe", "dict"}
+    known |= {"numeric-scalar", "string", "string-array"}  # as of anndata 0.8
+    generate(trained, bulk, tmp_path / "g.h5ad")
+    for name in ("g.h5ad", "g.expression.h5ad"):
+        found = []
+        with h5py.File(tmp_path / name) as file:
+            file.visititems(lambda _, element, into=found: into.append(dict(element.attrs)))
+        assert {attrs["encoding-type"] for attrs in found if "encoding-type" in attrs} <= known
 
 
 def test_command_of_an_output_makes_it_again(trained, bulk, tmp_path):
@@ -253,14 +266,16 @@ def test_cells_per_type_has_to_be_positive():
 
 
 def has_seurat():
+    """Whether R has Seurat; asked in the test alone, as its start takes seconds."""
     if shutil.which("Rscript") is None:
         return False
     return subprocess.run(["Rscript", "-e", "library(Seurat)"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not has_seurat(), reason="needs R with Seurat")
 def test_seurat_takes_an_output_to_a_umap(trained, bulk, tmp_path):
     """The snippet of docs/your-data.md as it stands there."""
+    if not has_seurat():
+        pytest.skip("needs R with Seurat")
     generate(trained, bulk, tmp_path / "generated", n_cells=60)
     text = (ROOT / "docs" / "your-data.md").read_text()
     snippet = next(part for part in text.split("```r\n")[1:]).split("```")[0]
@@ -272,3 +287,34 @@ def test_seurat_takes_an_output_to_a_umap(trained, bulk, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "Rplots.pdf").stat().st_size > 3000
+
+
+# ---------------------------------------------------------------------------------------- CELLxGENE
+
+
+def test_cellxgene_example_has_what_the_schema_asks_for(tmp_path):
+    """cellxgene-schema 7.1.2 says is_valid=True of such a file; it needs an older anndata."""
+    ids = [f"ENSG{i:011d}" for i in range(58)] + ["", "ENSG00000000003"]
+    cells = anndata.AnnData(make_cells().X[:40].copy())
+    cells.var = pd.DataFrame({"gene_ids": ids}, index=[f"G{i}" for i in range(60)])
+    cells.obs["sample"] = pd.Categorical(["a", "b"] * 20)
+    cells.obs["cell_type"] = pd.Categorical(["Naive B cells"] * 30 + ["Platelets"] * 10)
+    cells.write_h5ad(tmp_path / "g.h5ad")
+    (tmp_path / "retired.txt").write_text("ENSG00000000007\n")
+    flags = ["--cells", tmp_path / "g.h5ad", "--out", tmp_path / "x.h5ad"]
+    done = run_inside("examples/cellxgene.py", *flags, "--retired", tmp_path / "retired.txt")
+    assert done.returncode == 0, done.stderr
+    made = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert made.var_names.str.fullmatch(r"ENSG\d{11}").all() and made.var_names.is_unique
+    assert made.n_vars == 57 and "ENSG00000000007" not in made.var_names
+    kept = [ids.index(name) for name in made.var_names]
+    counts = made.raw.X
+    assert counts.dtype == np.float32 and (counts != cells.X[:, kept]).nnz == 0
+    assert set(made.obs["cell_type_ontology_term_id"]) == {"CL:0000788", "CL:0000233"}
+    assert not made.obs["is_primary_data"].any() and set(made.obs["donor_id"]) == {"a", "b"}
+    for name in ("assay", "tissue", "disease", "sex", "development_stage"):
+        assert f"{name}_ontology_term_id" in made.obs
+    cells.obs["cell_type"] = cells.obs["cell_type"].cat.rename_categories({"Platelets": "Blobs"})
+    cells.write_h5ad(tmp_path / "g.h5ad")
+    done = run_inside("examples/cellxgene.py", *flags)
+    assert_one_line_error(done, "without a term", "Blobs")

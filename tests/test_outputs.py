@@ -25,7 +25,7 @@ from runtime.script import expand_home, plain_settings
 from runtime.writing import PatientFile, write_h5ad
 
 SCRIPTS = [
-    *("annotate", "bulk2sc", "evaluate", "make_figures"),
+    *("annotate", "bulk2sc", "evaluate", "make_figures", "simulate_bulks"),
     *("train_gmvae", "train_decoder", "train_encoder"),
 ]
 BESIDE = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html"]

@@ -31,16 +31,26 @@ GUIDES = [
     "docs/speed.md",
     "examples/README.md",
 ]
+# Pages that stand alone, each with its own commands and one python block behind them.
+ALONE = [
+    "docs/python.md",
+    "docs/tutorial-cohort.md",
+    "docs/tutorial-tissue.md",
+    "docs/tutorial-benchmark.md",
+]
 PAGES = sorted(
     {*GUIDES, "CHANGELOG.md", "tests/README.md"}
     | {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
-BLOCKS = [
-    block
-    for name in GUIDES
-    for block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
-]
+
+
+def blocks_of(name):
+    """``(language, text)`` of the code blocks of a page."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [block for name in GUIDES for block in blocks_of(name)]
 # What makes each script quick. If a flag is given twice the last one wins, so these come last.
 SMALL = {
     "train_gmvae.py": "--epochs 4 --vae-epochs 2",
@@ -50,6 +60,7 @@ SMALL = {
     "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5 --no-baselines",
     "make_figures.py": "--max-cells 40",
     "annotate.py": "",
+    "simulate_bulks.py": "--n-bulks 6",
     "benchmarks/benchmark.py": """--only '["bulk2sc, in memory", 50, 20]' """,
     "examples/simulate_bulk.py": "",
 }
@@ -126,6 +137,34 @@ def run_command(command, folder, ran):
         (folder / "lineages.csv").write_text("cell_type,lineage\n" + "".join(lines))
 
 
+def run_python(text, folder):
+    """Run a block of Python."""
+    environment = os.environ | {"MPLBACKEND": "Agg"}
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_page_runs_alone(clone, name):
+    ran, printed = [], ""
+    for language, text in blocks_of(name):
+        if language == "bash":
+            for command in commands(text):
+                run_command(command, clone, ran)
+                ran.append(command)
+        elif language == "python":
+            printed += run_python(text, clone)
+        else:
+            assert language == "text", f"a block of {language or 'no language'}"
+    if name == "docs/tutorial-benchmark.md":  # its method knows more than the mean fractions
+        error, constant = map(float, re.search(r"RMSE (\S+); .*: (\S+)", printed).groups())
+        assert error < constant
+    if name == "docs/tutorial-cohort.md":  # no difference was put in
+        assert "Empty DataFrame" in printed and "p = " in printed
+
+
 def test_code_blocks_run_in_order(clone):
     ran = []
     for language, text in BLOCKS:
@@ -134,14 +173,11 @@ def test_code_blocks_run_in_order(clone):
                 run_command(command, clone, ran)
                 ran.append(command)
         elif language == "python":
-            environment = os.environ | {"MPLBACKEND": "Agg"}
-            done = subprocess.run(
-                [sys.executable, "-c", text], cwd=clone, capture_output=True, text=True,
-                env=environment,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-1500:]
+            run_python(text, clone)
         else:  # output and tables, not to be run; R runs in test_formats.py
             assert language in ("text", "r"), f"a block of {language or 'no language'}"
+    alone = [text for name in ALONE for language, text in blocks_of(name) if language == "bash"]
+    ran += [command for text in alone for command in commands(text)]
     scripts = {word for command in ran for word in command.split() if word.endswith(".py")}
     assert scripts == set(SMALL)  # the pages show every script
     endings = ["h5ad", "proportions.csv", "proportions.png", "fit.csv", "expression.h5ad"]
