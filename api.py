@@ -209,6 +209,8 @@ def generate(
     generator = torch.Generator(decoder.mu.device).manual_seed(seed)
     table, first, n = CellTable(*decoder.mu.shape), 0, per_bulk * len(bulks.names)
     bar = tqdm(total=n, desc="cells", unit="cell", unit_scale=True)
+    if shown is not None:
+        shown.start(n, len(genes), decoder.mu.shape[1])
     with bar, open_sink(out, genes, card.get("gene_ids"), n) as sink:
         for encoded in bulks.encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
             options = {"log_factor": bulks.log_factor, "first": first, "codes": codes}

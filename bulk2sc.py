@@ -17,7 +17,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-from data import DatasetSettings, shipped
+from data import DatasetSettings
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 from runtime.outputs import Outputs
@@ -25,9 +25,9 @@ from runtime.script import lead_with, parse_args, run_script
 
 
 @lead_with(
-    *("bulk", "n_cells", "cells_per_type", "out", "format", "force", "weights", "proportions"),
-    *("lineages", "mrna_content", "calibrate", "platform", "dry_run", "genes_in", "gene_column"),
-    *("columns", "bulk_unit", "log", "pseudocount", "data", "batch_size"),
+    *("bulk", "n_cells", "cells_per_type", "out", "format", "report", "force", "weights"),
+    *("proportions", "lineages", "mrna_content", "calibrate", "platform", "dry_run", "genes_in"),
+    *("gene_column", "columns", "bulk_unit", "log", "pseudocount", "data", "batch_size"),
 )
 @dataclass
 class Settings(DatasetSettings, BulkOptions):
@@ -73,6 +73,8 @@ class Settings(DatasetSettings, BulkOptions):
     pictures get its name with another ending, or stand in the folder."""
     format: Literal["png", "pdf", "svg"] = "png"
     """Of pictures."""
+    report: bool = True
+    """Write a report of --bulk, a page to read; --no-report saves a few seconds."""
     dry_run: bool = False
     """Say how --bulk is read, and stop."""
     force: bool = False
@@ -104,7 +106,8 @@ class Settings(DatasetSettings, BulkOptions):
 
 def outputs_of(cfg):
     """The files of a run with these settings."""
-    return Outputs(cfg.out, bool(cfg.bulk or cfg.proportions), bool(cfg.bulk), cfg.format)
+    of_samples = bool(cfg.bulk or cfg.proportions)
+    return Outputs(cfg.out, of_samples, bool(cfg.bulk), cfg.format, cfg.report)
 
 
 if __name__ == "__main__":
@@ -117,6 +120,7 @@ import pandas as pd
 
 from api import deconvolve, generate, mixtures
 from cell_tables import named_apart
+from data import align_genes, load_cells, shipped
 from expression import expression_table
 from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
 from plotting import write_proportions
@@ -124,7 +128,7 @@ from readers.bulk import read_bulk
 from readers.bulk_files import read_sample_metadata
 from readers.counts import EMBEDDED
 from readers.fingerprint import digest
-from report import ShownCells, write_report
+from report import N_SHOWN, ShownCells, write_report
 from runtime.device import pick_device, seed_everything
 from runtime.errors import one_line, plain, some
 from runtime.provenance import command_of, files_read, run_name, typed
@@ -180,14 +184,15 @@ def describe_run(cfg, bulk=None):
 
     bulk: what was read of --bulk, in place of the checksum of a pipe.
     """
-    left_out = {"dry_run", "force"}
+    left_out = {"dry_run", "force", "report"}
     options = {field.name for field in fields(BulkOptions)}
     if not cfg.bulk:
         left_out |= {*options, "mrna_content", "calibrate", "platform"}
     roles = {"weights": [cfg.weights / name for name in MODEL_FILES], "bulk": cfg.bulk}
     if cfg.bulk or cfg.proportions is not None:
-        left_out |= {"data", "labels", "samples", "batch_size"}
-    elif cfg.data != EMBEDDED:
+        left_out |= {"labels", "samples", "batch_size"}
+        left_out |= {"data"} if cfg.data == EMBEDDED or not cfg.bulk else set()
+    if cfg.data != EMBEDDED and "data" not in left_out:
         roles["data"] = [cfg.data]
     for name in ("proportions", "lineages"):
         roles[name] = [] if getattr(cfg, name) is None else [getattr(cfg, name)]
@@ -241,6 +246,19 @@ def name_of(bulk):
     return str(bulk[0]) if len(bulk) == 1 else f"--bulk ({len(bulk)} files)"
 
 
+def read_reference(cfg, genes):
+    """Some cells of --data for the report: counts (M x G) and the mask of genes that it has (G).
+
+    None without --data.
+    """
+    if cfg.data == EMBEDDED:
+        return None
+    cells = load_cells(cfg, need_labels=False)
+    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    rows = np.linspace(0, cells.n_obs - 1, min(cells.n_obs, N_SHOWN), dtype=int)
+    return X[rows], present
+
+
 def read_source(cfg, models, bulk, device, rng):
     """What cells are to be generated of, as the settings say.
 
@@ -284,28 +302,27 @@ def generate_and_write(cfg, outputs, said):
         if cfg.dry_run:
             return
     bulks, metadata = read_source(cfg, models, bulk, device, rng)
+    reference = read_reference(cfg, genes) if bulk and cfg.report else None
+    is_reported = "report.html" in outputs.beside
     n_read, run = len(said), describe_run(cfg, bulk)
-    per_sample = cfg.n_cells
-    if cfg.cells_per_type is not None:
-        per_sample = cfg.cells_per_type * len(cell_types)
-    shown = ShownCells(per_sample * len(bulks.names))
-    options = {"run": run, "metadata": metadata, "shown": shown if bulk else None}
+    shown = ShownCells() if is_reported else None
+    options = {"run": run, "metadata": metadata, "shown": shown}
     cells = generate(bulks, models, cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out, **options)
 
+    print_cell_types(bulks.proportions, cells)
     if outputs.kind != "h5ad":
         write_whole(outputs["cells.csv"], partial(cells.obs.to_csv, index_label="cell"))
-    proportions, samples = bulks.proportions, bulks.samples
-    print_cell_types(proportions, cells)
-    if samples is not None:
-        print_fit(cfg, samples)
+    if bulks.samples is not None:
+        print_fit(cfg, bulks.samples)
     if not bulks.one_cell_each:  # else every cell has a bulk of its own
-        write_samples(outputs, proportions, samples)
-    if samples is not None:
-        write_expression(outputs, samples, models.decoder_card)
-        page = outputs["report.html"]
-        if draw(write_report, page, run, samples, cells, shown, said, n_read):
+        write_samples(outputs, bulks.proportions, bulks.samples)
+    if bulks.samples is not None:
+        write_expression(outputs, bulks.samples, models.decoder_card)
+    if is_reported:
+        page, given = outputs["report.html"], (run, bulks.samples, cells, shown, said, n_read)
+        if draw(write_report, page, *given, reference):
             print(f"wrote {page}: what was read, how samples fit, what the cells look like")
-    source = "mixtures" if samples is None and cfg.proportions is not None else "bulks"
+    source = "mixtures" if bulks.samples is None and cfg.proportions is not None else "bulks"
     n = len(bulks.names)
     print(f"wrote {cfg.out}: {cells.n_obs:,} cells x {len(genes):,} genes from {n:,} {source}")
 

@@ -15,15 +15,15 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from sklearn.manifold import TSNE
 
-from figure_style import pyplot
+from figure_style import ORIGIN_COLORS, pyplot
 from generation import MISFIT
 from plotting import plain_text, type_colors
 from runtime.writing import write_whole
 
 MARK = "<!doctype html><!-- bulk2sc"  # first line of a report, by which it is known
 N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
+N_VARIABLE = 1000  # genes of the picture beside the reference
 N_BACKGROUND = 500  # positions drawn from the reference
 N_MARKERS = 3  # of each cell type
 FEWEST = 10  # shown cells of a type, for a mean of them
@@ -40,10 +40,13 @@ SHARED = "#c9ced6"  # grey of what is not coloured
 class ShownCells:
     """A sample of the generated cells, evenly spaced, whose counts are kept for the report."""
 
-    def __init__(self, n_cells):
+    def start(self, n_cells, n_genes, n_latent):
+        """Choose among n_cells that are to come."""
         last, n = max(n_cells - 1, 0), min(n_cells, N_SHOWN)
-        self.chosen = np.unique(np.linspace(0, last, n, dtype=int))
-        self.counts, self.latent, self.cell_type, self.bulk, self.n_seen = [], [], [], [], 0
+        self.chosen, self.n_seen = np.unique(np.linspace(0, last, n, dtype=int)), 0
+        self.counts = [sp.csr_matrix((0, n_genes), dtype=np.int32)]
+        self.latent = [np.zeros((0, n_latent), np.float32)]
+        self.cell_type, self.bulk = [np.zeros(0, int)], [np.zeros(0, int)]
 
     def add(self, cells):
         """Keep those of generated Cells that were chosen."""
@@ -126,6 +129,8 @@ def cloud_picture(latent, codes, bulk, background, names, cell_types):
         latent: (N, D). codes, bulk: types and samples of the cells (N). background: positions
             drawn from the reference's types (M, D). names: samples (S). cell_types: names (K).
     """
+    from sklearn.manifold import TSNE
+
     points = np.concatenate([latent, background])
     perplexity = min(30, max((len(points) - 1) / 3, 1))
     options = {"perplexity": perplexity, "max_iter": 500, "random_state": 0}
@@ -144,6 +149,43 @@ def cloud_picture(latent, codes, bulk, background, names, cell_types):
         for k in shown:
             axis.scatter([], [], s=25, color=colors[k], label=plain_text(labels[k], 30))
         axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    figure.tight_layout()
+    return as_uri(figure, "png")
+
+
+def joint_picture(generated, codes, reference, cell_types):
+    """Generated cells and cells of the reference in one t-SNE: by origin, and by cell type.
+
+    Args:
+        generated, reference: log(CP10K + 1) (N x G) and (M x G), CSR, in genes of both. codes:
+            types of the generated cells (N).
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    both = sp.vstack([reference, generated], format="csr")
+    variance = np.asarray(both.multiply(both).mean(axis=0) - np.square(both.mean(axis=0))).ravel()
+    both = both[:, np.argsort(-variance, kind="stable")[:N_VARIABLE]].toarray()
+    n_components = min(20, *(np.array(both.shape) - 1))
+    points = PCA(n_components, random_state=0).fit_transform(both)
+    xy = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(
+        points
+    )
+    of_reference, of_generated = xy[: reference.shape[0]], xy[reference.shape[0] :]
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
+    axes[0].scatter(*of_reference.T, s=6, lw=0, c=ORIGIN_COLORS[2][0], label="reference")
+    axes[0].scatter(*of_generated.T, s=6, lw=0, c=ORIGIN_COLORS[2][1], label="generated")
+    axes[1].scatter(*of_reference.T, s=4, lw=0, c=SHARED, label="reference")
+    colors = type_colors(cell_types)
+    for k in np.unique(codes):
+        name = cell_types[k]
+        points = of_generated[codes == k]
+        axes[1].scatter(*points.T, s=7, lw=0, color=colors[name], label=plain_text(name, 30))
+    for axis, title in zip(axes, ("by origin", "generated cells by cell type"), strict=True):
+        axis.legend(
+            frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2
+        )
         axis.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
     figure.tight_layout()
     return as_uri(figure, "png")
@@ -296,13 +338,15 @@ def type_rows(cells, shown, codes, X, markers):
     return rows
 
 
-def write_report(path, run, samples, cells, shown, said, n_read):
+def write_report(path, run, samples, cells, shown, said, n_read, reference=None):
     """Write the report of a run.
 
     Args:
         path: of the page. run: dict with ``settings`` and ``provenance``. samples: BulkSamples.
             cells: AnnData of all cells without counts. shown: ShownCells. said: lines that the run
-            printed; the first n_read of them say what was read.
+            printed; the first n_read of them say what was read. reference: counts of some cells
+            of the reference in the decoder's genes (M x G), CSR, and the mask of those that it has
+            (G).
     """
     proportions, decoder = samples.proportions, samples.decoder
     genes, cell_types = samples.genes, proportions.cell_types
@@ -315,6 +359,10 @@ def write_report(path, run, samples, cells, shown, said, n_read):
         pictures["clouds"] = cloud_picture(
             latent, codes, bulk, background, proportions.names, cell_types
         )
+        if reference is not None:
+            X_reference, present = reference
+            logs = [log_expression(part[:, present]) for part in (X, X_reference)]
+            pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
         if any(markers) and (np.bincount(codes) >= FEWEST).any():
             log = log_expression(X)
             pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
@@ -332,6 +380,7 @@ def write_report(path, run, samples, cells, shown, said, n_read):
         n_genes=len(genes),
         n_types=len(cell_types),
         n_shown=len(codes),
+        n_reference=0 if reference is None else reference[0].shape[0],
         n_background=len(background),
         n_rows=len(samples.names) * len(cell_types),
         most_rows=MOST_ROWS,

@@ -288,4 +288,8 @@ def read_sample_metadata(paths, samples):
     frame = next((f for f in frames if set(samples) <= set(f.index) and f.index.is_unique), None)
     if frame is None or not frame.shape[1]:
         return None
-    return frame.loc[list(samples)]
+    frame = frame.loc[list(samples)].copy()
+    for name, column in frame.items():
+        if not pd.api.types.is_numeric_dtype(column):  # categories are what every .h5ad can hold
+            frame[name] = column.astype(object).map(str, na_action="ignore").astype("category")
+    return frame

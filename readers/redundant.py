@@ -7,6 +7,8 @@ import scipy.optimize
 
 from runtime.errors import InputError, some
 
+MOST_SUMS = 10  # that are looked for, among the largest columns
+
 FEWEST_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
 
 
@@ -24,12 +26,14 @@ def without_sums(values, kept, names, path):
     X = np.stack([values[i] for i in kept])  # (S, R)
     if X.shape[1] < max(FEWEST_ROWS, 2 * len(X)) or not np.isfinite(X).all():
         return kept, names
+    if len(np.unique(X[:, :: X.shape[1] // FEWEST_ROWS], axis=0)) < len(X):
+        return kept, names  # a sample several times, each the "sum" of the others
     sums = {}  # index of each sum: those of its parts
-    candidates = nearly_dependent(X)
-    for j in candidates:
+    candidates = sorted(nearly_dependent(X), key=lambda j: not is_sum_of_others(X, j))
+    for j in candidates[:MOST_SUMS]:
         rest = [i for i in range(len(X)) if i != j and i not in sums]
         # A sum of sums is also one of their parts, so each may have to be left out.
-        tries = [rest, *([i for i in rest if i != k] for k in candidates[:10] if k in rest)]
+        tries = [rest, *([i for i in rest if i != k] for k in candidates[:MOST_SUMS] if k in rest)]
         parts = next((p for others in tries if (p := summed_parts(X, j, others))), None)
         if parts is not None:
             sums[j] = parts
@@ -41,6 +45,13 @@ def without_sums(values, kept, names, path):
                 f"({some([names[i] for i in parts])}), expected samples; --columns names them"
             )
     return [kept[i] for i in left], [names[i] for i in left]
+
+
+def is_sum_of_others(X, j):
+    """Whether row j of X (S x R) is the sum or the mean of all other rows."""
+    others = X.sum(axis=0) - X[j]
+    parts = others, others / (len(X) - 1)
+    return any(np.abs(X[j] - part).max() < tolerance(X[j]) for part in parts)
 
 
 def rounding(x):
@@ -82,7 +93,7 @@ def summed_parts(X, j, others):
     """
     if len(others) < 2 or np.abs(X[j]).max() < 100 * tolerance(X[j]):
         return None
-    step = max(X.shape[1] // 3000, 1)
+    step = max(X.shape[1] // 1000, 1)
     weights, _ = scipy.optimize.nnls(X[others][:, ::step].T, X[j, ::step])
     used = weights > 0.3 / len(others)
     if used.sum() < 2:

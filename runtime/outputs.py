@@ -10,7 +10,7 @@ from runtime.writing import first_line, has_entries
 
 # Beside the cells, by what was asked for.
 OF_SAMPLES = ("proportions.csv",)
-OF_BULKS = ("fit.csv", "expression.h5ad", "report.html")
+OF_BULKS = ("fit.csv", "expression.h5ad")
 OF_10X = ("cells.csv",)
 
 # What tells that a file is from bulk2sc: entries of an .h5ad, beginnings of a first line.
@@ -38,10 +38,10 @@ class Outputs:
             which of these is the picture of proportions.
     """
 
-    def __init__(self, path, of_samples=False, of_bulks=False, picture="png"):
+    def __init__(self, path, of_samples=False, of_bulks=False, picture="png", report=True):
         """Args:
         path: --out. of_samples, of_bulks: whether there are samples, and bulks of them. picture:
-            the format of pictures.
+            the format of pictures. report: whether there is one of bulks.
 
         Raises:
             InputError: the path ends in something else.
@@ -53,7 +53,8 @@ class Outputs:
                 "ending for a 10x folder"
             )
         of_samples = (*OF_SAMPLES, f"proportions.{picture}") * of_samples
-        self.beside = [*of_samples, *OF_BULKS * of_bulks, *OF_10X * (self.kind != "h5ad")]
+        page = ("report.html",) * (of_bulks and report)
+        self.beside = [*of_samples, *page, *OF_BULKS * of_bulks, *OF_10X * (self.kind != "h5ad")]
         self.picture = f"proportions.{picture}"
         self.cells = [self.path]
         if self.kind == "folder":

@@ -915,6 +915,9 @@ def add_redundant():
         lanes[f"{c}_merged"] = lanes[f"{c}_L1"] + lanes[f"{c}_L2"]
     refused("lanes and their sums", lanes.to_csv(), "sum")
     right("sum and mean", X.assign(Pool=X.sum(axis=1), avrg=X.mean(axis=1)).to_csv(), X)
+    many = pd.concat([X.add_suffix(f"_{i}") for i in range(8)], axis=1)
+    many = pd.DataFrame(rng.poisson(many), many.index, many.columns)
+    right("mean of many", many.assign(avrg=many.mean(axis=1)).to_csv(), many)
     right("mean as an integer", X.assign(avrg=X.mean(axis=1).round()).to_csv(), X)
     lengths = X[["S1", "S2"]].assign(bp=rng.integers(300, 9000, len(X)))
     right("lengths beside two samples", lengths.to_csv(), X[["S1", "S2"]])

@@ -46,7 +46,7 @@ def flags(trained, bulk, tmp_path):
     """Of a quick run of bulk2sc.py with all its outputs."""
     out = tmp_path / "out" / "g.h5ad"
     out.parent.mkdir()
-    return ["--bulk", bulk, "--weights", trained, "--n-cells", 5, "--out", out]
+    return ["--report", "--bulk", bulk, "--weights", trained, "--n-cells", 5, "--out", out]
 
 
 def start(script, *arguments, set_up=None, **environment):
@@ -141,7 +141,7 @@ def test_proportions_given_are_own_files(flags, tmp_path):
     table = pd.DataFrame({"B cells": [0.5]}, index=["a"])
     table.columns = [sorted(set(make_cells().obs["cell_type"]))[0]]
     table.to_csv(tmp_path / "known.csv")
-    flags = ["--proportions", tmp_path / "known.csv", *flags[2:]]
+    flags = ["--proportions", tmp_path / "known.csv", *flags[3:]]
     for _ in range(2):
         done = run_inside("bulk2sc.py", *flags)
         assert done.returncode == 0, done.stderr

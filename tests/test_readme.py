@@ -64,8 +64,8 @@ SMALL = {
     "benchmarks/benchmark.py": """--only '["bulk2sc, in memory", 50, 20]' """,
     "examples/simulate_bulk.py": "",
 }
-# Shown, but their data cannot be had here.
-NOT_RUN = ["examples/pbmc_reference.py"]
+# Shown, but their data cannot be had here, or they run in another test.
+NOT_RUN = ["examples/pbmc_reference.py", "examples/cellxgene.py"]
 
 
 def commands(text):
@@ -158,9 +158,8 @@ def test_page_runs_alone(clone, name):
             printed += run_python(text, clone)
         else:
             assert language == "text", f"a block of {language or 'no language'}"
-    if name == "docs/tutorial-benchmark.md":  # its method knows more than the mean fractions
-        error, constant = map(float, re.search(r"RMSE (\S+); .*: (\S+)", printed).groups())
-        assert error < constant
+    if name == "docs/tutorial-benchmark.md":  # its method follows the samples
+        assert float(re.search(r"within types: (\S+)", printed)[1]) > 0.4
     if name == "docs/tutorial-cohort.md":  # no difference was put in
         assert "Empty DataFrame" in printed and "p = " in printed
 

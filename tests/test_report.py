@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import report
-from conftest import CELL_TYPES, make_cells, run_inside
+from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
 
 
 class Page(HTMLParser):
@@ -59,8 +59,8 @@ def bulk(tmp_path):
 def made(trained, bulk, tmp_path):
     """A page, and the cells that it is about."""
     out = tmp_path / "g.h5ad"
-    done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", bulk, "--n-cells", 40,
-                      "--out", out)  # fmt: skip
+    flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 40]
+    done = run_inside("bulk2sc.py", *flags, "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"wrote {tmp_path / 'g.report.html'}" in done.stdout
     return (tmp_path / "g.report.html").read_text(), anndata.read_h5ad(out), done
@@ -112,11 +112,34 @@ def test_report_needs_no_network_and_no_script(made):
     assert text.startswith(report.MARK)  # by which a later run knows it for its own
 
 
+def test_reference_is_drawn_beside_the_cells_if_data_is_given(trained, bulk, h5ad, tmp_path):
+    flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 20]
+    flags += ["--out", tmp_path / "g.h5ad"]
+    done = run_inside("bulk2sc.py", *flags, "--data", h5ad)
+    assert done.returncode == 0, done.stderr
+    page = Page((tmp_path / "g.report.html").read_text())
+    assert f"{make_cells().n_obs} cells of the reference in one t-SNE" in page.text
+    origin = anndata.read_h5ad(tmp_path / "g.h5ad").uns["bulk2sc"]["files"]
+    assert str(h5ad) in set(origin["file"])
+    (tmp_path / "none").mkdir()
+    flags = [*flags[:-1], tmp_path / "none" / "g.h5ad", "--data", tmp_path / "missing.h5ad"]
+    assert_one_line_error(run_inside("bulk2sc.py", *flags), "missing.h5ad")
+    assert not list((tmp_path / "none").iterdir())  # before any work
+
+
+def test_report_of_no_cells_is_written(trained, bulk, tmp_path):
+    flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 0]
+    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
+    assert done.returncode == 0 and "could not be drawn" not in done.stderr, done.stderr
+    page = Page((tmp_path / "g.report.html").read_text())
+    assert "0 generated cells" in page.text and len(page.sources) == 1  # proportions alone
+
+
 def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
     known = tmp_path / "known.csv"
     pd.DataFrame({CELL_TYPES[0]: [0.25]}, index=["second"]).to_csv(known)
-    flags = ["--weights", trained, "--bulk", bulk, "--n-cells", 20, "--proportions", known]
-    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
+    flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 20]
+    done = run_inside("bulk2sc.py", *flags, "--proportions", known, "--out", tmp_path / "g.h5ad")
     assert done.returncode == 0, done.stderr
     rows = Page((tmp_path / "g.report.html").read_text()).rows
     given = [row for row in rows if len(row) == 6 and row[4] == "given"]
@@ -144,7 +167,8 @@ def test_shown_cells_are_spaced_over_all(monkeypatch):
     from generation import Cells
 
     monkeypatch.setattr(report, "N_SHOWN", 7)
-    shown, X = report.ShownCells(100), sp.csr_matrix(np.arange(100)[:, None])
+    shown, X = report.ShownCells(), sp.csr_matrix(np.arange(100)[:, None])
+    shown.start(100, 1, 1)
     for i in range(0, 100, 30):
         part = np.arange(i, min(i + 30, 100))
         shown.add(Cells(X[part], part[:, None].astype(np.float32), part % 3, part // 50))
