@@ -231,7 +231,8 @@ def generate(
             library = mean_library(decoder)
             bulks.proportions = make_proportions(bulks.names, cell_types, pi, library)
         tables = table.to_anndata(bulks.proportions, run, samples, metadata)
-        return sink.write_tables(tables) or tables
+        cells = sink.write_tables(tables)
+    return tables if cells is None else cells
 
 
 def fixed_types(cells_per_type, n_types):

@@ -94,6 +94,10 @@ class Outputs:
         Raises:
             InputError: one is not, or a folder is in the way.
         """
+        if self.kind == "folder" and self.path.exists() and not self.path.is_dir():
+            raise InputError(
+                f"{self.path}: found a file, expected a folder or nothing of this name"
+            )
         # Then what is beside them is ours as well; a picture cannot tell.
         of_own_cells = self.has_own_cells()
         of_own_table = is_own(self["proportions.csv"], "proportions.csv")

@@ -12,14 +12,10 @@ from runtime.cell_writers import FOLDER_FILES
 from runtime.script import as_utf8, flag
 from runtime.version import VERSION
 
-MATRICES = (
-    *FOLDER_FILES,
-    "matrix.mtx",
-    "barcodes.tsv",
-    "features.tsv",
-    "genes.tsv",
-    "genes.tsv.gz",
-)
+MOST_FILES = 1000  # of a folder
+
+# What a 10x folder may hold of counts.
+MATRICES = {*FOLDER_FILES, "matrix.mtx", "barcodes.tsv", "features.tsv", "genes.tsv"}
 
 
 def checksum(path):
@@ -35,8 +31,8 @@ def files_read(roles):
     """Table of the files that a run reads, with their checksums.
 
     Args:
-        roles: dict from a role (``bulk``, ``weights``) to paths; of a folder, the files in it that
-            hold counts count.
+        roles: dict from a role (``bulk``, ``weights``) to paths; of a folder, those files in it
+            that hold the counts of cells, or else all.
 
     Returns:
         DataFrame with columns role, file, sha256.
@@ -46,7 +42,8 @@ def files_read(roles):
         for path in map(Path, paths):
             files = [path]
             if path.is_dir():
-                files = sorted(p for p in path.rglob("*") if p.name in MATRICES) or [path]
+                inside = sorted(p for p in path.rglob("*") if p.is_file())[:MOST_FILES]
+                files = [p for p in inside if p.name in MATRICES] or inside
             rows += [(role, as_utf8(str(file)), checksum(file)) for file in files]
     return pd.DataFrame(rows, columns=["role", "file", "sha256"], dtype=object)
 

@@ -121,8 +121,16 @@ def write_labels(path, adata, header=True):
     return path
 
 
+def without_report(script, arguments):
+    """Flags of a script; bulk2sc.py writes its report only if --report asks for it: it is slow."""
+    if script == "bulk2sc.py" and not {"--report", "--help"} & set(arguments):
+        return "--no-report", *arguments
+    return arguments
+
+
 def run(script, *arguments, cwd=ROOT, check=True):
     """Run one of the project's scripts as a user does. Returns the finished process."""
+    arguments = without_report(script, arguments)
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -134,12 +142,8 @@ def run(script, *arguments, cwd=ROOT, check=True):
 
 
 def run_inside(script, *arguments, cwd=ROOT):
-    """As :func:`run`, but within this process, which saves the start-up time.
-
-    bulk2sc.py writes its report only where a test asks for it with --report, as a page takes long.
-    """
-    if script == "bulk2sc.py" and not {"--report", "--help"} & set(arguments):
-        arguments = ("--no-report", *arguments)
+    """As :func:`run`, but within this process, which saves the start-up time."""
+    arguments = without_report(script, arguments)
     module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr, old_folder = io.StringIO(), io.StringIO(), os.getcwd()
     code = 0

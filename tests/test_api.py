@@ -58,6 +58,12 @@ def test_generation_again_does_not_change_the_fit(trained, bulk):
     assert not set(first.obs_names) & set(third.obs_names)
 
 
+def test_no_cells_have_all_genes(trained, bulk):
+    models = api.load(trained, "cpu")
+    cells = api.generate(api.deconvolve(bulk[0], models), models, n_cells=0)
+    assert cells.shape == (0, 60) and "gene_ids" in cells.var
+
+
 def test_mixtures_need_no_bulk(trained):
     models = api.load(trained, "cpu")
     table = pd.DataFrame(np.eye(3), index=["x", "y", "z"], columns=CELL_TYPES)

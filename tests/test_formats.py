@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import shutil
 import subprocess
+from pathlib import Path
 
 import anndata
 import h5py
@@ -225,6 +226,27 @@ def test_10x_files_of_others_are_replaced_only_by_force(trained, bulk, tmp_path,
     done = run_inside("bulk2sc.py", *flags, "--n-cells", 4)  # now they are its own
     assert done.returncode == 0, done.stderr
     assert read_counts(path).n_obs == 8
+
+
+def test_file_in_the_way_of_a_folder_is_said_before_any_work(trained, bulk, tmp_path):
+    (tmp_path / "cells").write_text("precious")
+    flags = ["--weights", trained, "--bulk", bulk, "--out", tmp_path / "cells", "--force"]
+    done = run_inside("bulk2sc.py", *flags)
+    assert_one_line_error(done, tmp_path / "cells", "found a file, expected a folder")
+    assert not done.stdout and (tmp_path / "cells").read_text() == "precious"
+
+
+def test_checksums_are_of_every_file_of_a_folder(trained, bulk, tmp_path):
+    table = pd.read_csv(bulk, index_col=0)
+    (tmp_path / "samples").mkdir()
+    for name in table:
+        table[[name]].to_csv(tmp_path / "samples" / f"{name}.counts.csv", header=["count"])
+    generate(trained, tmp_path / "samples", tmp_path / "g.h5ad", n_cells=2)
+    files = anndata.read_h5ad(tmp_path / "g.h5ad").uns["bulk2sc"]["files"]
+    of_bulk = files[files["role"] == "bulk"].set_index("file")["sha256"]
+    assert len(of_bulk) == 2
+    for path, expected in of_bulk.items():
+        assert expected == hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def test_out_of_another_ending_is_refused():

@@ -213,7 +213,7 @@ def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
     np.testing.assert_allclose(misfit.first()[["007", "b$1"]], fit["misfit"])
     assert matplotlib.image.imread(out.parent / "g.proportions.png").std() > 0.01
 
-    endings = ("proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html")
+    endings = ("proportions.csv", "proportions.png", "fit.csv", "expression.h5ad")
     names = {"g.h5ad", *(f"g.{ending}" for ending in endings)}
     assert {p.name for p in out.parent.iterdir()} == names  # no temporary file left
     flags = ["--data", h5ad, "--weights", trained, "--out", tmp_path / "batches" / "g.h5ad"]
