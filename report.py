@@ -272,9 +272,9 @@ def proportion_rows(proportions):
 
 
 def fit_rows(samples):
-    """Rows of the table of fit: one for each sample, with what is to be said of it."""
+    """Rows of the table of fit: one for each sample, those with something to be said first."""
     rows = []
-    for i, (name, row) in enumerate(samples.fit.head(MOST_ROWS).iterrows()):
+    for i, (name, row) in enumerate(samples.fit.iterrows()):
         remarks = []
         if row["misfit"] > MISFIT:
             remarks.append("not what the reference's cell types add up to")
@@ -293,7 +293,7 @@ def fit_rows(samples):
                 "remark": "; ".join(remarks),
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: not row["remark"])[:MOST_ROWS]
 
 
 CALIBRATION = {
@@ -367,6 +367,7 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
             log = log_expression(X)
             pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
     calibrate, platform = samples.how
+    fit = fit_rows(samples)
     calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")
     warned = [line for line in said if line.startswith("warning: ")]
     page = template().render(
@@ -387,7 +388,8 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         misfit=MISFIT,
         fewest=FEWEST,
         proportions=proportion_rows(proportions),
-        fit=fit_rows(samples),
+        fit=fit,
+        n_remarks=f"{np.sum(samples.unknown.is_flagged | (samples.fit['misfit'] > MISFIT)):,}",
         counts=type_rows(cells, set(codes), codes, X, markers),
         agreement=samples.fit["agreement"].median(),
         calibration=calibration,

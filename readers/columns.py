@@ -142,6 +142,8 @@ def is_sample_like(x, others):
 
 def left_out(names, what):
     """A note on columns or rows that are left out."""
+    if len(names) == 1:
+        what = what.replace("columns that are not", "column that is none of the")
     return f"{len(names):,} {what} left out ({some(names, 8)})"
 
 
