@@ -485,7 +485,7 @@ def test_bulk_as_gct(tmp_path, bulk_table, capsys, before):
     (tmp_path / "tpm.gct").write_text(before + table.to_csv(sep="\t"))
     check_read(tmp_path / "tpm.gct", bulk_table)
     out = capsys.readouterr().out
-    assert "1 columns that are not samples left out (Name)" in out
+    assert "1 column that is none of the samples left out (Name)" in out
     assert "gene names taken from column Description" in out
     check_read(tmp_path / "tpm.gct", bulk_table, ids_of(bulk_table.columns))
     assert "gene names taken" not in capsys.readouterr().out  # the ids do as well
@@ -514,7 +514,7 @@ def test_text_beside_samples_in_rows(tmp_path, bulk_table, capsys):
     table.insert(0, "condition", ["treated", "treated", "control"])
     table.to_csv(tmp_path / "bulk.csv")
     check_read(tmp_path / "bulk.csv", bulk_table)
-    expected = "1 columns that are not genes left out (condition)"
+    expected = "1 column that is none of the genes left out (condition)"
     assert expected in capsys.readouterr().out
     bulk_table.T.to_csv(tmp_path / "bulk.csv")
     check_read(tmp_path / "bulk.csv", bulk_table)

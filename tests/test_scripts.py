@@ -39,8 +39,10 @@ def card(weights, name):
     return torch.load(weights / f"{name}_model.pt", weights_only=True)
 
 
-def generate(out, *arguments):
-    run("bulk2sc.py", "--out", out, *arguments)
+def generate(out, *arguments, call=run_inside):
+    """Cells by bulk2sc.py; call: run, for a process of its own, which takes seconds to start."""
+    done = call("bulk2sc.py", "--out", out, *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
     return anndata.read_h5ad(out)
 
 
@@ -101,7 +103,7 @@ def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
     """Two processes with the same weights and seed generate identical cells."""
     a, b, c = (
         generate(tmp_path / f"{i}.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 40,
-                 "--batch-size", 30, "--seed", seed)
+                 "--batch-size", 30, "--seed", seed, call=run)
         for i, seed in enumerate((1, 1, 2))
     )  # fmt: skip
     assert (a.X != b.X).nnz == 0 and (a.obsm["X_latent"] == b.obsm["X_latent"]).all()
