@@ -339,7 +339,9 @@ def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
     folder = write_10x(tmp_path / "10x", make_cells(), "old")
     labels = write_labels(tmp_path / "labels.csv", make_cells(), header=False)
     for script, flags in QUICK.items():
-        run(script, "--data", folder, "--labels", labels, "--weights", tmp_path / "w", *flags)
+        given = ["--data", folder, "--labels", labels, "--weights", tmp_path / "w", *flags]
+        done = run_inside(script, *given)
+        assert done.returncode == 0, done.stderr
     out = generate(tmp_path / "g.h5ad", "--data", folder, "--weights", tmp_path / "w",
                    "--n-cells", 5, "--batch-size", 20)  # fmt: skip
     assert out.n_obs == 5
@@ -493,9 +495,10 @@ def test_weights_of_another_dataset(trained, h5ad, tmp_path):
         done = run_inside(script, "--data", tmp_path / "cells.h5ad", "--weights", trained)
         assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
     shutil.copytree(trained, tmp_path / "w")
-    run("train_gmvae.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_gmvae.py"],
-        "--seed", 9)  # fmt: skip
-    run("train_decoder.py", "--data", h5ad, "--weights", tmp_path / "w", *TINY["train_decoder.py"])
+    for script, seed in (("train_gmvae.py", 9), ("train_decoder.py", 0)):
+        given = ["--data", h5ad, "--weights", tmp_path / "w", *TINY[script], "--seed", seed]
+        done = run_inside(script, *given)
+        assert done.returncode == 0, done.stderr
     done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", cwd=tmp_path)
     assert_one_line_error(done, "bulkEncoder_model.pt", "another Gaussian mixture")
 
