@@ -395,6 +395,13 @@ PROTOCOL_GENES = re.compile(
     re.IGNORECASE,
 )
 
+# Ribosomal, mitochondrial and housekeeping genes, which mark no cell type.
+HOUSEKEEPING = re.compile(
+    r"(MT-|MT(RNR|ND|CO|ATP)\d|M?RP[LS]\d|RPLP\d|RPSA|MRP[LS]|(FTL|FTH1|MALAT1|NEAT1|B2M|TMSB4X|"
+    r"TMSB10|ACTB|ACTG1|EEF1A1|EEF1B2|EEF2|TPT1|GAPDH|UBC|UBB|PTMA|FAU|UBA52|TUBA1B|HSP90AB1)$)",
+    re.IGNORECASE,
+)
+
 
 def choose_marker_genes(adata, codes, n_genes, batch=None):
     """Names of the ``n_genes`` genes that best tell the cell types apart, in the data's order.

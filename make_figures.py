@@ -12,7 +12,6 @@ both: states.png, real cells and those generated from the donor's bulks in one t
 state_genes.png.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +87,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
 from data import (
+    HOUSEKEEPING,
     align_genes,
     codes_of,
     draw_test_bulks,
@@ -133,12 +133,6 @@ from state_figures import (
     state_table,
 )
 
-# Ribosomal, mitochondrial and housekeeping genes, which mark no cell type.
-HOUSEKEEPING = re.compile(
-    r"(MT-|MT(RNR|ND|CO|ATP)\d|M?RP[LS]\d|RPLP\d|RPSA|MRP[LS]|(FTL|FTH1|MALAT1|NEAT1|B2M|TMSB4X|"
-    r"TMSB10|ACTB|ACTG1|EEF1A1|EEF1B2|EEF2|TPT1|GAPDH|UBC|UBB|PTMA|FAU|UBA52|TUBA1B|HSP90AB1)$)",
-    re.IGNORECASE,
-)
 FEWEST_TO_COMPARE = 3  # cells of a type that markers of others are compared with
 FEWEST_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them
 LEAST_FRACTION = 0.1  # of a type's cells that have counts of its marker

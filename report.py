@@ -12,24 +12,21 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from data import HOUSEKEEPING
 from figure_style import ORIGIN_COLORS, pyplot
 from generation import MISFIT
 from plotting import plain_text, type_colors
 from runtime.writing import write_whole
 
-MARK = "<!doctype html><!-- bulk2sc"  # first line of a report, by which it is known
 N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
 N_VARIABLE = 1000  # genes of the picture beside the reference
 N_BACKGROUND = 500  # positions drawn from the reference
 N_MARKERS = 3  # of each cell type
 FEWEST = 10  # shown cells of a type, for a mean of them
 MOST_ROWS = 500  # of a table; the csv beside the report has all
-# Genes of ribosomes and mitochondria are no markers: they tell the state of a cell, not its type.
-NO_MARKERS = r"(?i)^(?:M?RP[LS]\d|MT-|MTRNR|RPSA$|RPLP\d)"
 PSEUDOCOUNT = 50  # CPM, so that a gene that hardly any cell shows is no marker
 
 LABELLED = 30  # samples that have their names beside each panel
@@ -209,7 +206,7 @@ def find_markers(profiles, genes, n=N_MARKERS):
         list of K lists of at most n genes, best first; none below a specificity of 0.5.
     """
     x = np.log2(profiles * 1e6 + PSEUDOCOUNT)
-    x[:, pd.Series(list(genes)).str.contains(NO_MARKERS).to_numpy(bool)] = 0
+    x[:, [bool(HOUSEKEEPING.match(gene)) for gene in genes]] = 0
     markers = []
     for k in range(len(x)):
         others = np.delete(x, k, axis=0)

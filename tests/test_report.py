@@ -11,6 +11,7 @@ import pytest
 
 import report
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
+from runtime.outputs import OWN_LINES
 
 
 class Page(HTMLParser):
@@ -109,7 +110,7 @@ def test_report_needs_no_network_and_no_script(made):
     assert "<script" not in text and not re.findall(r'(?:src|href)="http', text)
     assert len(text) < 5e6
     assert "a<b>&" not in text and html.escape("a<b>&") in text  # names are no markup
-    assert text.startswith(report.MARK)  # by which a later run knows it for its own
+    assert text.startswith(OWN_LINES["report.html"])  # by which a later run knows it for its own
 
 
 def test_reference_is_drawn_beside_the_cells_if_data_is_given(trained, bulk, h5ad, tmp_path):
