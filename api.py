@@ -36,6 +36,7 @@ from readers.proportions import read_proportions
 from runtime.cell_writers import open_cells
 from runtime.device import pick_device
 from runtime.errors import InputError
+from runtime.processes import wait_for_all
 from runtime.provenance import files_read, run_name
 from runtime.version import VERSION
 
@@ -87,18 +88,9 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
             cells = path
         given = {"data": str(cells), "labels": labels, "weights": Path(weights)} | settings
         for script, n in zip((train_gmvae, train_decoder, train_encoder), each, strict=True):
-            script.main(script.Settings(**given, **epochs_of(script, n)))
+            script.main(script.Settings(**given, **({} if n is None else {"epochs": n})))
+            wait_for_all()  # the first process writes what the next training reads
     return load(weights, settings.get("device", "auto"))
-
-
-def epochs_of(script, n):
-    """Settings of a training for n epochs; of scGMVAE's, the plain VAE keeps its share of them."""
-    if n is None:
-        return {}
-    default = script.Settings()
-    if not hasattr(default, "vae_epochs"):
-        return {"epochs": n}
-    return {"epochs": n, "vae_epochs": n * default.vae_epochs // default.epochs}
 
 
 def deconvolve(

@@ -22,6 +22,7 @@ from runtime.errors import InputError, one_line, some
 from runtime.script import check_choices, flag
 
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
+MOST_DENSE = 1 << 27  # counts of a reference that is summed as a dense matrix, half a GB
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 
@@ -68,8 +69,8 @@ class TrainingSettings(DatasetSettings):
     Default: each sample is a donor of its own."""
     held_out_donors: tuple[str, ...] = ()
     """Donors kept out of all training, by name, in place of a fraction of them."""
-    epochs: int = 1
-    batch_size: int = 128
+    epochs: int | None = None
+    batch_size: int | None = None
     lr: float = 1e-3
     resume: bool = False
     """Go on with an interrupted run from its checkpoint in --weights, and end as it would have; a
@@ -83,8 +84,7 @@ class TrainingSettings(DatasetSettings):
     def __post_init__(self):
         super().__post_init__()
         for name in ("n_genes", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                found = getattr(self, name)
+            if (found := getattr(self, name)) is not None and found < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 <= self.checkpoint_every < float("inf"):
             found = self.checkpoint_every
@@ -656,17 +656,38 @@ def batch_bulks(X, batch_size, n, rng, part):
         float32, and the cells of each (m x batch_size).
     """
     per_pass = X.shape[0] // batch_size  # a last, smaller batch is left for the next shuffle
-    X = X.astype(np.float32, copy=False)
+    total = cell_sums(X)
     drawn = np.zeros((0, batch_size), np.int64)
     for first in range(0, n, part):
         m = min(part, n - first)
-        while len(drawn) < m:
-            order = rng.permutation(X.shape[0])[: per_pass * batch_size]
-            drawn = np.concatenate([drawn, order.reshape(per_pass, batch_size)])
+        n_passes = max(0, -(-(m - len(drawn)) // per_pass))
+        orders = (rng.permutation(X.shape[0])[: per_pass * batch_size] for _ in range(n_passes))
+        drawn = np.concatenate([drawn, *(order.reshape(per_pass, batch_size) for order in orders)])
         members, drawn = drawn[:m], drawn[m:]
-        index = (np.repeat(np.arange(m), batch_size), members.ravel())
-        S = sp.csr_matrix((np.ones(members.size, np.float32), index), shape=(m, X.shape[0]))
-        yield (S @ X).toarray(), members
+        yield total(members), members
+
+
+def cell_sums(X):
+    """A function that sums cells of a matrix: indices (m x n) -> counts (m x G) float32.
+
+    A reference that is small enough is made dense once, because torch sums dense rows several times
+    faster than scipy multiplies sparse matrices. X: counts (N x G), CSR.
+    """
+    import torch
+
+    X = X.astype(np.float32, copy=False)
+    if X.shape[0] * X.shape[1] <= MOST_DENSE:
+        dense = torch.from_numpy(X.toarray())
+        return lambda members: torch.nn.functional.embedding_bag(
+            torch.from_numpy(members), dense, mode="sum"
+        ).numpy()
+
+    def total(members):
+        index = (np.repeat(np.arange(len(members)), members.shape[1]), members.ravel())
+        S = sp.csr_matrix((np.ones(members.size, np.float32), index), (len(members), X.shape[0]))
+        return (S @ X).toarray()
+
+    return total
 
 
 def batch_bulks_of_samples(X, sample, batch_size, n, rng, part):
@@ -676,16 +697,13 @@ def batch_bulks_of_samples(X, sample, batch_size, n, rng, part):
     without replacement. sample: of each cell (N); samples of fewer than batch_size cells are not
     drawn.
     """
-    X, sizes = X.astype(np.float32, copy=False), np.bincount(sample)
+    total, sizes = cell_sums(X), np.bincount(sample)
     share = np.where(sizes >= batch_size, sizes, 0) / sizes[sizes >= batch_size].sum()
     cells = [np.flatnonzero(sample == s) for s in range(len(sizes))]
     for first in range(0, n, part):
         drawn = rng.choice(len(sizes), min(part, n - first), p=share)
         members = np.stack([rng.choice(cells[s], batch_size, replace=False) for s in drawn])
-        index = (np.repeat(np.arange(len(members)), batch_size), members.ravel())
-        shape = (len(members), X.shape[0])
-        S = sp.csr_matrix((np.ones(members.size, np.float32), index), shape=shape)
-        yield (S @ X).toarray(), members
+        yield total(members), members
 
 
 # ------------------------------------------------------------------------------ bulk samples

@@ -14,8 +14,15 @@ Every metric is read on cells that no training has seen. Cells come from these m
 - other real cells: training cells in place of generated ones
 - unseen real cells: half of the training cells, left out when the metrics' space is fitted
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
+- scDesign2 copula: each gene's best count distribution in its cell type, and their correlations
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
 - scVI: trained here, if scvi-tools is installed
+- perfect model: the ceiling on this very data set. Cells that bulk2sc generates stand for all real
+  ones, training and held-out, as many of each type; and fresh ones are compared with them
+
+A forest tells even the perfect model's cells from its data set's, because PCs follow the noise of
+the cells they are fitted on. So AUROC is also given as its excess over the perfect model's. Below
+0, cells follow the noise of the training cells or, calibrated, of the held-out ones.
 
 Predicted proportions have their own tables: on pseudobulks of held-out cells, on the same after a
 simulated change of platform, on pseudobulks of other data sets (--shift-data), and on real bulks
@@ -188,7 +195,7 @@ import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from baselines import ScVI, draw_cell_type_nb, train_published
+from baselines import ScDesign2, ScVI, draw_cell_type_nb, train_published
 from contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from data import (
     align_genes,
@@ -221,6 +228,7 @@ from runtime.device import pick_device, seed_everything
 from runtime.writing import write_whole
 
 CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
+PERFECT_SEED = 1_000_000  # added to the seed, for cells of the perfect model that are no others'
 
 
 @dataclass
@@ -282,13 +290,21 @@ def match_types(codes, target, pool, rng):
     return np.concatenate(drawn)
 
 
-def draw_decoded(training, decoder, generator, log_factor=None):
-    """Cells of the held-out types: z of the mixture, decoded. log_factor: (1, G) or None."""
-    k = torch.as_tensor(training.test_codes, device=decoder.mu.device)
+def decode_types(training, decoder, codes, generator, log_factor=None):
+    """Counts (N x G) of cells of types ``codes`` (N) in the genes of the data, CSR.
+
+    z of the mixture, decoded. log_factor: (1, G) in the decoder's genes, or None.
+    """
+    k = torch.as_tensor(codes, device=decoder.mu.device)
     X = new_cells(decoder, k, generator, log_factor)
     names = list(training.cells.var_names)
-    X, _ = align_genes(X, training.genes[0], names, "the decoder", report=False)
-    return X, training.test_codes
+    return align_genes(X, training.genes[0], names, "the decoder", report=False)[0]
+
+
+def draw_decoded(training, decoder, generator, log_factor=None):
+    """Cells of the held-out types by :func:`decode_types`."""
+    codes = training.test_codes
+    return decode_types(training, decoder, codes, generator, log_factor), codes
 
 
 def draw_real(training, rng):
@@ -303,8 +319,8 @@ def draw_nb(training, rng):
     return draw_cell_type_nb(training.cells.X[rows], training.codes[rows], target, rng), target
 
 
-def draw_scvi(training, model):
-    """Cells of the held-out types by scVI."""
+def draw_fitted(training, model):
+    """Cells of the held-out types by a baseline's model, ScDesign2 or ScVI."""
     return model.draw(training.test_codes), training.test_codes
 
 
@@ -371,12 +387,14 @@ def cell_methods(training, cfg, rng):
     methods["other real cells"] = partial(draw_real, training, rng)
     if cfg.baselines:
         methods["cell-type NB"] = partial(draw_nb, training, rng)
+        cells, codes = training.cells[training.train], training.codes[training.train]
+        seed = training.decoder_card["seed"]
+        copula = ScDesign2(cells.X, codes, seed)
+        methods["scDesign2 copula"] = partial(draw_fitted, training, copula)
         published = train_published(cfg, training.folder, training.decoder_card)
         methods["published recipe"] = partial(draw_decoded, training, published, generator)
         if importlib.util.find_spec("scvi"):
-            rows, seed = training.train, training.decoder_card["seed"]
-            model = ScVI(training.cells[rows], training.codes[rows], seed)
-            methods["scVI"] = partial(draw_scvi, training, model)
+            methods["scVI"] = partial(draw_fitted, training, ScVI(cells, codes, seed))
     return methods
 
 
@@ -385,17 +403,50 @@ def cell_methods(training, cfg, rng):
 
 
 def measure_cells(training, cfg, rng):
-    """Every method's cells against the held-out ones."""
+    """Every method's cells against the held-out ones, and a perfect model's."""
     cell_metrics = CellMetrics(training.cells, training.held_out, training.codes, cfg.n_trees)
     methods = cell_methods(training, cfg, rng)
-    rows = []
+    device = training.decoder.mu.device
+    own_generator = torch.Generator(device).manual_seed(cfg.seed + PERFECT_SEED)
+    rows, of_perfect = [], []
     for i in trange(cfg.n_draws, desc=f"cells of {training.folder}", unit="draw"):
+        ceiling = compare_perfect(training, own_generator, i, cfg)
+        of_perfect += [("perfect model", *row) for row in ceiling]
         for method, draw in methods.items():
             X, codes = draw()
-            trained_on = method == "other real cells"
-            values = cell_metrics.compare(X, codes, seed=i, trained_on=trained_on)
+            real = method == "other real cells"
+            values = cell_metrics.compare(X, codes, seed=i, trained_on=real)
+            # The space is fitted on these real cells, too, which no generated cells can match.
+            values += [] if real else excess_auroc(values, ceiling)
             rows += [(method, *row) for row in values]
-    return rows + measure_left_out(training, cfg)
+    return rows + measure_left_out(training, cfg) + of_perfect
+
+
+def compare_perfect(training, generator, seed, cfg):
+    """Fresh cells of the model against a data set of its cells.
+
+    As many cells of each type as there are real ones take their place, also in the metrics' space.
+
+    Args:
+        generator: torch Generator. seed: of compare.
+
+    Returns:
+        rows of :meth:`CellMetrics.compare`.
+    """
+    simulated = training.cells.copy()
+    simulated.X = decode_types(training, training.decoder, training.codes, generator)
+    cell_metrics = CellMetrics(simulated, training.held_out, training.codes, cfg.n_trees)
+    return cell_metrics.compare(*draw_decoded(training, training.decoder, generator), seed)
+
+
+def excess_auroc(values, ceiling):
+    """Rows of the excess of AUROC over the perfect model's.
+
+    values, ceiling: rows of :meth:`CellMetrics.compare`, of a method and of the perfect model.
+    """
+    auroc, best = ({metric: v for metric, k, v in rows if k is None} for rows in (values, ceiling))
+    names = {f"random-forest AUROC, {of}": f"excess of AUROC, {of}" for of in ("PCs", "genes")}
+    return [(excess, None, auroc[name] - best[name]) for name, excess in names.items()]
 
 
 def measure_left_out(training, cfg):

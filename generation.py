@@ -128,13 +128,21 @@ def check_filled(X, samples, where):
 
 @torch.inference_mode()
 def encode_bulks(
-    encoder, X, present, device, n_halves=0, one_platform=False, second=None, scale=None
+    encoder,
+    X,
+    present,
+    device,
+    n_halves=0,
+    one_platform=False,
+    second=None,
+    scale=None,
+    start=None,
 ):
     """Run the Bulk Encoder once over all bulks.
 
     Args:
-        X: bulk profiles (S x G) in the encoder's gene order, CSR. present: mask (G) of the genes
-            that were measured.
+        X: bulk profiles (S x G) in the encoder's gene order, CSR or dense. present: mask (G) of the
+            genes that were measured.
         n_halves: times to run it again on a random half of the genes, for :func:`proportion_sd`.
         one_platform: whether all bulks are of one platform, other than the reference's, so that
             what they share against it can be taken off.
@@ -142,6 +150,7 @@ def encode_bulks(
             the mean with the encoder's.
         scale: what fractions of cells are multiplied by (K), if the types' mRNA content in these
             bulks is not that in the reference; see :mod:`mrna_content`.
+        start: proportions (K) that all bulks are near to, which saves most of the deconvolution.
 
     Returns:
         mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
@@ -156,14 +165,17 @@ def encode_bulks(
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
     step = X.shape[0] if one_platform and X.shape[0] else step
-    encode = partial(encoder, one_platform=True) if one_platform else encoder
+    options = {"one_platform": True} if one_platform else {}
+    options |= {} if start is None else {"start": start}
+    encode = partial(encoder, **options)
     for i in range(0, max(X.shape[0], 1), step):  # without any bulk the results still have shapes
-        bulk = torch.from_numpy(X[i : i + step].toarray().astype(np.float32)).to(device)  # (B, G)
+        rows = X[i : i + step].toarray() if sp.issparse(X) else X[i : i + step]
+        bulk = torch.from_numpy(rows.astype(np.float32)).to(device)  # (B, G)
         mu, var, pi = encode(bulk, present)
         # A thin bulk may have no count at all in half of the genes, hence 1e-9.
         jackknife = [encode(bulk + 1e-9, half)[2] for half in halves]
-        deviation = encoder.deviation(pi, bulk, present)  # (B)
         other = pi if second is None else torch.from_numpy(second[i : i + step]).to(pi)
+        deviation = encoder.deviation(pi, bulk, present) if halves else None  # (B)
         mean = pi + SECOND_WEIGHT * (other - pi)
         mean, pi, other, *jackknife = (
             rescale(part, scale) for part in (mean, pi, other, *jackknife)
@@ -345,11 +357,18 @@ def encode_batches(cfg, n_batches, encoder, genes, device, rng):
     if len(names) > 1:
         batches = partial(batch_bulks_of_samples, X, sample)
 
+    @torch.inference_mode()
+    def composition():
+        """Proportions (K) of all reference cells together, near which those of bulks are."""
+        pooled = torch.from_numpy(np.asarray(X.sum(axis=0)).astype(np.float32)).to(device)
+        mask = torch.from_numpy(present).to(pooled)
+        return encoder.deconvolve(encoder.normalise(pooled, mask), mask)[0]
+
     def encode():
-        first = 0
+        first, start = 0, composition()
         for bulk, _ in batches(cfg.batch_size, n_batches, rng, CHUNK):
             check_filled(bulk, range(first, first + len(bulk)), cfg.data)
-            yield encode_bulks(encoder, sp.csr_matrix(bulk), present, device)[:3]
+            yield encode_bulks(encoder, bulk, present, device, start=start)[:3]
             first += len(bulk)
 
     return encode()

@@ -39,7 +39,7 @@ class Settings(TrainingSettings):
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
     n_state_genes: int = 500
     """With --samples, further genes: those that differ most between the samples inside a type."""
-    epochs: int = 600
+    epochs: int = 300
     """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
     """Pseudobulks per step."""
@@ -135,7 +135,7 @@ from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
 from states import fit_states, group_bulks
-from training import TrainingRun, two_rate_optimizer
+from training import Plan, TrainingRun, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much: standard
 # deviation of the log-ratio of a gene. Training at this noise would only shrink every answer to the
@@ -144,6 +144,7 @@ PLATFORM_SD = 1.5
 # How states show in a bulk is learned from bulks of any platform, so that a bulk of another one
 # reads as unchanged rather than as some state.
 STATE_NOISE = 1.0
+UPDATES = {"n_iterations": 34, "momentum": 0.7}  # of the deconvolution; as far as 100 without
 STATE_LOG_WEIGHT = -4.0  # of genes of states in the deconvolution, before training
 N_STATE_BULKS = 2000  # from which it is learned
 FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
@@ -320,7 +321,7 @@ def start_model(cells, of_types, mu, var, cfg, rng):
         the model, and the mean counts of the cells of each type (K, G).
     """
     signature = mean_of_types(cells)  # (K, G)
-    model = BulkEncoder(cells.X.shape[1], *mu.shape, cfg.n_hidden, cfg.dropout)
+    model = BulkEncoder(cells.X.shape[1], *mu.shape, cfg.n_hidden, cfg.dropout, **UPDATES)
     model.mu.copy_(mu)
     model.var.copy_(var)
     model.log_weight.data[torch.from_numpy(~of_types)] = STATE_LOG_WEIGHT
@@ -525,9 +526,10 @@ def main(cfg):
     model = model.to(device)
     for fold in folds:
         fold.means = fold.means.to(device)
-    optimizer, schedule = two_rate_optimizer(model, [model.log_weight], cfg, cfg.epochs)
+    plan = Plan(cfg.epochs, 1, cfg.batch_size, cfg.lr)
+    optimizer, schedule = two_rate_optimizer(model, [model.log_weight], plan, cfg.weight_decay)
     test_bulks = simulate_test_bulks(model, testing, cfg, rng) if len(test) else None
-    run = TrainingRun("bulkEncoder", cfg, model, optimizer, schedule, rng, made_from)
+    run = TrainingRun("bulkEncoder", cfg, plan, model, optimizer, schedule, rng, made_from)
     train_model(run, optimizer, schedule, folds, test_bulks, rng)
     if run.group.rank:  # the first process writes what all have trained
         return

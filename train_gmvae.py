@@ -37,14 +37,17 @@ class Settings(TrainingSettings):
     n_types: int | None = None
     """Find this many cell types without labels, 0 for as many as the BIC asks for (up to 20).
     Labels only serve for comparison then. Default: the types are those of the labels."""
-    epochs: int = 150
-    """Passes over the training cells, all three phases together (autoCell: 400 of batch 128)."""
-    vae_epochs: int = 40
-    """The first of these train a plain VAE (standard normal prior), then the mixture is fitted."""
-    batch_size: int = 32
-    """Cells per step; small, because a small reference gives few steps."""
-    lr: float = 1e-3
-    """Peak learning rate of a one-cycle schedule."""
+    epochs: int | None = None
+    """Passes over the training cells, all three phases together (autoCell: 400 of batch 128).
+    Default: by the number of cells (training.plan_training), and fewer for a reference of 2,000 or
+    more once the loss of 500 cells that are set aside no longer falls."""
+    vae_epochs: int | None = None
+    """The first of these train a plain VAE (standard normal prior), then the mixture is fitted.
+    Default: a quarter of them."""
+    batch_size: int | None = None
+    """Cells per step. Default: 32, and more from 4,000 training cells on, up to 256."""
+    lr: float = 2e-3
+    """Peak learning rate, of batches of 32; the default of larger ones is higher."""
     n_latent: int = 10
     """D, latent dimensions; independent of the number of cell types."""
     n_hidden: int = 256
@@ -74,9 +77,12 @@ class Settings(TrainingSettings):
             raise InputError("--kl-start, --kl-end: expected 0 or more")
         if not 0 < self.thin <= 1:
             raise InputError(f"--thin: found {self.thin}, expected more than 0, at most 1")
-        if not 0 <= self.vae_epochs <= self.epochs:
-            found = f"{self.vae_epochs} of {self.epochs}"
-            raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")
+        if self.vae_epochs is not None:
+            if self.epochs is None:
+                raise InputError("--vae-epochs: found no --epochs, expected both or neither")
+            if not 0 <= self.vae_epochs <= self.epochs:
+                found = f"{self.vae_epochs} of {self.epochs}"
+                raise InputError(f"--vae-epochs: found {found} epochs, expected 0 to --epochs")
 
 
 if __name__ == "__main__":
@@ -103,13 +109,16 @@ from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels
 from runtime.checkpoint import already_finished
-from runtime.device import in_batches, pick_device, seed_everything, to_dense
+from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.processes import distributed
 from runtime.weights import save_mixture
 from runtime.writing import write_whole
-from training import TrainingRun, two_rate_optimizer
+from training import TrainingRun, plan_training, split_validation, two_rate_optimizer
 
 MOST_TYPES = 20  # that the BIC chooses from
+PASSES = 100  # over the cells of a small reference
+VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
+ENCODED = 512  # cells at a time, when all are encoded
 
 
 # --------------------------------------------------------------------------------- cell types
@@ -288,11 +297,11 @@ def standard_normal_kl(model, mean, var, rows):
     return model.kl(mean, var)
 
 
-def kl_weight(epoch, cfg):
+def kl_weight(epoch, vae_epochs, cfg):
     """β of an epoch, from 1. At full weight from the start the KL empties the latent."""
-    if epoch > cfg.vae_epochs:
+    if epoch > vae_epochs:
         return cfg.kl_end
-    return cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / cfg.vae_epochs
+    return cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / vae_epochs
 
 
 def cell_losses(model, X, rows, part, prior_kl, thin):
@@ -307,21 +316,25 @@ def cell_losses(model, X, rows, part, prior_kl, thin):
         X: counts (N x G). rows: of the batch (B). part: slice of it that is computed (B').
         prior_kl: function of model, mean, var (B', D) and rows (B'). thin: least share of counts.
     """
-    x = to_dense(X, rows, model.mu.device)  # (B, G)
-    thinned = x
+    x = to_sparse(X, rows, model.mu.device)  # (B, G)
+    thinned = x.to_dense()
+    library = thinned.sum(dim=1)  # (B)
     if model.training and thin < 1:
-        share = thin + (1 - thin) * torch.rand(len(rows), 1, device=x.device)
-        thinned = torch.binomial(x, share.expand_as(x))
+        share = thin + (1 - thin) * torch.rand(len(rows), device=x.device)
+        kept = torch.binomial(x.values(), share.index_select(0, x.indices()[0]))
+        thinned = torch.zeros_like(thinned).index_put_(tuple(x.indices()), kept)
     mean, var = model.encode(thinned[part])  # (B', D)
     noise = torch.randn(len(rows), mean.shape[1], device=x.device)[part]  # (B', D)
     z = mean + var.sqrt() * noise
-    x = x[part]  # (B', G)
-    return model.decoder.loss(x, z, x.sum(dim=1)), prior_kl(model, mean, var, rows[part])
+    x = x if len(mean) == len(rows) else to_sparse(X, rows[part], x.device)  # (B', G)
+    return model.decoder.loss(x, z, library[part]), prior_kl(model, mean, var, rows[part])
 
 
 @torch.no_grad()
-def held_out_losses(model, X, rows, batch_size, prior_kl):
-    """Mean reconstruction loss and KL of held-out cells, in eval mode."""
+def mean_losses(model, X, rows, batch_size, prior_kl):
+    """Mean reconstruction loss and KL of cells, in eval mode; None twice without any."""
+    if len(rows) == 0:
+        return None, None
     model.eval()
     every = slice(None)
     losses = partial(cell_losses, model, X, part=every, prior_kl=prior_kl, thin=1)
@@ -338,7 +351,7 @@ def choose_input(cells, codes, held_out, cfg, rng):
     return genes, X
 
 
-def start_model(X, train, n_types, cfg, device):
+def start_model(X, train, n_types, cfg, plan, device):
     """scGMVAE that gives the training cells' mean profile for any z; optimiser and schedule."""
     model = scGMVAE(X.shape[1], n_types, cfg.n_latent, cfg.n_hidden, cfg.loss, cfg.dropout)
     model = model.to(device)
@@ -346,8 +359,7 @@ def start_model(X, train, n_types, cfg, device):
     # At the networks' rate mixture and dispersions lag behind, and cells drawn from the prior come
     # out worse than cells drawn from posteriors.
     fast = [model.mu, model.log_var, model.decoder.log_theta]
-    n_steps = cfg.epochs * n_batches(train, cfg)
-    return model, *two_rate_optimizer(model, fast, cfg, n_steps, fused=False)
+    return model, *two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
 
 def moments_of_samples(cells, codes, train, posterior, model):
@@ -370,11 +382,6 @@ def moments_of_samples(cells, codes, train, posterior, model):
     return {"samples": describe_samples(names, shrink_moments(raw, mu, var))}
 
 
-def n_batches(train, cfg):
-    """Batches of an epoch, the last one smaller."""
-    return -(-len(train) // cfg.batch_size)
-
-
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -391,40 +398,47 @@ def main(cfg):
         )
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
     names = list(cells.obs_names), list(cells.var_names)
+    fitted, validation = split_validation(train, types.codes, cfg)
+    plan = plan_training(cfg, len(fitted), PASSES)
+    vae_epochs = round(plan.n_epochs * VAE_SHARE) if cfg.vae_epochs is None else cfg.vae_epochs
     made_from = digest(cells.X, *names, types.codes, types.names, *sample_names(cells))
     model_file = cfg.weights / "scGMVAE_model.pt"
     if already_finished(cfg, model_file, scGMVAE, made_from):
         return
 
-    model, optimizer, schedule = start_model(X, train, len(types.names), cfg, device)
-    run = TrainingRun("scGMVAE", cfg, model, optimizer, schedule, rng, made_from)
+    model, optimizer, schedule = start_model(X, train, len(types.names), cfg, plan, device)
+    losses_of = partial(mean_losses, model, X, batch_size=plan.batch_size)
+    run = TrainingRun("scGMVAE", cfg, plan, model, optimizer, schedule, rng, made_from)
     types.resume(run.progress.kept)
     for epoch in run.epochs():
-        if epoch == cfg.vae_epochs + 1 and run.progress.step == 0:  # the plain VAE is trained
-            types.fit(run, train, *encode_cells(model, X, cfg.batch_size, train))
-        prior_kl = types.kl if epoch > cfg.vae_epochs else standard_normal_kl
+        if epoch == vae_epochs + 1 and run.progress.step == 0:  # the plain VAE is trained
+            types.fit(run, train, *encode_cells(model, X, ENCODED, train))
+        prior_kl = types.kl if epoch > vae_epochs else standard_normal_kl
         model.train()
-        for rows, part in run.batches(train, n_batches(train, cfg), X):
+        for rows, part in run.batches(fitted, X):
             reconstruction, kl = cell_losses(model, X, rows, part, prior_kl, cfg.thin)  # (B')
-            loss = (reconstruction + kl_weight(epoch, cfg) * kl).sum() / len(rows)
+            loss = (reconstruction + kl_weight(epoch, vae_epochs, cfg) * kl).sum() / len(rows)
             optimizer.zero_grad()
             loss.backward()
             run.all_reduce(loss, reconstruction.sum(), kl.sum())
             optimizer.step()
             schedule.step()
-        reconstruction, kl = (run.progress.total / len(train)).tolist()
+        reconstruction, kl = run.mean_losses()
         row = {"epoch": epoch, "reconstruction": reconstruction, "kl": kl}
         row |= {"held_out_reconstruction": None, "held_out_kl": None}
-        if len(test) and (epoch % 10 == 0 or epoch == cfg.epochs):
-            losses = held_out_losses(model, X, test, cfg.batch_size, prior_kl)
+        if epoch % max(1, plan.n_epochs // 15) == 0 or epoch == run.n_epochs:
+            losses = losses_of(test, prior_kl=prior_kl)
             row["held_out_reconstruction"], row["held_out_kl"] = losses
-        run.end_epoch(row, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
+        watched = None
+        if len(validation) and epoch > vae_epochs:
+            watched = np.dot(losses_of(validation, prior_kl=prior_kl), (1, cfg.kl_end))
+        run.end_epoch(row, watched, reconstruction=f"{reconstruction:.1f}", kl=f"{kl:.2f}")
 
     if run.group.rank:  # the first process writes what all have trained
         return
-    types.settle(model, train, X, cfg.batch_size)
+    types.settle(model, train, X, ENCODED)
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
-    posterior = encode_cells(model, X, cfg.batch_size, train)
+    posterior = encode_cells(model, X, ENCODED, train)
     types.fit_mixture(model, train, *posterior)
     save_mixture(cfg.weights, model.mu, model.var)
     types.save(cfg.weights, cells.obs_names)

@@ -1,10 +1,10 @@
-"""What the three training loops share: optimiser, epochs, batches and the sums of their losses.
+"""What the three training loops share: budget of steps, optimiser, batches, sums of their losses.
 
 A loop reads as any torch loop does, with :class:`TrainingRun` around its steps:
 
-    run = TrainingRun("scDecoder", cfg, model, optimizer, schedule, rng, made_from)
+    run = TrainingRun("scDecoder", cfg, plan, model, optimizer, schedule, rng, made_from)
     for epoch in run.epochs():
-        for rows, part in run.batches(train, n_batches, X):
+        for rows, part in run.batches(train, X):
             optimizer.zero_grad()
             loss.backward()
             run.all_reduce(loss)
@@ -19,11 +19,13 @@ processes (:mod:`runtime.processes`).
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import split_cells
 from models import Dropout
 from plotting import write_losses
 from readers.backed import BackedCounts
@@ -32,77 +34,202 @@ from runtime.weights import save_model
 
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 READ_EVERY = 20  # steps on a GPU, which must wait for its queue whenever a loss is read
+EPOCH_STEPS = 100  # of large references, so that losses are seen more often than once a pass
+MOST_BATCHES = 64  # of a pass that count: steps for so many are enough for any number of cells
+VALIDATION_FROM = 2000  # training cells; of fewer, none can be spared
+MOST_VALIDATION = 500  # cells
+FLAT = 0.01  # share of the fall of a loss
 
 
-def two_rate_optimizer(model, fast, settings, n_steps, fused=True):
-    """AdamW and a one-cycle schedule in which a few parameters learn at 20 times the rate.
+# ---------------------------------------------------------------------------- how long, how fast
+
+
+def split_validation(train, codes, cfg):
+    """Set aside some training cells, by whose loss early stopping decides.
+
+    Args:
+        train: indices of the training cells (n). codes: types of all cells (N). cfg: a
+            TrainingSettings as the user gave it: none are set aside for a given number of epochs.
+
+    Returns:
+        Indices of the cells to train on, and of those set aside, none of fewer than
+        VALIDATION_FROM.
+    """
+    if cfg.epochs is not None or len(train) < VALIDATION_FROM:
+        return train, train[:0]
+    share = min(0.1, MOST_VALIDATION / len(train))
+    aside = split_cells(codes[train], share, cfg.seed)
+    return train[~aside], train[aside]
+
+
+def is_flat(losses):
+    """Whether the last quarter of the losses brought at most FLAT of all that they have fallen.
+
+    losses: one for each epoch.
+    """
+    n = max(3, len(losses) // 4)
+    if len(losses) < 3 * n:
+        return False
+    before, now = min(losses[:-n]), min(losses[-n:])
+    return before - now <= FLAT * (max(losses) - before)
+
+
+@dataclass
+class Plan:
+    """How long a training is, in what batches, at what learning rate."""
+
+    n_epochs: int
+    """At most; early stopping may end it before."""
+    epoch_steps: int
+    """Steps of an epoch."""
+    batch_size: int
+    lr: float
+    """Peak learning rate."""
+
+    @property
+    def n_steps(self):
+        """Steps of all epochs."""
+        return self.n_epochs * self.epoch_steps
+
+
+def plan_training(cfg, n_cells, passes):
+    """A plan by the number of cells, for what the settings leave open.
+
+        batch = 32 √(n / 1000), a power of two from 32 to 256,   rate = lr √(batch / 32),
+        steps = passes · min(n / batch, MOST_BATCHES)
+
+    So from 2,000 cells on the number of steps is fixed, and the batches grow. Steps are taken in
+    epochs of a pass over the cells, or of EPOCH_STEPS if a pass has more.
+
+    Args:
+        cfg: a TrainingSettings, whose ``epochs`` and ``batch_size`` may be None. n_cells: of
+            training. passes: over the cells of a small reference.
+    """
+    batch, lr = cfg.batch_size, cfg.lr
+    if batch is None:
+        batch = 2 ** int(np.clip(math.log2(32 * math.sqrt(n_cells / 1000)), 5, 8))
+        lr = lr * math.sqrt(batch / 32)
+    n_batches = -(-n_cells // batch)  # the last one smaller
+    if cfg.epochs is not None:
+        return Plan(cfg.epochs, n_batches, batch, lr)
+    epoch_steps = min(n_batches, EPOCH_STEPS)
+    n_steps = passes * min(n_batches, MOST_BATCHES)
+    return Plan(max(1, round(n_steps / epoch_steps)), epoch_steps, batch, lr)
+
+
+class Rate:
+    """Learning rate of a step, as a share of the peak: rising, constant, then falling to zero.
+
+    The constant part can end at any step, which a cycle of a given length could not do; the fall
+    then takes half as many steps as there were before it (warm-up, stable, decay: Hu et al.,
+    MiniCPM, 2024).
+
+    Attributes:
+        warm_up: steps of the rise. decay_from: step at which the fall begins. n_steps: all.
+    """
+
+    def __init__(self, n_steps):
+        self.n_steps, self.warm_up = n_steps, max(1, n_steps // 10)
+        self.decay_from = n_steps * 2 // 3
+
+    def fall(self, step):
+        """Fall from this step on."""
+        self.decay_from, self.n_steps = step, min(self.n_steps, step + max(1, step // 2))
+
+    def __call__(self, step):
+        rise = min(1.0, (step + 1) / self.warm_up)
+        # The rate after the last step would be zero.
+        left = (self.n_steps + 1 - step) / (self.n_steps + 1 - self.decay_from)
+        return max(0.0, min(rise, left))
+
+
+def two_rate_optimizer(model, fast, plan, weight_decay):
+    """AdamW and a schedule in which a few parameters learn at 20 times the rate.
 
     The ``fast`` parameters are few and must travel far. They have no weight decay, which would
     pull them back.
 
     Args:
-        model: whose parameters to train. fast: some of them. settings: with ``lr`` (peak) and
-            ``weight_decay``. n_steps: length of the cycle.
-        fused: update all weights in one pass instead of several.
+        model: whose parameters to train. fast: some of them. plan: Plan. weight_decay: of the
+            others.
 
     Returns:
         ``(optimizer, schedule)``.
     """
     slow = [p for p in model.parameters() if all(p is not f for f in fast)]
     groups = [
-        {"params": slow, "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": fast, "lr": 20 * settings.lr, "weight_decay": 0.0},
+        {"params": slow, "lr": plan.lr, "weight_decay": weight_decay},
+        {"params": fast, "lr": 20 * plan.lr, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=fused)
-    # One step more than is taken: the last rate of the cycle is next to nothing.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps + 1
-    )
-    return optimizer, schedule
+    # Fused: all weights are updated in one pass instead of several.
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
+    rates = [Rate(plan.n_steps)] * len(optimizer.param_groups)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
 class TrainingRun(ResumableRun):
     """The epochs, batches and losses of one training."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, name, cfg, plan, model, optimizer, schedule, rng, made_from):
+        self.plan, self.rate = plan, schedule.lr_lambdas[0]  # whose state a checkpoint holds
+        super().__init__(name, cfg, model, optimizer, schedule, rng, made_from)
         self.read_every = READ_EVERY if self.device.type == "cuda" else 1
+        self.order = None  # of the cells in this pass, once it is drawn
+
+    @property
+    def n_epochs(self):
+        """Epochs of this training, fewer than planned once the rate has begun to fall early."""
+        return -(-self.rate.n_steps // self.plan.epoch_steps)
 
     def epochs(self):
         """The epochs still to do, with a progress bar; signals take effect between steps."""
-        first, last = self.progress.epoch, self.cfg.epochs
-        hidden = self.group.rank > 0
-        self.bar = tqdm(total=last, initial=first - 1, desc=self.name, unit="epoch", disable=hidden)
+        first, hidden = self.progress.epoch, self.group.rank > 0
+        options = {"desc": self.name, "unit": "epoch", "disable": hidden}
+        self.bar = tqdm(total=self.n_epochs, initial=first - 1, **options)
         try:
             self.begin()
-            yield from range(first, last + 1)
+            while self.progress.epoch <= self.n_epochs:
+                yield self.progress.epoch
         finally:
             self.bar.close()  # so that an error message starts on a line of its own
         self.end()
 
-    def batches(self, rows, n_batches, X):
-        """The batches of this epoch that are still to do, in an order drawn for the epoch.
+    def batches(self, rows, X):
+        """The batches of this epoch that are still to do.
+
+        An epoch goes on with the pass over the cells where the last one ended; the order of a pass
+        is drawn when it begins.
 
         Args:
-            rows: of X (N), the training cells. n_batches: of an epoch. X: counts, CSR or backed;
-                of a backed matrix, rows of the same blocks stay together.
+            rows: of X (N), the training cells. X: counts, CSR or backed; of a backed matrix, rows
+                of the same blocks stay together.
 
         Yields:
             rows of the whole batch (B), and the slice of them that this process computes.
         """
-        state = self.rng.bit_generator.state
-        if self.progress.step:  # resumed within the epoch, whose order comes from the state then
-            self.rng.bit_generator.state = self.progress.rng_of_epoch
-        self.progress.rng_of_epoch = self.rng.bit_generator.state
-        backed = isinstance(X, BackedCounts)
-        order = X.shuffled(rows, self.rng) if backed else self.rng.permutation(rows)
-        if self.progress.step:
+        progress, n_batches = self.progress, -(-len(rows) // self.plan.batch_size)
+        if self.order is None and progress.taken:  # resumed within a pass
+            state = self.rng.bit_generator.state
+            self.rng.bit_generator.state = progress.rng_of_pass
+            self.order = self.draw_order(rows, X)
             self.rng.bit_generator.state = state
-        for batch in np.array_split(order, n_batches)[self.progress.step :]:
+        while progress.step < self.plan.epoch_steps:
+            if self.order is None:
+                progress.rng_of_pass = self.rng.bit_generator.state
+                self.order = self.draw_order(rows, X)
+            batch = np.array_split(self.order, n_batches)[progress.taken]
             yield batch, self.part(len(batch))
-            self.progress.step += 1
+            progress.step += 1
+            progress.cells += len(batch)
+            progress.taken = (progress.taken + 1) % n_batches
+            self.order = self.order if progress.taken else None
             self.save_if_due()
         self.read_losses()
+
+    def draw_order(self, rows, X):
+        """The cells (N) in the order of a pass."""
+        backed = isinstance(X, BackedCounts)
+        return X.shuffled(rows, self.rng) if backed else self.rng.permutation(rows)
 
     def part(self, n):
         """The slice of a batch of n that this process computes; dropout masks follow it."""
@@ -150,23 +277,44 @@ class TrainingRun(ResumableRun):
         if not math.isfinite(loss) or loss > DIVERGED * (self.progress.first_loss + 1):
             self.raise_diverged(f"the loss is {loss:g}")
 
-    def end_epoch(self, row=None, **postfix):
-        """The epoch is done. row: its losses for the curve. postfix: texts for the progress bar."""
+    def mean_losses(self):
+        """Means over the cells of this epoch of the sums given to :meth:`all_reduce`; a list."""
+        return (self.progress.total / self.progress.cells).tolist()
+
+    def end_epoch(self, row=None, validation=None, **postfix):
+        """The epoch is done.
+
+        Args:
+            row: its losses for the curve. validation: loss of the validation cells; when it no
+                longer falls, the learning rate does. postfix: texts for the progress bar.
+        """
         self.read_losses()
         if row is not None:
             self.progress.curve.append(row)
+        if validation is not None:
+            self.watch(validation)
         self.progress.epoch += 1
-        self.progress.step, self.progress.total = 0, 0.0
+        self.progress.step, self.progress.cells, self.progress.total = 0, 0, 0.0
+        self.bar.total = self.n_epochs
         self.bar.set_postfix(postfix, refresh=False)
         self.bar.update()
         self.save_if_due()
+
+    def watch(self, loss):
+        """Let the learning rate fall from now on if the loss of the validation cells is flat."""
+        loss = torch.tensor([loss], dtype=torch.float64)
+        self.group.broadcast(loss)  # so that all processes decide alike
+        self.progress.validation.append(loss.item())
+        step = self.progress.epoch * self.plan.epoch_steps
+        if step < self.rate.decay_from and is_flat(self.progress.validation):
+            self.rate.fall(step)
 
     def save_results(self, **card):
         """Write the model with its ``card`` and the loss curves, then remove the checkpoint.
 
         card: what the model's file should know besides, see :func:`runtime.weights.save_model`.
         """
-        card |= {"epoch": self.cfg.epochs, "made_from": self.made_from}
+        card |= {"epoch": self.n_epochs, "plan": vars(self.plan), "made_from": self.made_from}
         path = self.cfg.weights / f"{self.name}_model.pt"
         save_model(path, self.model, self.cfg, **card)
         loss = getattr(self.cfg, "loss", "nb")

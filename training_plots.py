@@ -252,7 +252,7 @@ def notes_of_losses(curves, texts):
 # Headings of the panels of cells -> how the names of their metrics start. The last takes the rest.
 CELL_GROUPS = {
     "Realism: can generated cells be told from real ones?": (
-        *("random-forest AUROC", "MMD2", "energy distance"),
+        *("random-forest AUROC", "excess of AUROC", "MMD2", "energy distance"),
     ),
     "Realism: do genes vary, and vary together, as in real cells?": (
         *("within-type variance", "gene-gene correlation", "zero-fraction", "library-size"),
@@ -274,7 +274,9 @@ METHOD_COLORS = {
     "calibrated": "#E69F00",
     "other real cells": "#000000",
     "unseen real cells": "#7F7F7F",
+    "perfect model": "#009E73",
     "cell-type NB": "#0072B2",
+    "scDesign2 copula": "#5A0069",
     "scVI": "#56B4E9",
     "published recipe": "#CC79A7",
     "DWLS": "#009E73",
@@ -323,7 +325,7 @@ def direction_text(metric, best, smallest):
     """Which way a metric is better. best: its best value. smallest: that is drawn."""
     if best == 0 and smallest >= 0:
         return "lower is better, 0 is best"
-    if best == 1 and "ratio" not in metric:
+    if best == 1 and not any(word in metric for word in ("ratio", "slope")):  # may be above 1
         return "higher is better, 1 is best"
     return f"{best:g} is best"
 

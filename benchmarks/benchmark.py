@@ -112,7 +112,7 @@ def generate_file(n_genes, n_cells):
         start = time.perf_counter()
         obs = pd.DataFrame(index=[f"cell_{i}" for i in range(n_cells)])
         genes = [f"gene_{i}" for i in range(n_genes)]
-        with open_cells(Path(folder) / "cells.h5ad", genes) as file:
+        with open_cells(Path(folder) / "cells.h5ad", genes, n_cells=n_cells) as file:
             for cells in generate_chunks(decoder, n_cells, generator):
                 file.append(cells.counts)
             file.write_tables(anndata.AnnData(obs=obs))

@@ -12,6 +12,10 @@ def bulk2sc():
     run("bulk2sc")
 
 
+def train():
+    run("train")
+
+
 def train_gmvae():
     run("train_gmvae")
 

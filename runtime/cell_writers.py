@@ -1,17 +1,16 @@
 """Generated cells written block by block: as .h5ad, as a 10x folder, or as a 10x .h5.
 
-All three appear whole or not at all, and hold one block and the tables in memory.
+All three appear whole or not at all, and hold two blocks and the tables in memory: while one is
+drawn, threads compress the one before.
 """
 
 import contextlib
 import gzip
-import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
 
 from runtime.errors import InputError
@@ -19,14 +18,14 @@ from runtime.signals import Stopped
 from runtime.version import VERSION
 from runtime.writing import open_hdf5, whole_file, write_anndata
 
-# On disk, of generated cells; measured on .h5ad by weights, weights/pbmc and weights/pbmc1k: 1.2 to
-# 1.6 for each count that is not zero, 230 and more for each cell. 10x folders take more.
+# On disk, of generated cells; measured on .h5ad by weights, weights/pbmc and weights/pbmc1k: 1.3 to
+# 1.4 for each count that is not zero, 230 and more for each cell. 10x folders take more.
 BYTES_PER_COUNT, BYTES_PER_CELL = 1.0, 100
 
-# With bytes shuffled, the fastest gzip level packs tighter than the default does without, in a
-# third of the time.
+# With bytes shuffled, a fast gzip packs tighter than the default does without.
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-CHUNK = 1 << 14  # numbers that are compressed together
+CHUNK = 1 << 15  # numbers that are compressed together
+CELLS = 64  # whose lines of a 10x folder are compressed together
 
 FOLDER_FILES = ("matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz")
 FEATURE_TYPE = "Gene Expression"
@@ -73,15 +72,17 @@ def open_cells(path, genes, gene_ids=None, n_cells=None):
             "" where there is none. n_cells: that will be written, if it is known, to check the free
             space before the first block.
     """
+    from runtime.compression import CompressionQueue
+
     path = Path(path)
     gene_ids = [""] * len(genes) if gene_ids is None else list(gene_ids)
     if kind_of(path) == "folder":
-        with open_folder(path) as files:
-            yield FolderWriter(path, n_cells, genes, gene_ids, *files)
+        with open_folder(path) as files, CompressionQueue() as queue:
+            yield FolderWriter(path, n_cells, queue, genes, gene_ids, *files)
         return
     writer = H5adWriter if path.suffix == ".h5ad" else TenxWriter
-    with open_hdf5(path) as (file, sink, signals):
-        yield writer(path, n_cells, genes, gene_ids, file, sink, signals)
+    with open_hdf5(path) as (file, sink, signals), CompressionQueue() as queue:
+        yield writer(path, n_cells, queue, genes, gene_ids, file, sink, signals)
 
 
 @contextlib.contextmanager
@@ -100,24 +101,28 @@ def open_folder(path):
 
 
 class CellsWriter:
-    """What the three formats share: the free space is looked at before the first block."""
+    """What the three formats share: free space is looked at first, and threads compress blocks."""
 
-    def __init__(self, path, n_cells):
-        self.path, self.n_cells, self.n_written = path, n_cells, 0
+    def __init__(self, path, n_cells, queue):
+        self.path, self.n_cells, self.queue = path, n_cells, queue
+        self.n_written = self.n_counts = 0
 
     def append(self, counts):
         """Write the counts (B x G), CSR int32, of the next cells."""
         if self.n_cells is not None and not self.n_written:
             check_space(self.path, self.n_cells, counts)
-        self.write_block(counts)
+        n_before = len(self.queue)
+        self.compress(counts)
+        self.queue.write(n_before)  # the block before, while threads compress this one
         self.n_written += counts.shape[0]
+        self.n_counts += counts.nnz
 
 
 class HDF5Writer(CellsWriter):
     """A file in HDF5: errors of the disk and signals are raised between blocks."""
 
-    def __init__(self, path, n_cells, file, sink, signals):
-        super().__init__(path, n_cells)
+    def __init__(self, path, n_cells, queue, file, sink, signals):
+        super().__init__(path, n_cells, queue)
         self.file, self.sink, self.signals = file, sink, signals
 
     def append(self, counts):
@@ -126,34 +131,53 @@ class HDF5Writer(CellsWriter):
         if self.signals:
             raise Stopped(self.signals[0])
 
+    def start_matrix(self, group):
+        """Begin with what is in ``data``, ``indices`` and ``indptr`` of a group."""
+        from runtime.compression import GrowingDataset
+
+        names = ("data", "indices", "indptr")
+        self.matrix = [GrowingDataset(group[name], self.queue) for name in names]
+
+    def compress(self, counts):
+        indptr = counts.indptr[1:] + np.int64(self.n_counts)
+        for dataset, values in zip(self.matrix, (counts.data, counts.indices, indptr), strict=True):
+            dataset.append(values)
+
+    def finish_matrix(self):
+        """Write what is left of the counts."""
+        for dataset in self.matrix:
+            dataset.finish()
+        self.queue.write(len(self.queue))
+        self.sink.check()
+
 
 class H5adWriter(HDF5Writer):
     """An .h5ad: counts in X, as ``uns["X_name"]`` says."""
 
-    def __init__(self, path, n_cells, genes, gene_ids, file, sink, signals):
+    def __init__(self, path, n_cells, queue, genes, gene_ids, file, sink, signals):
         import anndata
 
-        super().__init__(path, n_cells, file, sink, signals)
+        super().__init__(path, n_cells, queue, file, sink, signals)
         var = pd.DataFrame({"gene_ids": gene_ids, "feature_types": FEATURE_TYPE}, index=genes)
         var["feature_types"] = var["feature_types"].astype("category")
-        empty = sp.csr_matrix((0, len(genes)), dtype=np.int32)
+        self.n_genes = len(genes)
+        empty = sp.csr_matrix((0, self.n_genes), dtype=np.int32)
         write_anndata(file, anndata.AnnData(empty, var=var))
         # A million cells have more than 2^31 counts. scipy wants both indices of one type.
-        is_large = n_cells is None or n_cells * len(genes) >= 2**31
+        is_large = n_cells is None or n_cells * self.n_genes >= 2**31
         index = np.int64 if is_large else np.int32
         empty.indices, empty.indptr = empty.indices.astype(index), empty.indptr.astype(index)
         options = COMPRESSION | {"chunks": (CHUNK,), "indptr_dtype": index}
         anndata.io.write_elem(file, "X", empty, dataset_kwargs=options)
         sink.check()
-        self.X = anndata.io.sparse_dataset(file["X"])
-
-    def write_block(self, counts):
-        self.X.append(counts)
+        self.start_matrix(file["X"])
 
     def write_tables(self, cells):
         """Write ``.obs``, ``.obsm`` and ``.uns`` of an AnnData of all cells without counts."""
         import anndata
 
+        self.finish_matrix()
+        self.file["X"].attrs["shape"] = self.n_written, self.n_genes
         for name in ("obs", "obsm", "uns"):
             table = getattr(cells, name)
             anndata.io.write_elem(self.file, name, table if name == "obs" else dict(table))
@@ -163,8 +187,8 @@ class H5adWriter(HDF5Writer):
 class TenxWriter(HDF5Writer):
     """A 10x .h5 as Cell Ranger 3 and later write it: genes x cells, CSC."""
 
-    def __init__(self, path, n_cells, genes, gene_ids, file, sink, signals):
-        super().__init__(path, n_cells, file, sink, signals)
+    def __init__(self, path, n_cells, queue, genes, gene_ids, file, sink, signals):
+        super().__init__(path, n_cells, queue, file, sink, signals)
         file.attrs["filetype"], file.attrs["version"] = "matrix", 2
         file.attrs["software_version"] = f"bulk2sc {VERSION}"
         self.group, self.n_genes = file.create_group("matrix"), len(genes)
@@ -180,18 +204,11 @@ class TenxWriter(HDF5Writer):
         options = COMPRESSION | {"maxshape": (None,), "chunks": (CHUNK,)}
         for name, dtype in (("data", np.int32), ("indices", np.int64), ("indptr", np.int64)):
             self.group.create_dataset(name, shape=(name == "indptr",), dtype=dtype, **options)
-
-    def write_block(self, counts):
-        first = self.group["data"].shape[0]
-        parts = (("data", counts.data), ("indices", counts.indices))
-        for name, values in (*parts, ("indptr", counts.indptr[1:] + np.int64(first))):
-            dataset = self.group[name]
-            n = dataset.shape[0]
-            dataset.resize((n + len(values),))
-            dataset[n:] = values
+        self.start_matrix(self.group)
 
     def write_tables(self, cells):
         """Write the names of all cells."""
+        self.finish_matrix()
         self.group["barcodes"] = encoded(cells.obs_names)
         self.group["shape"] = np.array([self.n_genes, len(cells.obs_names)], np.int32)
         self.sink.check()
@@ -207,13 +224,15 @@ class FolderWriter(CellsWriter):
 
     HEADER = 200  # bytes before the first count
 
-    def __init__(self, path, n_cells, genes, gene_ids, matrix, barcodes, features):
-        super().__init__(path, n_cells)
-        self.matrix, self.barcodes, self.n_genes, self.n_counts = matrix, barcodes, len(genes), 0
+    def __init__(self, path, n_cells, queue, genes, gene_ids, matrix, barcodes, features):
+        from runtime.compression import packed_text
+
+        super().__init__(path, n_cells, queue)
+        self.matrix, self.barcodes, self.n_genes = matrix, barcodes, len(genes)
         rows = zip(genes, gene_ids, strict=True)
-        features.write(packed("".join(f"{i or g}\t{g}\t{FEATURE_TYPE}\n" for g, i in rows)))
+        text = "".join(f"{i or gene}\t{gene}\t{FEATURE_TYPE}\n" for gene, i in rows)
+        features.write(packed_text(text.encode()))
         matrix.write(self.header())  # again at the end, when the number of counts is known
-        self.body = gzip.GzipFile("", "wb", 1, matrix, mtime=0)
 
     def header(self):
         """The first lines of the matrix, always of the same length."""
@@ -222,25 +241,26 @@ class FolderWriter(CellsWriter):
         text = f"{first:{self.HEADER - 1 - len(size)}}\n{size}"
         return gzip.compress(text.encode(), compresslevel=0, mtime=0)
 
-    def write_block(self, counts):
-        cells = sp.coo_array(counts)  # sorted by cell, as Cell Ranger sorts them
-        shape = (self.n_genes, self.n_written + counts.shape[0])
-        entries = sp.coo_array((cells.data, (cells.col, cells.row + self.n_written)), shape=shape)
-        text = io.BytesIO()
-        scipy.io.mmwrite(text, entries, symmetry="general")
-        head = bytes(text.getbuffer()[: self.HEADER])
-        size = head.index(f"\n{self.n_genes} ".encode())  # below comments
-        self.body.write(text.getbuffer()[head.index(b"\n", size + 1) + 1 :])
-        self.n_counts += counts.nnz
+    def compress(self, counts):
+        for i in range(0, counts.shape[0], CELLS):  # sorted by cell, as Cell Ranger sorts them
+            indptr = counts.indptr[i : i + CELLS + 1]
+            cells = indptr, counts.indices, counts.data, self.n_written + i
+            self.queue.add(self.matrix.write, packed_lines, *cells)
 
     def write_tables(self, cells):
         """Write the names of all cells, and how many counts there are."""
-        self.barcodes.write(packed("".join(f"{name}\n" for name in cells.obs_names)))
-        self.body.close()
+        from runtime.compression import packed_text
+
+        names = "".join(f"{name}\n" for name in cells.obs_names)
+        self.barcodes.write(packed_text(names.encode()))
+        self.queue.write(len(self.queue))
         self.matrix.seek(0)
         self.matrix.write(self.header())
 
 
-def packed(text):
-    """Text, gzipped."""
-    return gzip.compress(text.encode(), mtime=0)
+def packed_lines(*cells):
+    """Counts of cells as lines of a matrix, gzipped; see :func:`matrix_market.lines`."""
+    from runtime.compression import packed_text
+    from runtime.matrix_market import lines
+
+    return packed_text(lines(*cells))

@@ -13,7 +13,7 @@ from runtime.errors import InputError
 from runtime.script import flag, plain_settings
 from runtime.weights import load_model, load_tensors, save_tensors
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 # Settings that a resumed run may change: where things are, and how often it saves.
 FREE = {"data", "labels", "samples", "donors", "weights", "device", "resume", "checkpoint_every"}
 
@@ -34,8 +34,14 @@ class Progress:
     """A dict of losses for each epoch."""
     kept: dict = field(default_factory=dict)
     """Further tensors that the loop needs again."""
-    rng_of_epoch: dict = field(default_factory=dict)
-    """State of the NumPy generator before it drew the order of this epoch's cells."""
+    cells: int = 0
+    """Of the steps of this epoch that are done."""
+    taken: int = 0
+    """Batches that are done of the pass over the cells under way."""
+    rng_of_pass: dict = field(default_factory=dict)
+    """State of the NumPy generator before it drew the order of the cells in this pass."""
+    validation: list = field(default_factory=list)
+    """Loss of the validation cells at each epoch that early stopping watches."""
 
 
 def differing_setting(saved, current):
@@ -119,11 +125,14 @@ class Checkpoint:
             "first_loss": progress.first_loss,
             "curve": progress.curve,
             "kept": progress.kept,
+            "cells": progress.cells,
+            "taken": progress.taken,
+            "validation": progress.validation,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": self.rng.bit_generator.state,
-            "rng_of_epoch": progress.rng_of_epoch,
+            "rng_of_pass": progress.rng_of_pass,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
@@ -153,7 +162,7 @@ class Checkpoint:
         self.check_origin(saved, current)
         try:
             self.check_parts(saved, current)
-            self.rng.bit_generator.state = saved["rng_of_epoch"]  # raises if it is none
+            self.rng.bit_generator.state = saved["rng_of_pass"]  # raises if it is none
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and saved["cuda_rng"] is not None:
@@ -172,7 +181,8 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: its parts do not fit together, expected a whole checkpoint"
             ) from e
-        names = ("epoch", "step", "first_loss", "curve", "kept", "rng_of_epoch")
+        names = ("epoch", "step", "first_loss", "curve", "kept", "cells", "taken", "rng_of_pass")
+        names += ("validation",)
         return Progress(total=saved["total"].numpy(), **{name: saved[name] for name in names})
 
     def check_origin(self, saved, current):
@@ -228,9 +238,9 @@ class Checkpoint:
                 for i, moment in moments.items()
             )
             and type(saved["epoch"]) is int
-            and 1 <= saved["epoch"] <= self.cfg.epochs + 1
-            and type(saved["step"]) is int
-            and saved["step"] >= 0
+            and saved["epoch"] >= 1
+            and all(type(saved[n]) is int and saved[n] >= 0 for n in ("step", "cells", "taken"))
+            and all(isinstance(loss, float) for loss in saved["validation"])
             and saved["total"].dtype == torch.float64
             and isinstance(saved["first_loss"], float | None)
             and all(isinstance(row, dict) for row in saved["curve"])

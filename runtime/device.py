@@ -8,6 +8,9 @@ import torch
 
 from runtime.errors import InputError
 
+# OMP_NUM_THREADS, else one for each core; numba and others change it while the program runs.
+N_THREADS = torch.get_num_threads()
+
 
 def seed_everything(seed):
     """Seed Python, NumPy and PyTorch; returns a NumPy generator for the data side."""
@@ -50,30 +53,23 @@ def in_batches(function, rows, batch_size):
     return results
 
 
-def to_dense(X, rows, device):
-    """Rows of a count matrix, CSR or backed, as a float32 tensor (B, G) on a device."""
-    counts = X[rows]
-    if torch.device(device).type != "cuda":
-        return torch.from_numpy(counts.astype(np.float32).toarray()).to(device)
-    return from_csr(counts, device)
-
-
-def from_csr(X, device):
-    """A CSR count matrix as a float32 tensor (B, G), made dense on the device.
+def to_sparse(X, rows, device):
+    """Rows of a count matrix, CSR or backed, as a sparse COO tensor (B, G), float32, on a device.
 
     Nine counts in ten are zero and need not be sent to a GPU. From pinned memory the others are
     sent while the GPU still works on the previous step.
     """
-
-    def send(part):
-        part = torch.from_numpy(part)
-        pinned = part.pin_memory() if torch.device(device).type == "cuda" else part
-        return pinned.to(device, non_blocking=True)
-
-    index = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr)) * X.shape[1] + X.indices
-    flat = torch.zeros(X.shape[0] * X.shape[1], device=device)
-    # Added rather than assigned, because a matrix may hold several entries of one place.
-    return flat.index_add_(0, send(index), send(X.data).float()).view(X.shape)
+    counts = X[rows]
+    counts.sum_duplicates()  # a matrix may hold several entries of one place
+    cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    index = torch.from_numpy(np.stack([cell, counts.indices]).astype(np.int64, copy=False))
+    values = torch.from_numpy(counts.data.astype(np.float32, copy=False))
+    if torch.device(device).type == "cuda":
+        index, values = (
+            part.pin_memory().to(device, non_blocking=True) for part in (index, values)
+        )
+    options = {"is_coalesced": True, "check_invariants": False}
+    return torch.sparse_coo_tensor(index, values, counts.shape, **options)
 
 
 def to_csr(counts):

@@ -34,7 +34,7 @@ def distributed(main):
 
     @functools.wraps(main)
     def run_main(cfg):
-        if not dist.is_available() or not dist.is_torchelastic_launched():
+        if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
             return main(cfg)
         store, rank, size = next(dist.rendezvous("env://"))
         if size == 1:
@@ -97,6 +97,12 @@ def collective(function, *arguments):
         raise InputError(
             "another process of this training has ended; --resume goes on from the last checkpoint"
         ) from error
+
+
+def wait_for_all():
+    """Wait until all processes have come this far; of one process, do nothing."""
+    if dist.is_available() and dist.is_initialized():
+        collective(dist.barrier)
 
 
 class ProcessGroup:

@@ -4,7 +4,10 @@ import hashlib
 import signal
 import time
 
+import torch
+
 from runtime.checkpoint import Checkpoint, Progress
+from runtime.device import N_THREADS
 from runtime.errors import InputError
 from runtime.processes import ProcessGroup
 from runtime.signals import SignalHandler, Stopped
@@ -36,7 +39,7 @@ class ResumableRun:
         self.name, self.cfg, self.model, self.rng, self.made_from = name, cfg, model, rng, made_from
         self.device = next(model.parameters()).device
         self.group = ProcessGroup(self.device)
-        self.progress = Progress(rng_of_epoch=rng.bit_generator.state)
+        self.progress = Progress(rng_of_pass=rng.bit_generator.state)
         self.checkpoint = Checkpoint(name, cfg, made_from, model, optimizer, schedule, rng)
         self.resumed, self.signal, self.last_saved = False, None, "none"
         self.pending, self.bar, self.save_time = [], None, time.monotonic()
@@ -58,11 +61,16 @@ class ResumableRun:
     @property
     def position(self):
         """How far the run is, in words."""
-        epoch = min(self.progress.epoch, self.cfg.epochs)
-        return f"epoch {epoch} of {self.cfg.epochs}, step {self.progress.step}"
+        epoch = min(self.progress.epoch, self.n_epochs)
+        return f"epoch {epoch} of {self.n_epochs}, step {self.progress.step}"
 
     def begin(self):
         """From now on signals take effect between steps; all processes have the same model."""
+        torch.set_num_threads(N_THREADS)
+        if self.device.type == "cpu":
+            # Threads wait for each other by spinning, which a busy core makes endless.
+            hint = "" if N_THREADS == 1 else "; OMP_NUM_THREADS=1 is faster on a busy machine"
+            print(f"{self.name}: {N_THREADS} thread{'s' * (N_THREADS > 1)}{hint}")
         self.save_time = time.monotonic()
         SignalHandler.deferred = self.receive_signal
         self.check_processes()
@@ -147,7 +155,7 @@ class ResumableRun:
         raise InputError(
             f"{self.name} diverged at {self.position}: {what}, expected a finite loss of about "
             f"{self.progress.first_loss or 0:.3g} or less; last good checkpoint: "
-            f"{self.last_saved}; try a lower --lr than {self.cfg.lr:g}"
+            f"{self.last_saved}; try a lower --lr than {self.plan.lr:g}"
         )
 
     def remove_checkpoint(self):

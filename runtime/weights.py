@@ -127,7 +127,7 @@ def check_card(card, model_class):
         most = {"n_iterations": 10_000}.get(name, 2**31 - 1)
         if name == "likelihood":  # which the model itself checks
             sound = isinstance(value, str)
-        elif name == "dropout":
+        elif name in ("dropout", "momentum"):
             sound = isinstance(value, int | float) and 0 <= value < 1
         else:
             sound = type(value) is int and 1 <= value <= most

@@ -21,7 +21,7 @@ import training
 from conftest import ROOT, TINY, run_inside
 from models import Dropout
 from runtime import processes
-from runtime.device import from_csr, to_dense
+from runtime.device import to_sparse
 from test_interruption import FILE, left_behind, same_weights, start_folder
 
 # Batches that do not split evenly, and batches of one cell, of which one process gets none.
@@ -172,9 +172,11 @@ def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeyp
     assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
 
 
-def test_sparse_counts_become_dense_on_the_device(cells):
+def test_sparse_counts_become_tensors(cells):
     X = sp.csr_matrix(cells.X)
-    assert torch.equal(from_csr(X, "cpu"), to_dense(X, np.arange(len(cells)), "cpu"))
-    assert from_csr(X[:0], "cpu").shape == (0, cells.n_vars)
+    rows = np.array([3, 1, 2])
+    assert to_sparse(X, rows, "cpu").to_dense().tolist() == X[rows].toarray().tolist()
+    assert to_sparse(X, rows[:0], "cpu").shape == (0, cells.n_vars)
     with_duplicates = sp.csr_matrix(([1, 2], [3, 3], [0, 2]), shape=(1, 5))
-    assert from_csr(with_duplicates, "cpu").tolist() == [[0, 0, 0, 3, 0]]
+    tensor = to_sparse(with_duplicates, [0], "cpu")
+    assert tensor.values().tolist() == [3] and tensor.to_dense().tolist() == [[0, 0, 0, 3, 0]]

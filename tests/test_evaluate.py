@@ -1,13 +1,17 @@
 """The metrics on identical, shifted, permuted and copied cells; and evaluate.py as a script."""
 
+import copy
 import shutil
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
+import torch
 from sklearn.datasets import make_blobs
 
 import baselines
@@ -18,6 +22,7 @@ import metrics
 import proportion_tests
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run, run_inside
 from data import codes_of, load_cells, log_normalise, split_cells
+from models import scDecoder
 from readers import lineages
 from runtime.errors import InputError
 
@@ -29,7 +34,7 @@ def fitted():
     cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
     codes, _ = codes_of(cells)
     held_out = split_cells(codes, 0.5, 0)
-    return metrics.CellMetrics(cells, held_out, codes), cells, codes, held_out
+    return metrics.CellMetrics(cells, held_out, codes, n_trees=100), cells, codes, held_out
 
 
 # Metrics of cells and proportions; test_contrasts.py has those of donors that no training has seen.
@@ -63,8 +68,10 @@ def test_the_other_half_of_the_real_cells_is_as_good_as_it_gets(values_of_other_
     assert values["macro-F1, generated to real"] > 0.95
     assert values["fold-change correlation"] > 0.95
     assert abs(values["energy distance"]) < 0.2
-    of_bulks = ("proportions", "sum of cells")  # not computed by CellMetrics
-    assert set(values) == {m for m in MEASURED if not m.startswith(of_bulks)}
+    # Of bulks, or of two CellMetrics.
+    others = ("proportions", "sum of cells", "excess of AUROC")
+    assert set(values) == {m for m in MEASURED if not m.startswith(others)}
+    assert 0.85 < values["fold-change slope"] < 1.15
 
 
 def test_the_held_out_cells_themselves_are_perfect(fitted):
@@ -151,6 +158,48 @@ def test_forest_and_variance_on_known_blobs():
     wider = centre + (X - centre) * np.sqrt([2.0, 3.0])[y][:, None]
     ratios = metrics.within_type_variance_ratio(X, y, wider, y)
     assert ratios == pytest.approx({0: 2, 1: 3})
+
+
+def draw_attenuated(keep, n_per_type, rng, n_genes=1000):
+    """Cells of three types, log fold changes times ``keep``: counts (N x G), CSR; types (N)."""
+    change = np.random.default_rng(0).normal(0, 1, (3, n_genes))  # the same in every call
+    change[:, ::2] = 0
+    profile = np.exp(keep * change)
+    codes = np.repeat([0, 1, 2], n_per_type)
+    mean = (
+        profile[codes] / profile.sum(axis=1)[codes, None] * rng.lognormal(8, 0.3, (len(codes), 1))
+    )
+    return sp.csr_matrix(rng.poisson(mean * rng.gamma(2, 1 / 2, mean.shape))), codes
+
+
+def test_slope_of_fold_changes_is_one_for_fresh_cells_and_lower_for_attenuated_ones():
+    """Also with few cells, of which least squares makes an attenuated slope of perfect cells."""
+    rng = np.random.default_rng(0)
+    sizes = (12, 8, 6)
+    slopes, least_squares, attenuated, noisy = [], [], [], []
+    for seed in range(8):
+        real, fresh, other = (draw_attenuated(keep, sizes, rng) for keep in (1, 1, 0.6))
+        slopes.append(list(metrics.fold_change_slopes(*real, *fresh, seed).values()))
+        attenuated.append(list(metrics.fold_change_slopes(*real, *other, seed).values()))
+        rows = [np.flatnonzero(real[1] == k) for k in range(3)]
+        a, b = (metrics.type_changes(X, rows) for X, _ in (real, fresh))
+        least_squares.append((a * b).sum(axis=1) / (a * a).sum(axis=1))
+        noise = rng.permutation(real[0].toarray().T).T  # fold changes of other genes
+        noisy.append(
+            list(metrics.fold_change_slopes(*real, sp.csr_matrix(noise), real[1], 0).values())
+        )
+    assert np.mean(slopes, axis=0) == pytest.approx(np.ones(3), abs=0.06)
+    assert (np.mean(least_squares, axis=0) < 0.85).all()
+    assert np.mean(attenuated, axis=0) == pytest.approx(np.full(3, 0.6), abs=0.08)
+    assert np.mean(noisy, axis=0) == pytest.approx(np.zeros(3), abs=0.06)
+
+
+def test_slope_of_fold_changes_needs_cells_of_two_types():
+    X, codes = draw_attenuated(1, (12, 8, 5), np.random.default_rng(0))
+    assert set(metrics.fold_change_slopes(X, codes, X, codes, 0)) == {0, 1}  # halves of two cells
+    few = np.r_[0:12, 12:14, 20:25]  # two of the second type, on one side alone
+    assert set(metrics.fold_change_slopes(X, codes, X[few], codes[few], 0)) == {0}
+    assert metrics.fold_change_slopes(X[:12], codes[:12], X, codes, 0) == {}
 
 
 def test_concordance_and_nnls():
@@ -315,6 +364,140 @@ def test_cell_type_nb_has_the_moments_of_the_type():
         assert 0.9 < np.median(ratio) < 1.1
 
 
+@pytest.mark.parametrize("zero", [0.0, 0.4])
+@pytest.mark.parametrize("theta", [0.5, baselines.POISSON])
+def test_marginals_are_found_with_their_parameters(zero, theta):
+    """Poisson or negative binomial, zero-inflated or not, as the likelihood says."""
+    mean = np.array([0.5, 2, 6])
+    true = baselines.Marginals(np.full(3, zero), mean, np.full(3, theta))
+    drawn = true.draw(20_000, np.random.default_rng(0))
+    found = baselines.fit_marginals(sp.csc_matrix(drawn))
+    assert found.zero == pytest.approx(true.zero, abs=0.04)
+    assert found.mean == pytest.approx(true.mean, rel=0.1)
+    if theta < 1:
+        assert found.theta == pytest.approx(true.theta, rel=0.15)
+    else:  # zeros overdisperse a Poisson, so that its θ is found rather than infinite
+        assert (found.theta > 20).all()
+    x = np.arange(8)[:, None]
+    counted = np.stack([(drawn <= i).mean(axis=0) for i in range(8)])
+    assert found.cdf(x) == pytest.approx(counted, abs=0.015)
+    assert (found.cdf(x - 1)[0] == 0).all()
+    middle = (found.cdf(x - 1) + found.cdf(x)) / 2
+    reached = middle < 1 - 1e-9
+    assert (found.quantile(middle) == x)[reached].all()
+
+
+def test_marginals_have_the_highest_likelihood():
+    """Against a general optimiser, of few cells; rare genes and genes of every cell included."""
+    rng = np.random.default_rng(2)
+    X = rng.negative_binomial(1.5, 1.5 / (1.5 + 4), (60, 30)) * (rng.random((60, 30)) > 0.3)
+    X[:, 0], X[:, 1], X[:, 2] = 0, np.arange(60) == 5, np.arange(60) + 3
+    found = baselines.fit_marginals(sp.csc_matrix(X))
+    assert found.mean[0] == found.mean[1] == found.zero[2] == 0  # in one cell: not expressed
+    assert 5 < (found.zero > 0).sum() < 30
+    plain = baselines.fit_marginals(sp.csc_matrix(rng.negative_binomial(1.5, 0.3, (60, 300))))
+    assert 0 < (plain.zero > 0).mean() < 0.1  # p < 0.05, and one-sided
+    for g in range(2, 30):
+
+        def loss(parameters, x=X[:, g], inflated=found.zero[g] > 0):
+            mean, theta = np.exp(parameters[:2])
+            pi = inflated / (1 + np.exp(-parameters[2]))
+            pmf = (1 - pi) * scipy.stats.nbinom.pmf(x, theta, theta / (theta + mean))
+            return -np.log(pmf + pi * (x == 0)).sum()
+
+        own = np.log([found.mean[g], found.theta[g], (found.zero[g] + 1e-12) / (1 - found.zero[g])])
+        best = scipy.optimize.minimize(
+            loss, [1, 0, 0], method="Nelder-Mead", options={"maxiter": 900}
+        )
+        assert loss(own) < best.fun + 0.02, g
+
+
+def test_copula_keeps_the_correlations_that_independent_genes_lose():
+    """Also different ones in each type. Rare genes and small types have none."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1, 2], [400, 400, 6])
+    factor = rng.lognormal(0, 0.8, (806, 1))
+    mean = np.full((806, 4), 8.0)
+    mean[codes != 1, :2] *= factor[codes != 1]
+    mean[codes == 1, 1:3] *= factor[codes == 1]
+    mean[:, 3:] = 0.1 * factor
+    X, target = sp.csr_matrix(rng.poisson(mean)), np.repeat([0, 1, 2, 3], 1500)
+    copula = baselines.ScDesign2(X, codes, 0).draw(target).toarray()
+    independent = baselines.draw_cell_type_nb(X, codes, target, rng).toarray()
+
+    def correlations(counts, of):
+        return np.corrcoef(np.log1p(counts[of]), rowvar=False)
+
+    for k, pair in ((0, (0, 1)), (1, (1, 2))):
+        real = correlations(X.toarray(), codes == k)
+        drawn = correlations(copula, target == k)
+        assert real[pair] > 0.6 and drawn[pair] == pytest.approx(real[pair], abs=0.08)
+        assert abs(correlations(independent, target == k)[pair]) < 0.1
+        drawn[pair] = drawn[pair[::-1]] = 0
+        assert np.abs(drawn - np.eye(4)).max() < 0.15
+        for moment in (np.mean, np.var):
+            truth = moment(X[codes == k].toarray(), axis=0)
+            assert moment(copula[target == k], axis=0) == pytest.approx(truth, rel=0.3)
+    small = np.corrcoef(copula[target == 2][:, :2], rowvar=False)
+    assert abs(small[0, 1]) < 0.1
+    assert copula[target == 2].mean() > 3 and copula[target == 3].sum() == 0
+    again = baselines.ScDesign2(X, codes, 0).draw(target).toarray()
+    assert (again == copula).all()
+
+
+# ----------------------------------------------------------------------------- the perfect model
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """A Training whose decoder is the truth: it drew the 260 cells, half of them held out."""
+    torch.manual_seed(0)
+    decoder = scDecoder(3, 16, 80, 3, "nb", 0.0).eval()
+    with torch.no_grad():
+        decoder.start_at(torch.distributions.Gamma(0.5, 1.0).sample((80,)) + 0.01, theta=3.0)
+        decoder.out.weight.mul_(60)
+    decoder.mu.copy_(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2]]))
+    decoder.log_library.fill_(7.0)
+    decoder.requires_grad_(False)
+    cells = make_cells((100, 90, 70), n_genes=80)
+    codes = cells.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
+    generator = torch.Generator().manual_seed(5)
+    cells.X = generation.new_cells(decoder, torch.as_tensor(codes), generator)
+    card = {"genes": list(cells.var_names), "cell_types": CELL_TYPES}
+    held_out = split_cells(codes, 0.5, 0)
+    return evaluate.Training(None, cells, codes, decoder, card, None, card, held_out)
+
+
+def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
+    """The truth's fresh cells have no excess; those of a model without variation in types have.
+
+    The worse model's own ceiling is no higher, as its cells are compared with cells of its own.
+    """
+    cfg, before = evaluate.Settings(n_trees=20), truth.cells.copy()
+    generator = torch.Generator().manual_seed(1)
+    space = metrics.CellMetrics(truth.cells, truth.held_out, truth.codes, cfg.n_trees)
+    narrow = copy.deepcopy(truth.decoder)
+    narrow.var.fill_(1e-6)
+    names = ["excess of AUROC, PCs", "excess of AUROC, genes"]
+    found = {"ceiling": [], "narrow's own": [], "truth": [], "narrow": []}
+    for seed in range(2):
+        ceiling = evaluate.compare_perfect(truth, generator, seed, cfg)
+        found["ceiling"].append([overall(ceiling)[m] for m in list(metrics.METRICS)[:2]])
+        own = evaluate.compare_perfect(replace(truth, decoder=narrow), generator, seed, cfg)
+        found["narrow's own"].append([overall(own)[m] for m in list(metrics.METRICS)[:2]])
+        for method, decoder in (("truth", truth.decoder), ("narrow", narrow)):
+            drawn = evaluate.draw_decoded(truth, decoder, generator)
+            excess = overall(evaluate.excess_auroc(space.compare(*drawn, seed), ceiling))
+            assert list(excess) == names
+            found[method].append(list(excess.values()))
+    mean = {method: np.mean(values, axis=0) for method, values in found.items()}
+    for method in ("ceiling", "narrow's own"):
+        assert mean[method] == pytest.approx(np.full(2, 0.5), abs=0.15), method
+    assert mean["truth"] == pytest.approx(np.zeros(2), abs=0.1)
+    assert (mean["narrow"] > 0.15).all()
+    assert abs(truth.cells.X - before.X).nnz == 0  # the data stay as they are
+
+
 def test_summary_is_over_trainings_where_there_are_several():
     rows = [(w, "bulk2sc", "MMD2, PCs", "", v) for w, v in zip("aabb", (1, 3, 5, 7), strict=True)]
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
@@ -340,7 +523,8 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
     table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False, na_values=["nan"])
     assert set(table["method"]) >= {
         "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
-        "published recipe", "constant answer", *deconvolution.METHODS,
+        "scDesign2 copula", "perfect model", "published recipe", "constant answer",
+        *deconvolution.METHODS,
     }  # fmt: skip
     # Lineages and real bulks need further files.
     expected = {m for m in MEASURED if not m.endswith((", lineages", ", real bulk"))}
@@ -355,6 +539,16 @@ def test_evaluate_measures_every_method_and_type(weights, h5ad):
         assert all(f"\n{name} " in text for name in ("bulk2sc", *deconvolution.METHODS))
     assert matplotlib.image.imread(weights / "evaluation.png").std() > 0.01
     value = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
+    of_cells = {m for m in expected if not metrics.setting_of(m)}
+    without = {m for m in of_cells if m.startswith(("excess", "sum"))}
+    assert set(value["perfect model"].index) == of_cells - without
+    for of in ("PCs", "genes"):
+        ceiling = value["perfect model", f"random-forest AUROC, {of}"]
+        for method in ("bulk2sc", "scDesign2 copula"):
+            excess = value[method, f"random-forest AUROC, {of}"] - ceiling
+            assert value[method, f"excess of AUROC, {of}"] == pytest.approx(excess)
+    of_real = table[table["method"].str.endswith("real cells")]
+    assert not of_real["metric"].str.startswith("excess").any()
     # Regression: unpaired z leaves no variation within a type.
     published = value["published recipe", "within-type variance ratio"]
     assert published < 0.1 < value["bulk2sc", "within-type variance ratio"]

@@ -511,18 +511,22 @@ def test_evaluation_is_grouped_and_says_what_is_better(tmp_path, drawn):
         *((m, b, "bulk2sc", 0.6, 0.1, "") for m, b in (("MMD2, PCs", 0), ("macro-F1", 1))),
         *(("random-forest AUROC, PCs", 0.5, n, 0.7, 0.1, "") for n in ("scVI", "bulk2sc")),
         ("within-type variance ratio", 1, "bulk2sc", 0.7, 0.1, ""),
+        ("excess of AUROC, PCs", 0, "bulk2sc", -0.1, 0.1, ""),
+        ("fold-change slope", 1, "bulk2sc", 1.1, 0.1, ""),
     ]
     columns = ["metric", "best", "method", "mean", "std", "setting"]
     plotting.write_evaluation(tmp_path / "e.png", pd.DataFrame(rows, columns=columns))
     [figure] = drawn
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == [
-        *("MMD2, PCs", "random-forest AUROC, PCs", "within-type variance ratio", "macro-F1", "CCC"),
+        *("MMD2, PCs", "random-forest AUROC, PCs", "excess of AUROC, PCs"),
+        *("within-type variance ratio", "macro-F1", "fold-change slope", "CCC"),
     ]
     better = {title: axis.get_xlabel() for title, axis in panels.items()}
     assert "lower is better" in better["MMD2, PCs"] and "higher is better" in better["macro-F1"]
     assert better["random-forest AUROC, PCs"] == "0.5 is best"
-    assert better["within-type variance ratio"] == "1 is best"
+    assert better["within-type variance ratio"] == better["fold-change slope"] == "1 is best"
+    assert better["excess of AUROC, PCs"] == "0 is best"
     names = [text.get_text() for text in panels["CCC"].get_yticklabels()]
     assert names == ["bulk2sc", "X", "constant answer"]
     text = shown_text(figure)

@@ -2,8 +2,11 @@
 
 import gzip
 import hashlib
+import io
 import shutil
 import subprocess
+import time
+import zlib
 from pathlib import Path
 
 import anndata
@@ -12,10 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import scipy.io
 import scipy.sparse as sp
 
 from conftest import CELL_TYPES, ROOT, assert_one_line_error, make_cells, run, run_inside
 from readers.counts import read_counts
+from runtime import cell_writers, compression, matrix_market
 from runtime.cell_writers import open_cells
 from runtime.errors import InputError
 
@@ -209,6 +214,169 @@ def test_failed_10x_folder_leaves_nothing(tmp_path, name):
         file.append(sp.csr_matrix([[1]], dtype=np.int32))
         raise InputError("stop")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------- compression
+
+FORMATS = {"cells.h5ad": anndata.read_h5ad, "cells.h5": sc.read_10x_h5, "cells": sc.read_10x_mtx}
+N_GENES = 30
+
+
+def write_blocks(path, blocks, n_cells=None):
+    """Write blocks of counts (B x N_GENES) as the cells of a file."""
+    n = sum(block.shape[0] for block in blocks)
+    with open_cells(path, [f"g{i}" for i in range(N_GENES)], n_cells=n_cells) as file:
+        for block in blocks:
+            file.append(block)
+        file.write_tables(anndata.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(n)])))
+
+
+def random_blocks(sizes, rng, density=0.3):
+    """Counts of up to 2^31 - 1, most of them small; every third cell has none."""
+    blocks = []
+    for n in sizes:
+        X = rng.poisson(density, (n, N_GENES)) * 2 ** rng.choice([0, 0, 0, 8, 17, 24], (n, N_GENES))
+        X[rng.random((n, N_GENES)) < 0.01] = 2**31 - 1
+        X[::3] = 0
+        blocks.append(sp.csr_matrix(X.astype(np.int32)))
+    return blocks
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(cell_writers, "CHUNK", 8)
+    monkeypatch.setattr(cell_writers, "CELLS", 5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("sizes", [(), (0,), (4,), (40, 0, 1, 23), (7,) * 9])
+def test_counts_read_back_across_chunks_and_blocks(tmp_path, small_chunks, name, sizes):
+    """Of no cells, of cells without counts and of the largest counts, by readers of others."""
+    blocks = random_blocks(sizes, np.random.default_rng(0))
+    expected = sp.vstack([sp.csr_matrix((0, N_GENES), dtype=np.int32), *blocks], format="csr")
+    write_blocks(tmp_path / name, blocks, n_cells=sum(sizes))
+    if name == "cells" and not sum(sizes):  # scanpy reads no empty table of cells
+        read = scipy.io.mmread(tmp_path / name / "matrix.mtx.gz").T
+        assert read.shape == expected.shape and read.nnz == 0
+        return
+    cells = FORMATS[name](tmp_path / name)
+    assert cells.shape == expected.shape
+    assert (cells.X.toarray().astype(np.float32) == expected.toarray().astype(np.float32)).all()
+    if name != "cells":  # exactly so: scanpy reads the folder as float32
+        with h5py.File(tmp_path / name) as file:
+            group = file["X" if name.endswith("h5ad") else "matrix"]
+            for part in ("data", "indices", "indptr"):
+                assert (group[part][:] == getattr(expected, part)).all()
+    else:
+        text = gzip.decompress((tmp_path / name / "matrix.mtx.gz").read_bytes())
+        counts = scipy.io.mmread(io.BytesIO(text))
+        assert (counts.T.tocsr() != expected).nnz == 0
+        assert (np.diff(counts.col) >= 0).all()  # sorted by cell
+
+
+@pytest.mark.parametrize("n_counts", [7, 8, 9, 16])
+def test_edges_of_chunks(tmp_path, small_chunks, n_counts):
+    """A last chunk that is nearly, exactly and just over full, in one block and count by count."""
+    row = sp.csr_matrix(np.arange(1, n_counts + 1, dtype=np.int32), shape=(1, n_counts))
+    row.resize(1, N_GENES)
+    one_by_one = [sp.csr_matrix(([i + 1], [i], [0, 1]), (1, N_GENES), np.int32) for i in range(20)]
+    for blocks in ([row], one_by_one[:n_counts]):
+        write_blocks(tmp_path / "x.h5ad", blocks)
+        expected = sp.vstack(blocks, format="csr")
+        assert (expected != anndata.read_h5ad(tmp_path / "x.h5ad").X).nnz == 0
+        with h5py.File(tmp_path / "x.h5ad") as file:
+            data = file["X/data"]
+            assert data.shape == (n_counts,) and data.id.get_num_chunks() == -(-n_counts // 8)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_chunks_are_what_the_filters_of_hdf5_make(tmp_path, dtype):
+    """The bytes before gzip are the same, so any reader of shuffle and gzip takes them."""
+    values = np.array([0, 1, 255, 256, 65535, 65536, 2**31 - 1, 5], dtype)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("x", data=values, chunks=(8,), **cell_writers.COMPRESSION)
+        mask, chunk = data.id.read_direct_chunk((0,))
+    assert mask == 0
+    ours = compression.packed_chunk(values, np.dtype(dtype), 8)
+    assert zlib.decompress(ours) == zlib.decompress(chunk)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_do_not_depend_on_the_threads(tmp_path, small_chunks, monkeypatch, name):
+    """Chunks that are finished in another order are written in the same."""
+    blocks = random_blocks((20, 30), np.random.default_rng(1))
+
+    def content():
+        write_blocks(tmp_path / name, blocks)
+        files = sorted((tmp_path / name).iterdir()) if name == "cells" else [tmp_path / name]
+        return [path.read_bytes() for path in files]
+
+    monkeypatch.setattr(compression, "N_THREADS", 1)
+    expected, rng = content(), np.random.default_rng(2)
+    monkeypatch.setattr(compression, "N_THREADS", 8)
+
+    def delayed(function):
+        def wait_and_call(*arguments):
+            time.sleep(rng.choice([0, 0.003]))
+            return function(*arguments)
+
+        return wait_and_call
+
+    for function in ("packed_chunk", "packed_text"):
+        monkeypatch.setattr(compression, function, delayed(getattr(compression, function)))
+    assert content() == expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_error_of_a_thread_leaves_nothing(tmp_path, small_chunks, monkeypatch, name, error):
+    """It is raised where cells are given, at the latest with the tables."""
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        raise error
+
+    monkeypatch.setattr(compression, "packed_chunk", fail)
+    monkeypatch.setattr(cell_writers, "packed_lines", fail)
+    expected = InputError if isinstance(error, OSError) else MemoryError
+    for n_blocks in (1, 3):
+        blocks = random_blocks((20,) * n_blocks, np.random.default_rng(1))
+        with pytest.raises(expected, match=None if expected is MemoryError else "No space left"):
+            write_blocks(tmp_path / name, blocks)
+        assert not list(tmp_path.iterdir())
+    assert calls
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_at_most_two_blocks_are_in_memory(tmp_path, small_chunks, name):
+    """Of many blocks, all but the last have been written when a block has been given."""
+    blocks = random_blocks((20,) * 6, np.random.default_rng(1))
+    with open_cells(tmp_path / name, [f"g{i}" for i in range(N_GENES)]) as file:
+        waiting = []
+        for block in blocks:
+            file.append(block)
+            waiting.append(len(file.queue))
+        n_chunks = max(2 * (block.nnz // 8 + 1) + 4 for block in blocks)
+        assert 0 < max(waiting) <= n_chunks and max(waiting) < 2 * min(waiting)
+        names = pd.DataFrame(index=[f"c{i}" for i in range(120)])
+        file.write_tables(anndata.AnnData(obs=names))
+        assert len(file.queue) == 0
+
+
+def test_lines_of_a_matrix_are_those_of_scipy():
+    """Of numbers of every length, from the middle of the counts, numbered on."""
+    rng = np.random.default_rng(0)
+    for greatest in (1, 9, 10, 99, 100, 2**31 - 1):
+        X = sp.csr_matrix(rng.integers(0, greatest, (12, N_GENES), endpoint=True).astype(np.int32))
+        for first in (0, 1, 89, 10**9):
+            text = matrix_market.lines(X.indptr[2:], X.indices, X.data, first).tobytes()
+            rows = sp.coo_array(X[2:])
+            expected = np.stack([rows.col + 1, rows.row + first + 1, rows.data], axis=1)
+            assert (np.loadtxt(io.BytesIO(text), dtype=np.int64, ndmin=2) == expected).all()
+            assert text.count(b"\n") == len(expected) and b"  " not in text
+    empty = np.zeros(0, np.int32)
+    assert matrix_market.lines(np.zeros(4, np.int32), empty, empty, 5).size == 0
 
 
 @pytest.mark.parametrize("name", ["cells.h5", "cells"])

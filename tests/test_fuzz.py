@@ -220,9 +220,10 @@ def resume(path, sound):
     fast = {"scGMVAE": ["mu", "log_var", "decoder.log_theta"], "scDecoder": ["log_theta"]}
     fast["bulkEncoder"] = ["log_weight"]
     fast = [model.get_parameter(p) for p in fast.get(name, [])]
-    optimizer, schedule = training.two_rate_optimizer(model, fast, cfg, 2, name != "scGMVAE")
+    plan = training.Plan(2, 1, cfg.batch_size or 32, cfg.lr)
+    optimizer, schedule = training.two_rate_optimizer(model, fast, plan, cfg.weight_decay)
     rng = np.random.default_rng(0)
-    run = training.TrainingRun(name, cfg, model, optimizer, schedule, rng, card["made_from"])
+    run = training.TrainingRun(name, cfg, plan, model, optimizer, schedule, rng, card["made_from"])
     assert run.resumed
 
 

@@ -359,8 +359,9 @@ def test_reading_losses_never_overwrites_a_signal(tmp_path):
 
     model = torch.nn.Linear(3, 2)
     cfg = training_settings(tmp_path)
-    optimizer, schedule = training.two_rate_optimizer(model, [], cfg, 10)
-    run = Run("linear", cfg, model, optimizer, schedule, np.random.default_rng(0), "data")
+    plan = training.Plan(10, 1, 8, 1e-3)
+    optimizer, schedule = training.two_rate_optimizer(model, [], plan, 0.01)
+    run = Run("linear", cfg, plan, model, optimizer, schedule, np.random.default_rng(0), "data")
     assert "signal" in assigned
     assigned.clear()
     run.read_losses()
@@ -375,9 +376,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """Even if the loss is still finite; the older checkpoint is kept."""
     model = torch.nn.Linear(3, 2)
     cfg = training_settings(tmp_path)
-    optimizer, schedule = training.two_rate_optimizer(model, [], cfg, 10)
+    plan = training.Plan(10, 1, 8, 1e-3)
+    optimizer, schedule = training.two_rate_optimizer(model, [], plan, 0.01)
     rng = np.random.default_rng(0)
-    linear_run = training.TrainingRun("linear", cfg, model, optimizer, schedule, rng, "data")
+    linear_run = training.TrainingRun("linear", cfg, plan, model, optimizer, schedule, rng, "data")
     linear_run.bar = training.tqdm(disable=True)
     linear_run.save()
     before = linear_run.checkpoint.path.read_bytes()

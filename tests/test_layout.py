@@ -10,7 +10,7 @@ from conftest import ROOT
 
 SCRIPTS = [
     *("annotate", "bulk2sc", "evaluate", "make_figures", "simulate_bulks"),
-    *("train_gmvae", "train_decoder", "train_encoder"),
+    *("train", "train_gmvae", "train_decoder", "train_encoder"),
 ]
 # Layers that a file may import from, by the folder of the file.
 ALLOWED = {

@@ -26,7 +26,7 @@ from runtime.writing import PatientFile, write_h5ad
 
 SCRIPTS = [
     *("annotate", "bulk2sc", "evaluate", "make_figures", "simulate_bulks"),
-    *("train_gmvae", "train_decoder", "train_encoder"),
+    *("train", "train_gmvae", "train_decoder", "train_encoder"),
 ]
 BESIDE = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html"]
 

@@ -115,6 +115,7 @@ def test_recipes_name_the_pinned_versions():
     recipe = (ROOT / "package" / "meta.yaml").read_text()
     image = (ROOT / "package" / "Dockerfile").read_text()
     other = {"torch": "pytorch", "matplotlib": "matplotlib-base", "igraph": "python-igraph"}
+    other["zlib-ng"] = "python-zlib-ng"
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if not (pin := line.split("#")[0].strip()):
             continue

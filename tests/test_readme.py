@@ -53,6 +53,7 @@ def blocks_of(name):
 BLOCKS = [block for name in GUIDES for block in blocks_of(name)]
 # What makes each script quick. If a flag is given twice the last one wins, so these come last.
 SMALL = {
+    "train.py": "--epochs 4 2 20",
     "train_gmvae.py": "--epochs 4 --vae-epochs 2",
     "train_decoder.py": "--epochs 2 --n-hidden 16",
     "train_encoder.py": "--epochs 20",
