@@ -21,6 +21,7 @@ from runtime.device import in_batches, to_csr, to_sparse
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
+MOST_IN_SHAPE = 20_000  # cells that the shape of a type is fitted to, of more a random sample
 SMALLEST_COHORT = 5  # bulks; what fewer have in common is as likely their own
 PLATFORM_VAR = 0.25  # prior variance of what all bulks of a table share against the reference
 TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has
@@ -480,10 +481,15 @@ class scDecoder(CountDecoder):
         """
         from sklearn.mixture import GaussianMixture
 
+        generator = torch.Generator().manual_seed(seed)
         for k in codes.unique().tolist():
             in_type = codes == k
             if in_type.sum() < 2:  # the posterior of a single cell is N(μ_k, σ_k²) already
                 continue
+            if in_type.sum() > MOST_IN_SHAPE:
+                of_type = torch.nonzero(in_type).flatten()
+                order = torch.randperm(len(of_type), generator=generator)
+                in_type = of_type[order[:MOST_IN_SHAPE]]
             e = ((mean[in_type] - self.mu[k].cpu()) / self.var[k].cpu().sqrt()).double()  # (n, D)
             noise = (var[in_type] / self.var[k].cpu()).double().mean(dim=0)  # (D)
             n = max(1, min(self.config["n_components"], len(e) // 6))

@@ -85,14 +85,20 @@ from data import (
     sample_names,
 )
 from models import encode_cells, mean_profile, scDecoder, scGMVAE
-from readers.backed import sample_in_memory
+from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
 from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
-from training import TrainingRun, plan_training, split_validation, two_rate_optimizer
+from training import (
+    TrainingRun,
+    cells_of_curve,
+    plan_training,
+    split_validation,
+    two_rate_optimizer,
+)
 
 PASSES = 30  # over the cells of a small reference
 ENCODED = 512  # cells at a time, when all are encoded
@@ -277,7 +283,9 @@ def train_model(run, optimizer, schedule, X, split, z):
     """
     model, (fitted, validation, test) = run.model, split
     library = torch.from_numpy(library_size(X)).float()  # (N)
-    loss_of = partial(mean_loss, model, X, library, batch_size=run.plan.batch_size)
+    shown = cells_of_curve(test, run.cfg.seed)
+    kept = RowsInMemory(X, np.concatenate([validation, shown]))
+    loss_of = partial(mean_loss, model, kept, library, batch_size=run.plan.batch_size)
     for epoch in run.epochs():
         model.train()
         for rows, part in run.batches(fitted, X):
@@ -291,7 +299,7 @@ def train_model(run, optimizer, schedule, X, split, z):
         [reconstruction] = run.mean_losses()
         row = {"epoch": epoch, "reconstruction": reconstruction, "held_out_reconstruction": None}
         if epoch % max(1, run.plan.n_epochs // 15) == 0 or epoch == run.n_epochs:
-            row["held_out_reconstruction"] = loss_of(test, *z)
+            row["held_out_reconstruction"] = loss_of(shown, *z)
         run.end_epoch(row, loss_of(validation, *z), reconstruction=f"{reconstruction:.1f}")
 
 

@@ -105,7 +105,7 @@ from data import (
 )
 from models import encode_cells, mean_profile, scGMVAE
 from moments import describe_samples, sample_moments, shrink_moments
-from readers.backed import sample_in_memory
+from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels
 from runtime.checkpoint import already_finished
@@ -113,9 +113,16 @@ from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.processes import distributed
 from runtime.weights import save_mixture
 from runtime.writing import write_whole
-from training import TrainingRun, plan_training, split_validation, two_rate_optimizer
+from training import (
+    TrainingRun,
+    cells_of_curve,
+    plan_training,
+    split_validation,
+    two_rate_optimizer,
+)
 
 MOST_TYPES = 20  # that the BIC chooses from
+MOST_IN_MIXTURE = 20_000  # cells that types are found by, of more a random sample
 PASSES = 100  # over the cells of a small reference
 VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
 ENCODED = 512  # cells at a time, when all are encoded
@@ -244,15 +251,18 @@ def choose_mixture(mean, n_types, seed):
     from sklearn.mixture import GaussianMixture
 
     mean = mean.cpu().numpy()
+    sample = mean
+    if len(mean) > MOST_IN_MIXTURE:
+        sample = np.random.default_rng(seed).choice(mean, MOST_IN_MIXTURE, replace=False)
 
     def fit(k):
-        return GaussianMixture(k, n_init=3, reg_covar=1e-4, random_state=seed).fit(mean)
+        return GaussianMixture(k, n_init=3, reg_covar=1e-4, random_state=seed).fit(sample)
 
     if n_types:
         mixture = fit(n_types)
     else:
         mixtures = [fit(k) for k in range(1, min(MOST_TYPES, len(mean)) + 1)]
-        mixture = min(mixtures, key=lambda mixture: mixture.bic(mean))
+        mixture = min(mixtures, key=lambda mixture: mixture.bic(sample))
         print(f"\nBIC is lowest with {mixture.n_components} of 1 to {len(mixtures)} cell types")
     return mixture.predict(mean), mixture.weights_
 
@@ -407,7 +417,9 @@ def main(cfg):
         return
 
     model, optimizer, schedule = start_model(X, train, len(types.names), cfg, plan, device)
-    losses_of = partial(mean_losses, model, X, batch_size=plan.batch_size)
+    shown = cells_of_curve(test, cfg.seed)
+    kept = RowsInMemory(X, np.concatenate([validation, shown]))
+    losses_of = partial(mean_losses, model, kept, batch_size=plan.batch_size)
     run = TrainingRun("scGMVAE", cfg, plan, model, optimizer, schedule, rng, made_from)
     types.resume(run.progress.kept)
     for epoch in run.epochs():
@@ -427,7 +439,7 @@ def main(cfg):
         row = {"epoch": epoch, "reconstruction": reconstruction, "kl": kl}
         row |= {"held_out_reconstruction": None, "held_out_kl": None}
         if epoch % max(1, plan.n_epochs // 15) == 0 or epoch == run.n_epochs:
-            losses = losses_of(test, prior_kl=prior_kl)
+            losses = losses_of(shown, prior_kl=prior_kl)
             row["held_out_reconstruction"], row["held_out_kl"] = losses
         watched = None
         if len(validation) and epoch > vae_epochs:

@@ -38,6 +38,7 @@ EPOCH_STEPS = 100  # of large references, so that losses are seen more often tha
 MOST_BATCHES = 64  # of a pass that count: steps for so many are enough for any number of cells
 VALIDATION_FROM = 2000  # training cells; of fewer, none can be spared
 MOST_VALIDATION = 500  # cells
+MOST_IN_CURVE = 2000  # held-out cells whose loss is drawn beside that of training
 FLAT = 0.01  # share of the fall of a loss
 
 
@@ -60,6 +61,13 @@ def split_validation(train, codes, cfg):
     share = min(0.1, MOST_VALIDATION / len(train))
     aside = split_cells(codes[train], share, cfg.seed)
     return train[~aside], train[aside]
+
+
+def cells_of_curve(test, seed):
+    """As many held-out cells (indices, ascending) as are enough for a loss curve."""
+    if len(test) <= MOST_IN_CURVE:
+        return test
+    return np.sort(np.random.default_rng(seed).choice(test, MOST_IN_CURVE, replace=False))
 
 
 def is_flat(losses):

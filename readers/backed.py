@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from readers.counts import (
@@ -208,6 +209,21 @@ def check_layout(source, where, cells, genes):
             f"{where}: found {largest / 1e9:.1f} GB that can only be read at once, expected at "
             f"most {BUFFER / 1e9:.1f} GB; written again by anndata it has smaller chunks"
         )
+
+
+class RowsInMemory:
+    """Some rows of a matrix, read once, for those who ask for them again and again.
+
+    Args:
+        X: counts (N x G), CSR or backed. rows: of it.
+    """
+
+    def __init__(self, X, rows):
+        self.rows, self.X = pd.Index(rows), X[rows]
+
+    def __getitem__(self, rows):
+        """Counts of some of these rows, by their positions in the whole matrix, CSR."""
+        return self.X[self.rows.get_indexer(rows)]
 
 
 class BackedCells:

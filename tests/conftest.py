@@ -185,9 +185,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 # Batches of eight, so that ninety cells give enough steps for means and dispersions to converge.
 TINY = {
     "train_gmvae.py": [
-        *("--epochs", 60, "--vae-epochs", 20, "--batch-size", 8, "--n-hidden", 32, "--n-latent", 5)
+        *("--epochs", 60, "--vae-epochs", 20, "--batch-size", 8, "--n-hidden", 32, "--n-latent", 5),
+        *("--lr", 1e-3),
     ],
-    "train_decoder.py": ["--epochs", 60, "--batch-size", 8, "--n-hidden", 32],
+    "train_decoder.py": ["--epochs", 60, "--batch-size", 8, "--n-hidden", 32, "--lr", 1e-3],
     "train_encoder.py": ["--epochs", 200, "--batch-size", 32, "--n-hidden", 64, "--lr", 2e-3],
 }
 

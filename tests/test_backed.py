@@ -263,3 +263,15 @@ def test_an_h5ad_without_cells(tmp_path):
     path = tmp_path / "none.h5ad"
     anndata.AnnData(sp.csr_matrix((0, 5), dtype=np.int32)).write_h5ad(path)
     refused(path, path, "found 0 cells", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[], [5, 300, 2, 299]])
+def test_rows_read_once_are_those_of_the_file(tmp_path, many, rows):
+    path, asked = write(tmp_path / "cells.h5ad", many), rows[::-1][:3]
+    cells = backed.read_backed(path)
+    try:
+        for X in (many.X.tocsr(), cells.X):
+            kept = backed.RowsInMemory(X, np.array(rows, int))
+            assert np.array_equal(kept[np.array(asked, int)].toarray(), many.X[asked].toarray())
+    finally:
+        cells.X.close()

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import data
 from conftest import CELL_TYPES, write_10x, write_10x_h5, write_labels
 from data import (
     PROTOCOL_GENES,
@@ -321,6 +322,17 @@ def test_pseudobulks_from_small_pools_repeat_few_cells():
 def load_labels(cells):
     cells.obs["cell_type"] = pd.Categorical(cells.obs["cell_type"])
     return cells
+
+
+def test_batch_bulks_of_large_references_are_the_same(cells, monkeypatch):
+    """Small references are summed as dense matrices, others as sparse ones."""
+    parts = []
+    for most in (10**9, 0):
+        monkeypatch.setattr(data, "MOST_DENSE", most)
+        parts.append(list(batch_bulks(cells.X, 20, 9, np.random.default_rng(0), 4)))
+    for (dense, a), (sparse, b) in zip(*parts, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(dense, sparse)
+        assert dense.dtype == sparse.dtype == np.float32
 
 
 def test_batch_bulks_use_every_cell_once_per_pass(cells):

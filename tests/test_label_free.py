@@ -203,7 +203,13 @@ def test_order_of_foreign_components_is_said_and_checked(external_mixture):
     warning = next(line for line in done.stderr.splitlines() if "warning" in line)
     suggested = shlex.split(warning.split("--components ")[1])
     names = [types[k] for k in order]
-    assert sorted(suggested) == sorted(names) and np.mean(np.array(suggested) == names) > 0.5
+    # T cells lie so close together that distances do not tell their types apart.
+    merged = [
+        ["T" if name.startswith(("CD4+", "CD8+")) else name for name in part]
+        for part in (suggested, names)
+    ]
+    assert sorted(suggested) == sorted(names)
+    assert np.mean(np.array(merged[0]) == merged[1]) > 0.7
     done = run_inside("train_decoder.py", *flags, "--components", *names)
     assert correlation(done) == original and "warning" not in done.stderr
     assert f"0 = {names[0]}; 1 = {names[1]}; " in done.stdout

@@ -253,6 +253,45 @@ def test_untrained_encoder_solves_the_noise_free_mixture():
         np.testing.assert_allclose(estimate.detach(), exact / exact.sum(), atol=2e-3)
 
 
+def noisy_mixtures(n):
+    """Bulks (n, 300) of K similar types on another platform, their proportions, and an encoder."""
+    rng = np.random.default_rng(0)
+    signature = rng.lognormal(0, 1.5, 300) * rng.lognormal(0, 0.3, (K, 300))
+    true = rng.dirichlet(np.ones(K), n)
+    bulk = true @ signature * rng.lognormal(0, 0.1, (n, 300))
+    model = BulkEncoder(300, K, D, 16, 0.1).eval()
+    model.fit_input(*(torch.tensor(part).float() for part in (true @ signature, signature)))
+    return model.normalise(torch.tensor(bulk).float(), torch.ones(300)), true, model
+
+
+def test_momentum_comes_as_far_in_a_third_of_the_updates():
+    fractions, true, model = noisy_mixtures(50)
+    every, errors = torch.ones(300), {}
+    with torch.no_grad():
+        plain = model.deconvolve(fractions, every)
+        for momentum in (0.0, 0.7):
+            model.momentum = momentum
+            few = model.deconvolve(fractions, every, n_iterations=34)
+            errors[momentum] = (few - plain).abs().max().item()
+    assert errors[0.7] < 0.03 and errors[0.0] > 0.15
+    assert np.sqrt(np.mean((plain.numpy() - true) ** 2)) < 0.05
+
+
+def test_bulks_near_the_start_need_few_updates():
+    """As those of the paper's mode, which start at the composition of the reference."""
+    fractions, _, model = noisy_mixtures(200)
+    model.config["n_iterations"], model.momentum = 34, 0.7
+    every = torch.ones(300)
+    with torch.no_grad():
+        whole = model.deconvolve(fractions, every)
+        near = (whole - whole[0]).abs().amax(dim=1) < 0.1
+        assert near.sum() > 5
+        warm = model(fractions[near], start=whole[0])[2]
+        apart = (warm - model(fractions[near])[2]).abs().max()
+        even = model.deconvolve(fractions[near], every, n_iterations=11)
+    assert apart < 0.06 and (even - whole[near]).abs().max() > 2 * apart
+
+
 def test_deconvolution_stands_gene_wise_factors():
     """A platform effect scales each gene; least squares follow the few highest expressed ones."""
     rng = np.random.default_rng(0)
