@@ -55,8 +55,8 @@ LOSS_TEXTS = {
     ),
 }
 RISING = (
-    "Where held-out reconstruction rises, the network learns noise of its training cells. Training "
-    "has no early stopping: the last epoch is kept."
+    "Where held-out reconstruction rises, the network learns noise of its training cells. With "
+    "fewer than 2,000 there is no early stopping: the last epoch is kept."
 )
 # Measured, see docs/figures.md.
 RISING_DECODER = (
