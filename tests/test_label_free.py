@@ -209,7 +209,9 @@ def test_order_of_foreign_components_is_said_and_checked(external_mixture):
         for part in (suggested, names)
     ]
     assert sorted(suggested) == sorted(names)
-    assert np.mean(np.array(merged[0]) == merged[1]) > 0.7
+    assert np.mean(np.array(merged[0]) == merged[1]) > 0.6  # by chance 0.3
+    # The search finds an order that fits the distances as well as the right one does.
+    assert float(warning.split(" it is ")[1].split(":")[0]) >= original - 0.01
     done = run_inside("train_decoder.py", *flags, "--components", *names)
     assert correlation(done) == original and "warning" not in done.stderr
     assert f"0 = {names[0]}; 1 = {names[1]}; " in done.stdout
