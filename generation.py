@@ -165,9 +165,7 @@ def encode_bulks(
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
     step = X.shape[0] if one_platform and X.shape[0] else step
-    options = {"one_platform": True} if one_platform else {}
-    options |= {} if start is None else {"start": start}
-    encode = partial(encoder, **options)
+    encode = partial(encoder, one_platform=one_platform, start=start)
     for i in range(0, max(X.shape[0], 1), step):  # without any bulk the results still have shapes
         rows = X[i : i + step].toarray() if sp.issparse(X) else X[i : i + step]
         bulk = torch.from_numpy(rows.astype(np.float32)).to(device)  # (B, G)

@@ -251,7 +251,7 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
     if gmvae is not None:
         model, card = gmvae
         X_model, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
-        mean, var = (part.to(device) for part in encode_cells(model, X_model, CHUNK))
+        mean, var = (part.to(device) for part in encode_cells(model, X_model))
     z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)  # (N, D)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)
     blocks = [

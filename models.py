@@ -30,7 +30,7 @@ TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that
 
 
 @torch.no_grad()
-def encode_cells(gmvae, X, batch_size, rows=None):
+def encode_cells(gmvae, X, rows=None, batch_size=512):
     """Posteriors of cells in eval mode, in batches: mean and variance, each (N, D), where gmvae is.
 
     gmvae: scGMVAE. X: counts (cells x G), CSR, in its genes. rows: the cells (N); all if None.
@@ -285,10 +285,10 @@ class CountDecoder(nn.Module):
             x: counts (B, G), dense or sparse COO. z: (B, D). library: (B).
         """
         if self.likelihood == "nb":
-            logits, x = self.out(self.hidden(z)), x if x.is_sparse else x.to_sparse()  # (B, G)
-            return NegativeBinomialLoss.apply(logits, self.log_theta, library.clamp(min=1.0), x)
+            logits, library = self.out(self.hidden(z)), library.clamp(min=1.0)  # (B, G), (B)
+            return NegativeBinomialLoss.apply(logits, self.log_theta, library, x.to_sparse())
         mean, dropout_logits = self(z, library)
-        x = x.to_dense() if x.is_sparse else x
+        x = x.to_dense()
         if self.likelihood == "zinb":
             return -zinb_log_prob(x, mean, self.theta, dropout_logits).sum(dim=1)
         return ((x - mean) ** 2 + (x - mean).abs()).sum(dim=1)
@@ -348,7 +348,7 @@ class scGMVAE(nn.Module):
 
     def encode(self, x):
         """q(z|x) of counts (B, G), dense or sparse: mean and variance, each (B, D)."""
-        x = x.to_dense() if x.is_sparse else x
+        x = x.to_dense()
         library = x.sum(dim=1, keepdim=True).clamp(min=1.0)
         h = self.encoder(torch.log1p(x / library * DEPTH))  # (B, H)
         # Softplus grows linearly, so that an outlier cannot blow the variance up as exp would.

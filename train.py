@@ -54,9 +54,7 @@ from runtime.processes import distributed
 @distributed
 def main(cfg):
     given = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    own = ("data", "weights", "labels", "epochs")
-    cells, *rest = (given.pop(name) for name in own)
-    train(cells, *rest, **given)
+    train(given.pop("data"), **given)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,6 @@ from training import (
 )
 
 PASSES = 30  # over the cells of a small reference
-ENCODED = 512  # cells at a time, when all are encoded
 
 # ------------------------------------------------------------------ mixture files from elsewhere
 
@@ -214,11 +213,12 @@ def load_gmvae(cfg, mu, var, cell_types, device):
     return gmvae, card
 
 
-def start_model(X, train, codes, mixture, posterior, cfg):
+def start_model(X, library, train, codes, mixture, posterior, cfg):
     """scDecoder that gives the mean profile for any z, with what cells of each type are drawn by.
 
     Args:
-        X: counts (N x G). train: indices of the training cells. codes: types (N), a tensor.
+        X: counts (N x G). library: their totals (N). train: indices of the training cells. codes:
+            types (N), a tensor.
         mixture: mu, var (K, D). posterior: mean, var (N, D) of q(z|x), or None for the prior.
 
     Returns:
@@ -232,7 +232,7 @@ def start_model(X, train, codes, mixture, posterior, cfg):
     model.start_at(mean_profile(X, train), theta=10.0)
     model.mu.copy_(mu)
     model.var.copy_(var)
-    model.fit_library(torch.as_tensor(library_size(X))[train], codes[train])
+    model.fit_library(library[train], codes[train])
     if posterior:
         model.fit_shape(*(part[train] for part in posterior), codes[train], cfg.seed)
     return model
@@ -259,7 +259,7 @@ def cell_losses(model, X, library, rows, part, z_mean, z_var):
 
 
 @torch.no_grad()
-def mean_loss(model, X, library, rows, z_mean, z_var, batch_size):
+def mean_cell_loss(model, X, library, rows, z_mean, z_var, batch_size):
     """Mean reconstruction loss of cells, in eval mode; None without any."""
     if len(rows) == 0:
         return None
@@ -273,19 +273,18 @@ def mean_loss(model, X, library, rows, z_mean, z_var, batch_size):
     return losses.mean().item()
 
 
-def train_model(run, optimizer, schedule, X, split, z):
+def train_model(run, optimizer, schedule, X, library, split, z):
     """The training loop.
 
     Args:
-        X: counts (N x G). split: indices of the cells to train on, of those set aside for early
-            stopping, and of held-out cells. z: mean and variance that the latent of each cell is
-            drawn from, (N, D) each.
+        X: counts (N x G). library: their totals (N). split: indices of the cells to train on, of
+            those set aside for early stopping, and of held-out cells. z: mean and variance that the
+            latent of each cell is drawn from, (N, D) each.
     """
     model, (fitted, validation, test) = run.model, split
-    library = torch.from_numpy(library_size(X)).float()  # (N)
     shown = cells_of_curve(test, run.cfg.seed)
     kept = RowsInMemory(X, np.concatenate([validation, shown]))
-    loss_of = partial(mean_loss, model, kept, library, batch_size=run.plan.batch_size)
+    loss_of = partial(mean_cell_loss, model, kept, library, batch_size=run.plan.batch_size)
     for epoch in run.epochs():
         model.train()
         for rows, part in run.batches(fitted, X):
@@ -338,15 +337,16 @@ def main(cfg):
     posterior, codes = None, torch.as_tensor(codes)
     if by_posterior:
         X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
-        posterior = [part.cpu() for part in encode_cells(gmvae, X, ENCODED)]  # (N, D) each
+        posterior = [part.cpu() for part in encode_cells(gmvae, X)]  # (N, D) each
     z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
-    model = start_model(cells.X, train, codes, (mu, var), posterior, cfg).to(device)
+    library = torch.from_numpy(library_size(cells.X))  # (N)
+    model = start_model(cells.X, library, train, codes, (mu, var), posterior, cfg).to(device)
     fast = [] if cfg.loss == "mse_l1" else [model.log_theta]  # the regression has none
     optimizer, schedule = two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
     run = TrainingRun("scDecoder", cfg, plan, model, optimizer, schedule, rng, made_from)
     split = fitted, validation, test
-    train_model(run, optimizer, schedule, cells.X, split, (z_mean, z_var))
+    train_model(run, optimizer, schedule, cells.X, library.float(), split, (z_mean, z_var))
     if run.group.rank:  # the first process writes what all have trained
         return
     model.eval()

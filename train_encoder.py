@@ -272,7 +272,7 @@ def read_samples(cfg, cells, codes, held_out):
     if len(rows) == 0:
         return sample, moments, None
     X, _ = align_genes(cells.X, cells.var_names, card["genes"], cfg.data)
-    mean, var = (part.numpy() for part in encode_cells(gmvae, X, 256, rows))
+    mean, var = (part.numpy() for part in encode_cells(gmvae, X, rows))
     shape = moments.mu.shape[:2]
     return sample, moments, sample_moments(mean, var, codes[rows], sample[rows], shape)
 

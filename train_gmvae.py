@@ -125,7 +125,6 @@ MOST_TYPES = 20  # that the BIC chooses from
 MOST_IN_MIXTURE = 20_000  # cells that types are found by, of more a random sample
 PASSES = 100  # over the cells of a small reference
 VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
-ENCODED = 512  # cells at a time, when all are encoded
 
 
 # --------------------------------------------------------------------------------- cell types
@@ -157,7 +156,7 @@ class LabelledTypes:
         """Set the mixture to the posteriors (n, D) of the training cells, indices ``train`` (n)."""
         model.fit_mixture(mean, var, torch.as_tensor(self.codes[train], device=mean.device))
 
-    def settle(self, model, train, X, batch_size):
+    def settle(self, model, train, X):
         """Nothing to settle: all types of the labels stay."""
 
     def save(self, folder, barcodes):
@@ -201,17 +200,16 @@ class FoundTypes(LabelledTypes):
         log_weight = torch.tensor([*np.log(weight), *unused], device=mean.device)
         self.log_weight = log_weight.float()
 
-    def settle(self, model, train, X, batch_size):
+    def settle(self, model, train, X):
         """Give each cell its likeliest type, name the types, and drop those without training cells.
 
         Args:
             model: scGMVAE, which keeps the components of these types, in their order.
             train: indices of the training cells. X: counts of all cells (N x G).
-            batch_size: cells that are encoded at a time.
         """
         if self.log_weight is None:  # every epoch was the plain VAE's
-            self.find(train, encode_cells(model, X, batch_size, train)[0])
-        mean, var = encode_cells(model, X, batch_size)  # (N, D) each
+            self.find(train, encode_cells(model, X, train)[0])
+        mean, var = encode_cells(model, X)  # (N, D) each
         responsibility = model.mixture_kl(mean, var, self.log_weight.to(mean.device))[1]  # (N, K)
         likeliest = responsibility[torch.from_numpy(train)].argmax(dim=1)
         size = torch.bincount(likeliest, minlength=len(self.log_weight))
@@ -336,12 +334,12 @@ def cell_losses(model, X, rows, part, prior_kl, thin):
     mean, var = model.encode(thinned[part])  # (B', D)
     noise = torch.randn(len(rows), mean.shape[1], device=x.device)[part]  # (B', D)
     z = mean + var.sqrt() * noise
-    x = x if len(mean) == len(rows) else to_sparse(X, rows[part], x.device)  # (B', G)
+    x = x if len(mean) == len(rows) else x.narrow_copy(0, part.start, len(mean))  # (B', G)
     return model.decoder.loss(x, z, library[part]), prior_kl(model, mean, var, rows[part])
 
 
 @torch.no_grad()
-def mean_losses(model, X, rows, batch_size, prior_kl):
+def mean_cell_losses(model, X, rows, batch_size, prior_kl):
     """Mean reconstruction loss and KL of cells, in eval mode; None twice without any."""
     if len(rows) == 0:
         return None, None
@@ -419,12 +417,12 @@ def main(cfg):
     model, optimizer, schedule = start_model(X, train, len(types.names), cfg, plan, device)
     shown = cells_of_curve(test, cfg.seed)
     kept = RowsInMemory(X, np.concatenate([validation, shown]))
-    losses_of = partial(mean_losses, model, kept, batch_size=plan.batch_size)
+    losses_of = partial(mean_cell_losses, model, kept, batch_size=plan.batch_size)
     run = TrainingRun("scGMVAE", cfg, plan, model, optimizer, schedule, rng, made_from)
     types.resume(run.progress.kept)
     for epoch in run.epochs():
         if epoch == vae_epochs + 1 and run.progress.step == 0:  # the plain VAE is trained
-            types.fit(run, train, *encode_cells(model, X, ENCODED, train))
+            types.fit(run, train, *encode_cells(model, X, train))
         prior_kl = types.kl if epoch > vae_epochs else standard_normal_kl
         model.train()
         for rows, part in run.batches(fitted, X):
@@ -448,9 +446,9 @@ def main(cfg):
 
     if run.group.rank:  # the first process writes what all have trained
         return
-    types.settle(model, train, X, ENCODED)
+    types.settle(model, train, X)
     # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
-    posterior = encode_cells(model, X, ENCODED, train)
+    posterior = encode_cells(model, X, train)
     types.fit_mixture(model, train, *posterior)
     save_mixture(cfg.weights, model.mu, model.var)
     types.save(cfg.weights, cells.obs_names)

@@ -182,7 +182,7 @@ class TrainingRun(ResumableRun):
         self.plan, self.rate = plan, schedule.lr_lambdas[0]  # whose state a checkpoint holds
         super().__init__(name, cfg, model, optimizer, schedule, rng, made_from)
         self.read_every = READ_EVERY if self.device.type == "cuda" else 1
-        self.order = None  # of the cells in this pass, once it is drawn
+        self.split = None  # batches of this pass over the cells, once they are drawn
 
     @property
     def n_epochs(self):
@@ -215,29 +215,30 @@ class TrainingRun(ResumableRun):
         Yields:
             rows of the whole batch (B), and the slice of them that this process computes.
         """
-        progress, n_batches = self.progress, -(-len(rows) // self.plan.batch_size)
-        if self.order is None and progress.taken:  # resumed within a pass
-            state = self.rng.bit_generator.state
-            self.rng.bit_generator.state = progress.rng_of_pass
-            self.order = self.draw_order(rows, X)
-            self.rng.bit_generator.state = state
-        while progress.step < self.plan.epoch_steps:
-            if self.order is None:
+        progress, epoch_steps = self.progress, self.plan.epoch_steps
+        n_batches = -(-len(rows) // self.plan.batch_size)
+        while progress.step < epoch_steps:
+            done = ((progress.epoch - 1) * epoch_steps + progress.step) % n_batches  # of this pass
+            if done == 0:
                 progress.rng_of_pass = self.rng.bit_generator.state
-                self.order = self.draw_order(rows, X)
-            batch = np.array_split(self.order, n_batches)[progress.taken]
+                self.split = self.draw_batches(rows, n_batches, X)
+            elif self.split is None:  # resumed within a pass
+                state = self.rng.bit_generator.state
+                self.rng.bit_generator.state = progress.rng_of_pass
+                self.split = self.draw_batches(rows, n_batches, X)
+                self.rng.bit_generator.state = state
+            batch = self.split[done]
             yield batch, self.part(len(batch))
             progress.step += 1
             progress.cells += len(batch)
-            progress.taken = (progress.taken + 1) % n_batches
-            self.order = self.order if progress.taken else None
             self.save_if_due()
         self.read_losses()
 
-    def draw_order(self, rows, X):
-        """The cells (N) in the order of a pass."""
+    def draw_batches(self, rows, n_batches, X):
+        """The cells in a new order, in batches: a list of n_batches arrays."""
         backed = isinstance(X, BackedCounts)
-        return X.shuffled(rows, self.rng) if backed else self.rng.permutation(rows)
+        order = X.shuffled(rows, self.rng) if backed else self.rng.permutation(rows)
+        return np.array_split(order, n_batches)
 
     def part(self, n):
         """The slice of a batch of n that this process computes; dropout masks follow it."""

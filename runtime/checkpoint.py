@@ -4,7 +4,7 @@ On CPU with the same number of threads, a resumed run ends as one that was never
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ class Progress:
     """Further tensors that the loop needs again."""
     cells: int = 0
     """Of the steps of this epoch that are done."""
-    taken: int = 0
-    """Batches that are done of the pass over the cells under way."""
     rng_of_pass: dict = field(default_factory=dict)
     """State of the NumPy generator before it drew the order of the cells in this pass."""
     validation: list = field(default_factory=list)
@@ -126,7 +124,6 @@ class Checkpoint:
             "curve": progress.curve,
             "kept": progress.kept,
             "cells": progress.cells,
-            "taken": progress.taken,
             "validation": progress.validation,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -181,8 +178,7 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: its parts do not fit together, expected a whole checkpoint"
             ) from e
-        names = ("epoch", "step", "first_loss", "curve", "kept", "cells", "taken", "rng_of_pass")
-        names += ("validation",)
+        names = [field.name for field in fields(Progress) if field.name != "total"]
         return Progress(total=saved["total"].numpy(), **{name: saved[name] for name in names})
 
     def check_origin(self, saved, current):
@@ -239,7 +235,7 @@ class Checkpoint:
             )
             and type(saved["epoch"]) is int
             and saved["epoch"] >= 1
-            and all(type(saved[n]) is int and saved[n] >= 0 for n in ("step", "cells", "taken"))
+            and all(type(saved[n]) is int and saved[n] >= 0 for n in ("step", "cells"))
             and all(isinstance(loss, float) for loss in saved["validation"])
             and saved["total"].dtype == torch.float64
             and isinstance(saved["first_loss"], float | None)

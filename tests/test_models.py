@@ -470,7 +470,9 @@ def test_all_bulks_go_through_the_encoder_once_and_without_gradients(monkeypatch
     model, signature = fitted_encoder()
     passes = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a: passes.append(len(a[0])) or forward(*a))
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **options: passes.append(len(a[0])) or forward(*a, **options)
+    )
     bulks = sp.csr_matrix((torch.rand(1000, K) @ signature).numpy())
     mu, var, pi, sd = encode_bulks(model, bulks, np.ones(G, bool), "cpu")
     assert sum(passes) == 1000

@@ -43,7 +43,8 @@ def installed(wheel, tmp_path_factory):
 def run(installed, code, cwd):
     """Python code far from the checkout, which finds the unpacked wheel alone."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "NUMBA_CACHE_DIR": str(ROOT / "runtime")}
+    cache = ROOT / "runtime" / "__pycache__"  # which git ignores
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "NUMBA_CACHE_DIR": str(cache)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True,
         timeout=300,

@@ -784,7 +784,7 @@ def test_encoder_answers_with_the_state_of_an_unseen_donor(trained_samples, enco
     gmvae, content = load_model(trained_samples / "scGMVAE_model.pt", scGMVAE)
     cells = make_sample_cells()
     X, _ = align_genes(cells.X, cells.var_names, content["genes"], "cells")
-    mean, var = (part.numpy() for part in encode_cells(gmvae, X, 100))
+    mean, var = (part.numpy() for part in encode_cells(gmvae, X))
     codes = cells.obs["cell_type"].map(CELL_TYPES.index).to_numpy()
     sample = cells.obs["sample"].map(names.index).to_numpy()
     own = sample_moments(mean, var, codes, sample, (8, 3))
