@@ -87,8 +87,13 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
             cells.write_h5ad(path)
             cells = path
         given = {"data": str(cells), "labels": labels, "weights": Path(weights)} | settings
-        for script, n in zip((train_gmvae, train_decoder, train_encoder), each, strict=True):
-            script.main(script.Settings(**given, **({} if n is None else {"epochs": n})))
+        scripts = (train_gmvae, train_decoder, train_encoder)
+        runs = [  # all settings are checked before anything is trained
+            (script, script.Settings(**given, **({} if n is None else {"epochs": n})))
+            for script, n in zip(scripts, each, strict=True)
+        ]
+        for script, cfg in runs:
+            script.main(cfg)
             wait_for_all()  # the first process writes what the next training reads
     return load(weights, settings.get("device", "auto"))
 

@@ -21,7 +21,7 @@ from runtime.device import in_batches, to_csr, to_sparse
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
-MOST_IN_SHAPE = 20_000  # cells that the shape of a type is fitted to, of more a random sample
+MOST_IN_SHAPE = 20_000  # cells that a type's shape is fitted to; a random sample if more
 SMALLEST_COHORT = 5  # bulks; what fewer have in common is as likely their own
 PLATFORM_VAR = 0.25  # prior variance of what all bulks of a table share against the reference
 TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has

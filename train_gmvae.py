@@ -122,7 +122,7 @@ from training import (
 )
 
 MOST_TYPES = 20  # that the BIC chooses from
-MOST_IN_MIXTURE = 20_000  # cells that types are found by, of more a random sample
+MOST_IN_MIXTURE = 20_000  # cells that types are found in; a random sample if there are more
 PASSES = 100  # over the cells of a small reference
 VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
 

@@ -35,11 +35,11 @@ from runtime.weights import save_model
 DIVERGED = 1000  # times the first loss; training has gone wrong long before it reads nan
 READ_EVERY = 20  # steps on a GPU, which must wait for its queue whenever a loss is read
 EPOCH_STEPS = 100  # of large references, so that losses are seen more often than once a pass
-MOST_BATCHES = 64  # of a pass that count: steps for so many are enough for any number of cells
-VALIDATION_FROM = 2000  # training cells; of fewer, none can be spared
-MOST_VALIDATION = 500  # cells
+MOST_BATCHES = 64  # in a pass; a reference with more of them gets no more steps
+VALIDATION_FROM = 2000  # training cells; fewer can spare none for early stopping
+MOST_VALIDATION = 500  # cells set aside for early stopping
 MOST_IN_CURVE = 2000  # held-out cells whose loss is drawn beside that of training
-FLAT = 0.01  # share of the fall of a loss
+FLAT = 0.01  # a loss that falls by less than this share of its whole fall is flat
 
 
 # ---------------------------------------------------------------------------- how long, how fast
@@ -53,7 +53,7 @@ def split_validation(train, codes, cfg):
             TrainingSettings as the user gave it: none are set aside for a given number of epochs.
 
     Returns:
-        Indices of the cells to train on, and of those set aside, none of fewer than
+        Indices of the cells to train on, and of those set aside: none if there are fewer than
         VALIDATION_FROM.
     """
     if cfg.epochs is not None or len(train) < VALIDATION_FROM:

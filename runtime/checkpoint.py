@@ -35,7 +35,7 @@ class Progress:
     kept: dict = field(default_factory=dict)
     """Further tensors that the loop needs again."""
     cells: int = 0
-    """Of the steps of this epoch that are done."""
+    """Cells in these steps."""
     rng_of_pass: dict = field(default_factory=dict)
     """State of the NumPy generator before it drew the order of the cells in this pass."""
     validation: list = field(default_factory=list)

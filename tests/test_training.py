@@ -10,7 +10,7 @@ import torch
 import train_decoder
 import train_gmvae
 import training
-from conftest import TINY, run_inside
+from conftest import TINY, assert_one_line_error, run_inside
 from test_interruption import FILE, left_behind, same_weights, start_folder, stop_at
 
 
@@ -129,3 +129,9 @@ def test_one_command_trains_all_three(h5ad, trained, tmp_path):
         assert same_weights(tmp_path / "all", tmp_path / "each", script)
     again = run_inside("train.py", *flags, "--resume")
     assert again.returncode == 0 and again.stdout.count("nothing left to do") == 3
+
+
+def test_settings_of_all_stages_are_checked_before_any_is_trained(h5ad, tmp_path):
+    done = run_inside("train.py", "--data", h5ad, "--weights", tmp_path / "w", "--epochs", 2, 0, 3)
+    assert_one_line_error(done, "--epochs: found 0")
+    assert not (tmp_path / "w").exists()
