@@ -10,7 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import scipy.stats
 import torch
@@ -18,7 +20,7 @@ from scipy.special import gammaln
 
 from data import library_size
 from deconvolution import bayesprism_fixed_point, positive_shares
-from models import scDecoder
+from models import scDecoder, scGMVAE
 from runtime.device import pick_device
 from runtime.errors import InputError
 from runtime.weights import MIXTURE_FILES, load_model
@@ -99,6 +101,56 @@ def train_published(cfg, weights, decoder_card):
             "scGMVAE_model.pt of the same run beside it, or --no-baselines"
         )
     return decoder
+
+
+# Settings that a training on other cells keeps.
+OF_MODEL = ("n_latent", "n_hidden", "n_components", "loss", "pairing", "dropout", "thin")
+OF_TRAINING = (
+    *("n_genes", "epochs", "vae_epochs", "batch_size", "lr", "weight_decay"),
+    *("kl_start", "kl_end"),
+)
+
+
+def train_anew(cfg, weights, simulated, codes, decoder_card):
+    """Train scGMVAE and scDecoder on cells that a trained scDecoder drew (parametric bootstrap).
+
+    What these read as worse than the model they learn from is the price of knowing it from so many
+    cells, not of its shape: that is right for certain (Efron, The Annals of Statistics 1979).
+
+    Args:
+        cfg: settings of the evaluation. weights: folder of the model that drew the cells, whose
+            settings and share of held-out cells are used again. simulated: its cells, AnnData
+            (N x G). codes: their types (N). decoder_card: of that model.
+
+    Returns:
+        ``(decoder, card)``: scDecoder in eval mode, and what its file says.
+
+    Raises:
+        InputError: scGMVAE_model.pt is missing, or a file has settings that cannot be used.
+    """
+    import train_decoder  # run whole, as their scripts would be
+    import train_gmvae
+
+    gmvae_file = weights / "scGMVAE_model.pt"
+    _, gmvae_card = load_model(gmvae_file, scGMVAE)
+    device = pick_device(cfg.device)
+    with tempfile.TemporaryDirectory() as folder:
+        names = np.array(decoder_card["cell_types"])[codes]
+        obs = pd.DataFrame({"cell_type": names}, index=simulated.obs_names)
+        path = Path(folder) / "simulated.h5ad"
+        anndata.AnnData(simulated.X, obs, simulated.var[[]]).write_h5ad(path)
+        given = dict(data=str(path), labels="cell_type", weights=Path(folder), device=cfg.device)
+        fraction = len(decoder_card["held_out"]) / len(codes)
+        given |= dict(seed=decoder_card["seed"], held_out=fraction)
+        for script, card in ((train_gmvae, gmvae_card), (train_decoder, decoder_card)):
+            kept = {n: v for n, v in card["settings"].items() if n in OF_MODEL + OF_TRAINING}
+            try:
+                settings = script.Settings(**given, **kept)
+            except TypeError as error:
+                raise InputError(f"{weights}: settings of another version ({error})") from error
+            with contextlib.redirect_stdout(io.StringIO()):
+                script.main(settings)
+        return load_model(Path(folder) / "scDecoder_model.pt", scDecoder, device)
 
 
 class ScVI:

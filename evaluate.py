@@ -52,7 +52,7 @@ Writes evaluation.csv, which also has every cell type by itself, and evaluation.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
@@ -76,6 +76,9 @@ class Settings(DatasetSettings, BulkOptions):
 
     baselines: bool = True
     """Measure the baselines, too; --no-baselines saves their training. NNLS is always measured."""
+    retrain: bool = False
+    """Train stages 1 and 2 once more, on cells that the fitted model draws, and measure this *model
+    trained anew*: how much realism so few cells cost even a model of the right shape."""
     n_draws: int = 3
     """Times that cells and pseudobulks are drawn from each training."""
     bulk: Path | None = None
@@ -143,7 +146,7 @@ class Settings(DatasetSettings, BulkOptions):
         self.check_proportions()
 
     def check_proportions(self):
-        """Check that what proportions are compared with is complete.
+        """Check what is measured, and that what proportions are compared with is complete.
 
         Raises:
             InputError: it is not.
@@ -151,6 +154,9 @@ class Settings(DatasetSettings, BulkOptions):
         if self.proportions_only and (self.generated or self.contrasts_only):
             other = "--contrasts-only" if self.contrasts_only else "--generated"
             raise InputError(f"--proportions-only: found {other} as well, expected one of them")
+        if self.retrain and (self.proportions_only or self.contrasts_only):
+            other = "--proportions-only" if self.proportions_only else "--contrasts-only"
+            raise InputError(f"--retrain: found {other}, expected cells to be measured")
         if len(self.shift_labels) not in (0, 1, len(self.shift_data)):
             raise InputError(
                 f"--shift-labels: found {len(self.shift_labels)} for {len(self.shift_data)} "
@@ -195,10 +201,11 @@ import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from baselines import ScDesign2, ScVI, draw_cell_type_nb, train_published
+from baselines import ScDesign2, ScVI, draw_cell_type_nb, train_anew, train_published
 from contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from data import (
     align_genes,
+    apply_split,
     codes_of,
     draw_test_bulks,
     load_cells,
@@ -409,6 +416,9 @@ def measure_cells(training, cfg, rng):
     device = training.decoder.mu.device
     own_generator = torch.Generator(device).manual_seed(cfg.seed + PERFECT_SEED)
     rows, of_perfect = [], []
+    if cfg.retrain:
+        anew = retrain(training, own_generator, cfg)
+        anew_metrics = CellMetrics(anew.cells, anew.held_out, anew.codes, cfg.n_trees)
     for i in trange(cfg.n_draws, desc=f"cells of {training.folder}", unit="draw"):
         ceiling = compare_perfect(training, own_generator, i, cfg)
         of_perfect += [("perfect model", *row) for row in ceiling]
@@ -419,13 +429,23 @@ def measure_cells(training, cfg, rng):
             # The space is fitted on these real cells, too, which no generated cells can match.
             values += [] if real else excess_auroc(values, ceiling)
             rows += [(method, *row) for row in values]
+        if cfg.retrain:  # against cells of the model that it was trained on
+            cells = draw_decoded(anew, anew.decoder, own_generator)
+            values = anew_metrics.compare(*cells, seed=i)
+            values += excess_auroc(values, ceiling)
+            of_perfect += [("model trained anew", *row) for row in values]
     return rows + measure_left_out(training, cfg) + of_perfect
 
 
-def compare_perfect(training, generator, seed, cfg):
-    """Fresh cells of the model against a data set of its cells.
+def simulate(training, generator):
+    """A data set of the model's own cells, AnnData (N x G): as many of each type as real ones."""
+    simulated = training.cells.copy()
+    simulated.X = decode_types(training, training.decoder, training.codes, generator)
+    return simulated
 
-    As many cells of each type as there are real ones take their place, also in the metrics' space.
+
+def compare_perfect(training, generator, seed, cfg):
+    """Fresh cells of the model against a data set of its cells, also in the metrics' space.
 
     Args:
         generator: torch Generator. seed: of compare.
@@ -433,10 +453,21 @@ def compare_perfect(training, generator, seed, cfg):
     Returns:
         rows of :meth:`CellMetrics.compare`.
     """
-    simulated = training.cells.copy()
-    simulated.X = decode_types(training, training.decoder, training.codes, generator)
+    simulated = simulate(training, generator)
     cell_metrics = CellMetrics(simulated, training.held_out, training.codes, cfg.n_trees)
     return cell_metrics.compare(*draw_decoded(training, training.decoder, generator), seed)
+
+
+def retrain(training, generator, cfg):
+    """The Training of a model that has been trained on cells of this one.
+
+    Its real cells are these, split as the model's own were.
+    """
+    simulated, card = simulate(training, generator), training.decoder_card
+    decoder, new_card = train_anew(cfg, training.folder, simulated, training.codes, card)
+    held_out = apply_split(simulated, new_card["held_out"], "the model trained anew")
+    new = {"cells": simulated, "decoder": decoder, "decoder_card": new_card, "held_out": held_out}
+    return replace(training, **new)
 
 
 def excess_auroc(values, ceiling):

@@ -39,6 +39,8 @@ def plain_settings(settings):
     classes = reversed(type(settings).__mro__)
     names = dict.fromkeys(n for c in classes for n in getattr(c, "__annotations__", ()))
     values = {name: getattr(settings, name) for name in names}
+    # A NumPy scalar, which torch.load(weights_only=True) does not read.
+    values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     return {k: as_utf8(v) if isinstance(v, str) else v for k, v in values.items()}
 

@@ -573,6 +573,43 @@ def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path, no
     assert set(table[table["method"] == "bulk2sc"]["n"]) == {2}
 
 
+def test_model_trained_anew_is_measured_on_cells_of_its_model(weights, h5ad, no_forests):
+    where = ["--data", h5ad, "--weights", weights, "--no-baselines", "--retrain"]
+    done = run_inside("evaluate.py", *where, *FEW)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(weights / "evaluation.csv", keep_default_na=False)
+    table = table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
+    anew = table["model trained anew"]
+    assert set(anew.index) == set(table["perfect model"].index) | {
+        "excess of AUROC, PCs", "excess of AUROC, genes",
+    }  # fmt: skip
+    assert anew["fold-change correlation"] > 0.5
+    (weights / "scGMVAE_model.pt").unlink()
+    assert_one_line_error(run_inside("evaluate.py", *where, *FEW), "scGMVAE_model.pt")
+    done = run_inside("evaluate.py", *where, "--proportions-only")
+    assert_one_line_error(done, "--retrain", "--proportions-only")
+
+
+def test_training_anew_takes_settings_and_split_of_its_model(trained, h5ad):
+    cfg = evaluate.Settings(data=str(h5ad), weights=trained)
+    cells = load_cells(cfg)
+    codes, names = codes_of(cells)
+    models = generation.load_weights(trained, cells, names, "cpu")
+    model = evaluate.Training(trained, cells, codes, *models)
+    anew = evaluate.retrain(model, torch.Generator().manual_seed(0), cfg)
+    assert anew.decoder.config == model.decoder.config
+    for name in ("epochs", "lr", "n_components", "seed"):
+        assert anew.decoder_card["settings"][name] == model.decoder_card["settings"][name]
+    assert (np.bincount(codes[anew.test]) == np.bincount(codes[model.test])).all()
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(anew.decoder.parameters(), model.decoder.parameters(), strict=True)
+    )
+    # What it learned from are cells of the model, not the real ones.
+    assert abs(anew.cells.X - cells.X).nnz > 0
+    assert (anew.cells.obs_names == cells.obs_names).all()
+
+
 def test_evaluate_refuses_what_is_not_generated_cells(trained, h5ad, tmp_path):
     where = ["--data", h5ad, "--weights", trained]
     missing = run_inside("evaluate.py", *where, "--generated", tmp_path / "none.h5ad")

@@ -121,6 +121,14 @@ def test_settings_with_bytes_of_a_name_can_be_saved():
     assert plain_settings(bulk2sc.Settings(out=out))["out"] == "caf\\xe9ü.h5ad"
 
 
+def test_settings_with_a_numpy_number_can_be_saved():
+    """Regression: weights whose settings held one could not be read."""
+    import train_gmvae
+
+    share = plain_settings(train_gmvae.Settings(held_out=np.float64(0.25)))["held_out"]
+    assert type(share) is float
+
+
 # --------------------------------------------------------------------------- files of other origin
 
 
