@@ -12,6 +12,7 @@ Notation in shape comments: B batch, G genes, K cell types, D latent dimensions,
 import math
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +23,8 @@ from runtime.device import in_batches, to_csr, to_sparse
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
 MOST_IN_SHAPE = 20_000  # cells that a type's shape is fitted to; a random sample if more
+MOST_IN_DISPERSION = 5_000  # cells of a type that dispersions are fitted to
+MOST_SPIKES = 5  # in a cell; more are another kind of cell
 SMALLEST_COHORT = 5  # bulks; what fewer have in common is as likely their own
 PLATFORM_VAR = 0.25  # prior variance of what all bulks of a table share against the reference
 TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has
@@ -421,6 +424,71 @@ def shrink_means(totals):
     return mean / mean.sum(dim=1, keepdim=True) * n
 
 
+def fit_dispersion(X, library):
+    """Dispersion φ = 1/θ of each gene (G) over cells of one type, by maximum likelihood.
+
+        x_ig ~ NB(l_i q_g, 1/φ_g),   q_g = (Σ_i x_ig + ½) / Σ_i l_i
+
+    on a grid of logarithms, then at the vertex of the parabola through the best point and its
+    neighbours. Cells without a count enter through the means of 32 groups of similar library size.
+
+    Args:
+        X: counts (n x G), CSR. library: their totals (n) float64.
+
+    Returns:
+        float64 tensor, 1e-3 to 30.
+    """
+    X = X.tocoo()
+    gene, x = torch.from_numpy(X.col.astype(np.int64)), torch.from_numpy(X.data).double()
+    total = torch.zeros(X.shape[1], dtype=torch.float64).index_add_(0, gene, x)
+    q = (total + 0.5) / library.sum()  # (G)
+    mean = torch.from_numpy(library[X.row]) * q[gene]  # of the counts that are not zero
+    groups = np.array_split(np.sort(library), min(32, len(library)))
+    size = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    expected = torch.tensor([group.mean() for group in groups])[:, None] * q  # (groups, G)
+    grid = torch.linspace(math.log(1e-3), math.log(30), 24, dtype=torch.float64)
+    ln_p = []
+    for theta in torch.exp(-grid):
+        of_counts = torch.lgamma(x + theta) - torch.lgamma(theta) - x * torch.log(theta + mean)
+        at_zero = theta * (size @ torch.log1p(expected / theta))
+        ln_p.append((-at_zero).index_add_(0, gene, of_counts))
+    ln_p = torch.stack(ln_p)  # (24, G)
+    best = ln_p.argmax(dim=0).clamp(1, len(grid) - 2)
+    left, middle, right = (ln_p.gather(0, (best + i)[None])[0] for i in (-1, 0, 1))
+    curvature = (2 * middle - left - right).clamp(min=1e-12)
+    offset = (0.5 * (right - left) / curvature).clamp(-1, 1)
+    return torch.exp(grid[best] + offset * (grid[1] - grid[0]))
+
+
+def find_spikes(X, library):
+    """Counts that stand far out of a gene's others in a type: of errors, or of a single cell.
+
+        x_ig > μ_ig + 10 (1 + sd_ig),   μ_ig = l_i q_g,   sd² = μ + φ_g μ²
+
+    with φ by maximum likelihood, which a single count hardly moves. pbmc3k has nearly one in each
+    cell, other data sets one in a hundred cells. A cell with more than MOST_SPIKES of them is
+    another kind of cell, and has none.
+
+    Args:
+        X: counts of one type (n x G), CSR. library: their totals (n) float64.
+
+    Returns:
+        ``(spikes, share)``: what they have above what is expected, rounded (n x G), CSR; and the
+        share of each gene's counts that is left without (G), a tensor.
+    """
+    dispersion = fit_dispersion(X, library).numpy()
+    total = np.asarray(X.sum(axis=0), np.float64).ravel()  # (G)
+    X = X.tocoo()
+    mean = library[X.row] * (total / library.sum())[X.col]
+    spread = np.sqrt(mean + dispersion[X.col] * mean**2)
+    far = X.data > mean + 10 * (1 + spread)
+    far &= (np.bincount(X.row[far], minlength=X.shape[0]) <= MOST_SPIKES)[X.row]
+    above = X.data[far] - np.round(mean[far]).astype(X.data.dtype)
+    spikes = sp.csr_matrix((above, (X.row[far], X.col[far])), X.shape)
+    lost = np.asarray(spikes.sum(axis=0), np.float64).ravel()
+    return spikes, torch.from_numpy(1 - lost / np.maximum(total, 1))
+
+
 class scDecoder(CountDecoder):
     """Stage 2: z -> counts of all genes, with the distributions that new cells are drawn from.
 
@@ -588,41 +656,57 @@ class scDecoder(CountDecoder):
         """Match the mean and dispersion of each gene in each type to its cells, given new z.
 
             ln f_kg = ln( (Σ_i x_ig + ½) / (Σ_i l_i E[p_g] + ½) ),   then with p scaled by f
-            1/θ_kg = w · max(0, E_i[x² - x] / (E_i[l²] E[p_g²]) - 1) + (1 - w) / θ_g,
+            1/θ_kg = w · max(0, (1 + φ_kg) E[p_g]² / E[p_g²] - 1) + (1 - w) / θ_g,
             w = Σ_i x_ig / (Σ_i x_ig + 200)
 
-        over the cells i of type k, with library sizes l and expected fractions p. A dispersion
+        over the cells i of type k, with library sizes l and expected fractions p. φ is the
+        dispersion of the type's counts altogether, by maximum likelihood; what p varies by is not
+        left to θ. Counts that stand far out of all others (:func:`find_spikes`) count as expected:
+        they would move means and, by moments, dispersions of everything drawn. A dispersion
         shared by all types makes the markers of a type too noisy in it, because it must also allow
         for the occasional cell of another type that expresses them. Only for ``nb``.
 
         Args:
             X: counts of the training cells (N x G), CSR or backed. codes: their types (N), a
                 tensor.
-            n: draws of z for each type. seed: of the draws. shrink: the means of genes in types
-                first, see :func:`shrink_means`.
+            n: draws of z for each type. seed: of the draws, and of MOST_IN_DISPERSION cells of
+                larger types, of which dispersions and spikes are. shrink: the means of genes in
+                types first, see :func:`shrink_means`.
+
+        Returns:
+            number of spikes.
         """
         if self.likelihood != "nb":
-            return
+            return 0
         generator = torch.Generator(self.mu.device).manual_seed(seed)
+        rng, n_spikes = np.random.default_rng(seed), 0
         codes, library = codes.cpu().numpy(), library_size(X).astype(np.float64)
-        totals, all_pairs = (
-            torch.from_numpy(sum_by_type(X, codes, len(self.mu), function)).to(self.mu.device)
-            for function in (lambda X: X, lambda X: X.multiply(X) - X)
-        )  # (K, G)
+        totals = torch.from_numpy(sum_by_type(X, codes, len(self.mu)))  # (K, G)
+        dispersion = torch.zeros_like(totals)
+        for k in np.unique(codes):
+            rows = np.flatnonzero(codes == k)
+            if len(rows) > MOST_IN_DISPERSION:
+                rows = np.sort(rng.choice(rows, MOST_IN_DISPERSION, replace=False))
+            counts = X[rows]
+            spikes, share = find_spikes(counts, library[rows])
+            n_spikes += spikes.nnz
+            dispersion[k] = fit_dispersion(counts - spikes, library[rows])
+            totals[k] *= share
+        totals, dispersion = totals.to(self.mu.device), dispersion.to(self.mu.device)
         shrunk = shrink_means(totals) if shrink else totals
         for k in np.unique(codes):
-            size, total, pairs = library[codes == k], totals[k], all_pairs[k]
+            size, total = library[codes == k].sum(), totals[k]
             z = self.draw_latent_of_type(k, n, generator)
             fraction, _ = self.moments_of_fractions(z)
-            factor = (shrunk[k] + 0.5) / (size.sum() * fraction + 0.5)
+            factor = (shrunk[k] + 0.5) / (size * fraction + 0.5)
             self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
-            _, square = self.moments_of_fractions(z, self.type_log_factor[k])
-            expected = (size**2).sum() * square  # E[l²] E[p²], times n_k
-            moment = (pairs / expected - 1).clamp(min=0)  # 1 / θ by moments (G)
-            weight = total / (total + 200)  # of the type's moment against the shared dispersion
-            inverse = weight * moment + (1 - weight) / self.theta.double()  # (G)
+            mean, square = self.moments_of_fractions(z, self.type_log_factor[k])
+            own = ((1 + dispersion[k]) * mean**2 / square - 1).clamp(min=0)  # 1 / θ (G)
+            weight = total / (total + 200)  # of the type's own against the shared dispersion
+            inverse = weight * own + (1 - weight) / self.theta.double()  # (G)
             self.type_log_theta[k] = -inverse.clamp(1e-4, 1e4).log().float()
             self.type_fitted[k] = 1.0
+        return n_spikes
 
     def moments_of_fractions(self, z, log_factor=None):
         """Means of p and p² over z (n, D), p the expected fractions of a cell's counts: (G) each.

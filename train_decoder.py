@@ -353,7 +353,9 @@ def main(cfg):
     if by_posterior:
         # Counts of several donors tell noise from differences.
         shrink = "donor" in cells.obs and cells.obs["donor"].iloc[train].nunique() > 1
-        model.fit_types(cells[train].X, codes[train], seed=cfg.seed, shrink=shrink)
+        X = cells[train].X
+        if n_spikes := model.fit_types(X, codes[train], seed=cfg.seed, shrink=shrink):
+            print(f"{n_spikes:,} counts far above all others of their type left out of its means")
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them

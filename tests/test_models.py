@@ -20,7 +20,7 @@ from generation import (
     misfit,
     sum_agreement,
 )
-from models import BulkEncoder, mean_profile, scDecoder, scGMVAE
+from models import BulkEncoder, find_spikes, fit_dispersion, mean_profile, scDecoder, scGMVAE
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model
 from train_encoder import encoder_losses
@@ -437,6 +437,69 @@ def test_means_and_dispersions_of_each_type_are_those_of_its_cells():
         )
     ]
     assert torch.equal(*draws)
+
+
+def negative_binomial_cells(n, theta, rng):
+    """Counts (n, 4) of genes with shares of .1 to .5, dispersion 1/theta, and library sizes (n)."""
+    library = rng.lognormal(4, 0.4, n)
+    mean = library[:, None] * np.array([0.01, 0.1, 0.39, 0.5])
+    return rng.poisson(mean * rng.gamma(theta, 1 / theta, mean.shape)).astype(np.int32), library
+
+
+@pytest.mark.parametrize("theta", [0.3, 2.0, 30.0])
+def test_dispersions_by_maximum_likelihood(theta):
+    X, library = negative_binomial_cells(4000, theta, np.random.default_rng(0))
+    phi = fit_dispersion(sp.csr_matrix(X), library).numpy()
+    np.testing.assert_allclose(phi[1:], 1 / theta, rtol=0.15)
+    # As scipy finds it, given the same means.
+    mean = library * (X[:, 1].sum() + 0.5) / library.sum()
+    best = scipy.optimize.minimize_scalar(
+        lambda t: -scipy.stats.nbinom(np.exp(t), 1 / (1 + mean * np.exp(-t))).logpmf(X[:, 1]).sum(),
+        bounds=(-3, 6), method="bounded",
+    )  # fmt: skip
+    assert np.log(phi[1]) == pytest.approx(-best.x, abs=0.1)
+
+
+def test_spikes_are_found_and_nothing_else():
+    rng = np.random.default_rng(1)
+    X, library = negative_binomial_cells(3000, 2.0, rng)
+    assert find_spikes(sp.csr_matrix(X), library)[0].nnz == 0
+    spiked = X.copy()
+    spiked[7, 0], spiked[8, 0], spiked[9, 1] = 60, 45, 200
+    spikes, share = find_spikes(sp.csr_matrix(spiked), library)
+    assert set(zip(*spikes.nonzero(), strict=True)) == {(7, 0), (8, 0), (9, 1)}
+    assert (np.abs((spiked - spikes.toarray()).mean(axis=0) - X.mean(axis=0)) < 0.05).all()
+    left = share.numpy() * spiked.sum(axis=0)
+    np.testing.assert_allclose(left, (spiked - spikes.toarray()).sum(axis=0))
+
+
+def test_cell_of_another_kind_has_no_spikes():
+    """Of genes that a single cell of a type expresses, as a rarer kind of cell would."""
+    X = np.random.default_rng(2).poisson(0.02, (500, 40)).astype(np.int32)
+    library = np.full(500, 100.0)
+    for n, expected in ((3, 3), (12, 0)):
+        cells = X.copy()
+        cells[5, :n] = 80
+        assert find_spikes(sp.csr_matrix(cells), library)[0].nnz == expected
+
+
+def test_single_counts_far_out_do_not_move_what_is_drawn():
+    """Regression: dispersions by moments, so that one count in a thousand cells emptied others."""
+    rng, codes = np.random.default_rng(5), torch.zeros(1000, dtype=torch.long)
+    X = rng.poisson(np.full(G, 1.0), (1000, G)).astype(np.int32)
+    spiked = X.copy()
+    spiked[np.arange(20), np.arange(20) % G] = 70
+    models = []
+    for counts in (X, spiked):
+        torch.manual_seed(1)
+        model = decoder()
+        found = model.fit_types(sp.csr_matrix(counts), codes)
+        models.append(model)
+    assert found == 20
+    clean, other = models
+    difference = other.type_log_factor[0] - clean.type_log_factor[0]
+    assert difference.abs().max() < 0.05
+    assert (other.type_theta()[0] / clean.type_theta()[0]).log().abs().median() < 0.3
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
