@@ -656,13 +656,12 @@ class scDecoder(CountDecoder):
         """Match the mean and dispersion of each gene in each type to its cells, given new z.
 
             ln f_kg = ln( (Σ_i x_ig + ½) / (Σ_i l_i E[p_g] + ½) ),   then with p scaled by f
-            1/θ_kg = w · max(0, (1 + φ_kg) E[p_g]² / E[p_g²] - 1) + (1 - w) / θ_g,
+            1/θ_kg = w · max(0, E_i[x² - x] / (E_i[l²] E[p_g²]) - 1) + (1 - w) / θ_g,
             w = Σ_i x_ig / (Σ_i x_ig + 200)
 
-        over the cells i of type k, with library sizes l and expected fractions p. φ is the
-        dispersion of the type's counts altogether, by maximum likelihood; what p varies by is not
-        left to θ. Counts that stand far out of all others (:func:`find_spikes`) count as expected:
-        they would move means and, by moments, dispersions of everything drawn. A dispersion
+        over the cells i of type k, with library sizes l and expected fractions p. Counts that stand
+        far out of all others (:func:`find_spikes`) count as expected: they would move the mean and
+        even more so the dispersion of everything that is drawn. A dispersion
         shared by all types makes the markers of a type too noisy in it, because it must also allow
         for the occasional cell of another type that expresses them. Only for ``nb``.
 
@@ -682,7 +681,7 @@ class scDecoder(CountDecoder):
         rng, n_spikes = np.random.default_rng(seed), 0
         codes, library = codes.cpu().numpy(), library_size(X).astype(np.float64)
         totals = torch.from_numpy(sum_by_type(X, codes, len(self.mu)))  # (K, G)
-        dispersion = torch.zeros_like(totals)
+        moment = torch.zeros_like(totals)  # E[x² - x] / E[l²] (K, G)
         for k in np.unique(codes):
             rows = np.flatnonzero(codes == k)
             if len(rows) > MOST_IN_DISPERSION:
@@ -690,9 +689,11 @@ class scDecoder(CountDecoder):
             counts = X[rows]
             spikes, share = find_spikes(counts, library[rows])
             n_spikes += spikes.nnz
-            dispersion[k] = fit_dispersion(counts - spikes, library[rows])
+            counts = (counts - spikes).astype(np.float64)
+            pairs = np.asarray((counts.multiply(counts) - counts).sum(axis=0)).ravel()  # (G)
+            moment[k] = torch.from_numpy(pairs / (library[rows] ** 2).sum())
             totals[k] *= share
-        totals, dispersion = totals.to(self.mu.device), dispersion.to(self.mu.device)
+        totals, moment = totals.to(self.mu.device), moment.to(self.mu.device)
         shrunk = shrink_means(totals) if shrink else totals
         for k in np.unique(codes):
             size, total = library[codes == k].sum(), totals[k]
@@ -700,9 +701,9 @@ class scDecoder(CountDecoder):
             fraction, _ = self.moments_of_fractions(z)
             factor = (shrunk[k] + 0.5) / (size * fraction + 0.5)
             self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
-            mean, square = self.moments_of_fractions(z, self.type_log_factor[k])
-            own = ((1 + dispersion[k]) * mean**2 / square - 1).clamp(min=0)  # 1 / θ (G)
-            weight = total / (total + 200)  # of the type's own against the shared dispersion
+            _, square = self.moments_of_fractions(z, self.type_log_factor[k])
+            own = (moment[k] / square - 1).clamp(min=0)  # 1 / θ by moments (G)
+            weight = total / (total + 200)  # of the type's moment against the shared dispersion
             inverse = weight * own + (1 - weight) / self.theta.double()  # (G)
             self.type_log_theta[k] = -inverse.clamp(1e-4, 1e4).log().float()
             self.type_fitted[k] = 1.0

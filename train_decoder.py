@@ -355,7 +355,9 @@ def main(cfg):
         shrink = "donor" in cells.obs and cells.obs["donor"].iloc[train].nunique() > 1
         X = cells[train].X
         if n_spikes := model.fit_types(X, codes[train], seed=cfg.seed, shrink=shrink):
-            print(f"{n_spikes:,} counts far above all others of their type left out of its means")
+            print(
+                f"{n_spikes:,} counts far above all others of their type: left out of its means and dispersions"
+            )
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them
