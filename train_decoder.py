@@ -356,7 +356,8 @@ def main(cfg):
         X = cells[train].X
         if n_spikes := model.fit_types(X, codes[train], seed=cfg.seed, shrink=shrink):
             print(
-                f"{n_spikes:,} counts far above all others of their type: left out of its means and dispersions"
+                f"{n_spikes:,} counts far above all others of their cell type: left out of its "
+                "means and dispersions"
             )
     run.save_results(
         genes=genes,
