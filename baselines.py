@@ -20,7 +20,7 @@ from scipy.special import gammaln
 
 from data import library_size
 from deconvolution import bayesprism_fixed_point, positive_shares
-from models import scDecoder, scGMVAE
+from models import best_theta, scDecoder, scGMVAE
 from runtime.device import pick_device
 from runtime.errors import InputError
 from runtime.weights import MIXTURE_FILES, load_model
@@ -103,19 +103,18 @@ def train_published(cfg, weights, decoder_card):
     return decoder
 
 
-# Settings that a training on other cells keeps.
-OF_MODEL = ("n_latent", "n_hidden", "n_components", "loss", "pairing", "dropout", "thin")
-OF_TRAINING = (
-    *("n_genes", "epochs", "vae_epochs", "batch_size", "lr", "weight_decay"),
-    *("kl_start", "kl_end"),
+KEPT_SETTINGS = (  # by a training on other cells
+    *("n_genes", "n_latent", "n_hidden", "n_components", "loss", "pairing"),
+    *("epochs", "vae_epochs", "batch_size", "lr", "kl_start", "kl_end"),
+    *("thin", "dropout", "weight_decay"),
 )
 
 
 def train_anew(cfg, weights, simulated, codes, decoder_card):
     """Train scGMVAE and scDecoder on cells that a trained scDecoder drew (parametric bootstrap).
 
-    What these read as worse than the model they learn from is the price of knowing it from so many
-    cells, not of its shape: that is right for certain (Efron, The Annals of Statistics 1979).
+    The new model has the right form by construction. How much worse its cells are is therefore the
+    price of a reference of this size (Efron, The Annals of Statistics 1979).
 
     Args:
         cfg: settings of the evaluation. weights: folder of the model that drew the cells, whose
@@ -131,9 +130,7 @@ def train_anew(cfg, weights, simulated, codes, decoder_card):
     import train_decoder  # run whole, as their scripts would be
     import train_gmvae
 
-    gmvae_file = weights / "scGMVAE_model.pt"
-    _, gmvae_card = load_model(gmvae_file, scGMVAE)
-    device = pick_device(cfg.device)
+    _, gmvae_card = load_model(weights / "scGMVAE_model.pt", scGMVAE)
     with tempfile.TemporaryDirectory() as folder:
         names = np.array(decoder_card["cell_types"])[codes]
         obs = pd.DataFrame({"cell_type": names}, index=simulated.obs_names)
@@ -143,14 +140,15 @@ def train_anew(cfg, weights, simulated, codes, decoder_card):
         fraction = len(decoder_card["held_out"]) / len(codes)
         given |= dict(seed=decoder_card["seed"], held_out=fraction)
         for script, card in ((train_gmvae, gmvae_card), (train_decoder, decoder_card)):
-            kept = {n: v for n, v in card["settings"].items() if n in OF_MODEL + OF_TRAINING}
+            kept = {n: v for n, v in card["settings"].items() if n in KEPT_SETTINGS}
             try:
                 settings = script.Settings(**given, **kept)
             except TypeError as error:
                 raise InputError(f"{weights}: settings of another version ({error})") from error
             with contextlib.redirect_stdout(io.StringIO()):
                 script.main(settings)
-        return load_model(Path(folder) / "scDecoder_model.pt", scDecoder, device)
+        file = Path(folder) / "scDecoder_model.pt"
+        return load_model(file, scDecoder, pick_device(cfg.device))
 
 
 class ScVI:
@@ -344,22 +342,6 @@ class CountsOfGenes:
             step = (mean - m * (1 - probability_of_zero(mean, theta))) / np.maximum(slope, 1e-9)
             mean = np.maximum(mean - step, 1e-9)
         return mean
-
-
-def best_theta(log_likelihood):
-    """θ of each gene at which ``log_likelihood(θ)`` (G) is highest: (G).
-
-    On a grid of logarithms, then at the vertex of the parabola through the best point and its
-    neighbours.
-    """
-    grid = np.linspace(np.log(1e-3), np.log(1e3), 40)
-    values = np.nan_to_num(np.stack([log_likelihood(np.exp(t)) for t in grid]), nan=-np.inf)
-    best = values.argmax(axis=0).clip(1, len(grid) - 2)
-    left, middle, right = (np.take_along_axis(values, (best + i)[None], 0)[0] for i in (-1, 0, 1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        offset = 0.5 * (right - left) / (2 * middle - left - right)
-    offset = np.nan_to_num(offset).clip(-1, 1)
-    return np.exp(grid[best] + offset * (grid[1] - grid[0]))
 
 
 class ScDesign2:

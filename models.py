@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from scipy.special import gammaln
 from torch import nn
 
 from data import DEPTH, library_size, sum_by_type
@@ -23,8 +24,8 @@ from runtime.device import in_batches, to_csr, to_sparse
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
 MOST_IN_SHAPE = 20_000  # cells that a type's shape is fitted to; a random sample if more
-MOST_IN_DISPERSION = 5_000  # cells of a type that dispersions are fitted to
-MOST_SPIKES = 5  # in a cell; more are another kind of cell
+MOST_IN_DISPERSION = 5_000  # cells of a type that its dispersions are fitted to
+MOST_SPIKES = 5  # in a cell; with more it is taken for another kind of cell
 SMALLEST_COHORT = 5  # bulks; what fewer have in common is as likely their own
 PLATFORM_VAR = 0.25  # prior variance of what all bulks of a table share against the reference
 TILT_PENALTY = 0.1  # keeps the parts of a cloud from going to 0 for a mean that none of them has
@@ -424,59 +425,67 @@ def shrink_means(totals):
     return mean / mean.sum(dim=1, keepdim=True) * n
 
 
+def best_theta(log_likelihood, low=1e-3, high=1e3, n=40):
+    """θ of each gene at which ``log_likelihood(θ)`` (G) is highest: (G).
+
+    On a grid of n logarithms, then at the vertex of the parabola through the best point and its
+    neighbours.
+    """
+    grid = np.linspace(np.log(low), np.log(high), n)
+    values = np.nan_to_num(np.stack([log_likelihood(np.exp(t)) for t in grid]), nan=-np.inf)
+    best = values.argmax(axis=0).clip(1, len(grid) - 2)
+    left, middle, right = (np.take_along_axis(values, (best + i)[None], 0)[0] for i in (-1, 0, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        offset = 0.5 * (right - left) / (2 * middle - left - right)
+    offset = np.nan_to_num(offset).clip(-1, 1)
+    return np.exp(grid[best] + offset * (grid[1] - grid[0]))
+
+
 def fit_dispersion(X, library):
     """Dispersion φ = 1/θ of each gene (G) over cells of one type, by maximum likelihood.
 
         x_ig ~ NB(l_i q_g, 1/φ_g),   q_g = (Σ_i x_ig + ½) / Σ_i l_i
 
-    on a grid of logarithms, then at the vertex of the parabola through the best point and its
-    neighbours. Cells without a count enter through the means of 32 groups of similar library size.
+    Cells without a count enter through the means of 32 groups of similar library size.
 
     Args:
         X: counts (n x G), CSR. library: their totals (n) float64.
 
     Returns:
-        float64 tensor, 1e-3 to 30.
+        float64, 1e-3 to 30.
     """
+    q = (np.asarray(X.sum(axis=0), np.float64).ravel() + 0.5) / library.sum()  # (G)
     X = X.tocoo()
-    gene, x = torch.from_numpy(X.col.astype(np.int64)), torch.from_numpy(X.data).double()
-    total = torch.zeros(X.shape[1], dtype=torch.float64).index_add_(0, gene, x)
-    q = (total + 0.5) / library.sum()  # (G)
-    mean = torch.from_numpy(library[X.row]) * q[gene]  # of the counts that are not zero
+    mean = library[X.row] * q[X.col]  # of the counts that are not zero
     groups = np.array_split(np.sort(library), min(32, len(library)))
-    size = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-    expected = torch.tensor([group.mean() for group in groups])[:, None] * q  # (groups, G)
-    grid = torch.linspace(math.log(1e-3), math.log(30), 24, dtype=torch.float64)
-    ln_p = []
-    for theta in torch.exp(-grid):
-        of_counts = torch.lgamma(x + theta) - torch.lgamma(theta) - x * torch.log(theta + mean)
-        at_zero = theta * (size @ torch.log1p(expected / theta))
-        ln_p.append((-at_zero).index_add_(0, gene, of_counts))
-    ln_p = torch.stack(ln_p)  # (24, G)
-    best = ln_p.argmax(dim=0).clamp(1, len(grid) - 2)
-    left, middle, right = (ln_p.gather(0, (best + i)[None])[0] for i in (-1, 0, 1))
-    curvature = (2 * middle - left - right).clamp(min=1e-12)
-    offset = (0.5 * (right - left) / curvature).clamp(-1, 1)
-    return torch.exp(grid[best] + offset * (grid[1] - grid[0]))
+    size = np.array([len(group) for group in groups])
+    expected = np.array([group.mean() for group in groups])[:, None] * q  # (groups, G)
+
+    def log_likelihood(theta):
+        of_counts = gammaln(X.data + theta) - gammaln(theta) - X.data * np.log(theta + mean)
+        at_zero = -theta * (size @ np.log1p(expected / theta))
+        return at_zero + np.bincount(X.col, of_counts, minlength=X.shape[1])
+
+    return 1 / best_theta(log_likelihood, 1 / 30, 1e3, n=24)
 
 
 def find_spikes(X, library):
-    """Counts that stand far out of a gene's others in a type: of errors, or of a single cell.
+    """Counts far above all others of their gene in a cell type: errors, or a single odd cell.
 
         x_ig > μ_ig + 10 (1 + sd_ig),   μ_ig = l_i q_g,   sd² = μ + φ_g μ²
 
     with φ by maximum likelihood, which a single count hardly moves. pbmc3k has nearly one in each
     cell, other data sets one in a hundred cells. A cell with more than MOST_SPIKES of them is
-    another kind of cell, and has none.
+    taken for another kind of cell, and keeps its counts.
 
     Args:
         X: counts of one type (n x G), CSR. library: their totals (n) float64.
 
     Returns:
-        ``(spikes, share)``: what they have above what is expected, rounded (n x G), CSR; and the
-        share of each gene's counts that is left without (G), a tensor.
+        ``(spikes, share)``: by how much they exceed their rounded expectation (n x G), CSR; and the
+        share of each gene's counts that remains without this excess (G).
     """
-    dispersion = fit_dispersion(X, library).numpy()
+    dispersion = fit_dispersion(X, library)
     total = np.asarray(X.sum(axis=0), np.float64).ravel()  # (G)
     X = X.tocoo()
     mean = library[X.row] * (total / library.sum())[X.col]
@@ -486,7 +495,35 @@ def find_spikes(X, library):
     above = X.data[far] - np.round(mean[far]).astype(X.data.dtype)
     spikes = sp.csr_matrix((above, (X.row[far], X.col[far])), X.shape)
     lost = np.asarray(spikes.sum(axis=0), np.float64).ravel()
-    return spikes, torch.from_numpy(1 - lost / np.maximum(total, 1))
+    return spikes, 1 - lost / np.maximum(total, 1)
+
+
+def moments_of_counts(X, codes, library, n_types, seed):
+    """Sums and second moments of the counts of each type, without spikes.
+
+    Args:
+        X: counts (N x G), CSR or backed. codes: their types (N). library: their totals (N) float64.
+            seed: of MOST_IN_DISPERSION cells of larger types, which stand for all.
+
+    Returns:
+        ``(totals, moments, n_spikes)``: Σ x and E[x² - x] / E[l²], (K, G) float64 each, and the
+        number of spikes.
+    """
+    rng, n_spikes = np.random.default_rng(seed), 0
+    totals = sum_by_type(X, codes, n_types)
+    moments = np.zeros_like(totals)
+    for k in np.unique(codes):
+        rows = np.flatnonzero(codes == k)
+        if len(rows) > MOST_IN_DISPERSION:
+            rows = np.sort(rng.choice(rows, MOST_IN_DISPERSION, replace=False))
+        counts = X[rows]
+        spikes, share = find_spikes(counts, library[rows])
+        counts = (counts - spikes).astype(np.float64)
+        pairs = np.asarray((counts.multiply(counts) - counts).sum(axis=0)).ravel()  # (G)
+        moments[k] = pairs / (library[rows] ** 2).sum()
+        totals[k] *= share
+        n_spikes += spikes.nnz
+    return totals, moments, n_spikes
 
 
 class scDecoder(CountDecoder):
@@ -668,9 +705,9 @@ class scDecoder(CountDecoder):
         Args:
             X: counts of the training cells (N x G), CSR or backed. codes: their types (N), a
                 tensor.
-            n: draws of z for each type. seed: of the draws, and of MOST_IN_DISPERSION cells of
-                larger types, of which dispersions and spikes are. shrink: the means of genes in
-                types first, see :func:`shrink_means`.
+            n: draws of z for each type. seed: of the draws, and of the cells that stand for large
+                types (:func:`moments_of_counts`). shrink: the means of genes in types first, see
+                :func:`shrink_means`.
 
         Returns:
             number of spikes.
@@ -678,22 +715,9 @@ class scDecoder(CountDecoder):
         if self.likelihood != "nb":
             return 0
         generator = torch.Generator(self.mu.device).manual_seed(seed)
-        rng, n_spikes = np.random.default_rng(seed), 0
         codes, library = codes.cpu().numpy(), library_size(X).astype(np.float64)
-        totals = torch.from_numpy(sum_by_type(X, codes, len(self.mu)))  # (K, G)
-        moment = torch.zeros_like(totals)  # E[x² - x] / E[l²] (K, G)
-        for k in np.unique(codes):
-            rows = np.flatnonzero(codes == k)
-            if len(rows) > MOST_IN_DISPERSION:
-                rows = np.sort(rng.choice(rows, MOST_IN_DISPERSION, replace=False))
-            counts = X[rows]
-            spikes, share = find_spikes(counts, library[rows])
-            n_spikes += spikes.nnz
-            counts = (counts - spikes).astype(np.float64)
-            pairs = np.asarray((counts.multiply(counts) - counts).sum(axis=0)).ravel()  # (G)
-            moment[k] = torch.from_numpy(pairs / (library[rows] ** 2).sum())
-            totals[k] *= share
-        totals, moment = totals.to(self.mu.device), moment.to(self.mu.device)
+        *sums, n_spikes = moments_of_counts(X, codes, library, len(self.mu), seed)
+        totals, moments = (torch.from_numpy(part).to(self.mu.device) for part in sums)  # (K, G)
         shrunk = shrink_means(totals) if shrink else totals
         for k in np.unique(codes):
             size, total = library[codes == k].sum(), totals[k]
@@ -702,7 +726,7 @@ class scDecoder(CountDecoder):
             factor = (shrunk[k] + 0.5) / (size * fraction + 0.5)
             self.type_log_factor[k] = factor.log().clamp(-math.log(10), math.log(10)).float()
             _, square = self.moments_of_fractions(z, self.type_log_factor[k])
-            own = (moment[k] / square - 1).clamp(min=0)  # 1 / θ by moments (G)
+            own = (moments[k] / square - 1).clamp(min=0)  # 1 / θ by moments (G)
             weight = total / (total + 200)  # of the type's moment against the shared dispersion
             inverse = weight * own + (1 - weight) / self.theta.double()  # (G)
             self.type_log_theta[k] = -inverse.clamp(1e-4, 1e4).log().float()
