@@ -28,6 +28,7 @@ from data import (
     library_size,
     load_cells,
     samples_of,
+    sum_by_type,
 )
 from dwls import Signature
 from expression import (
@@ -150,7 +151,7 @@ def encode_bulks(
             the mean with the encoder's.
         scale: what fractions of cells are multiplied by (K), if the types' mRNA content in these
             bulks is not that in the reference; see :mod:`mrna_content`.
-        start: proportions (K) that all bulks are near to, which saves most of the deconvolution.
+        start: proportions (S, K) that the bulks are near to, which saves most of the deconvolution.
 
     Returns:
         mu, var (S, K, D), pi (S, K) on ``device``; and the standard deviation of pi (S, K), None
@@ -165,11 +166,12 @@ def encode_bulks(
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
     step = X.shape[0] if one_platform and X.shape[0] else step
-    encode = partial(encoder, one_platform=one_platform, start=start)
+    encode = partial(encoder, one_platform=one_platform)
     for i in range(0, max(X.shape[0], 1), step):  # without any bulk the results still have shapes
         rows = X[i : i + step].toarray() if sp.issparse(X) else X[i : i + step]
         bulk = torch.from_numpy(rows.astype(np.float32)).to(device)  # (B, G)
-        mu, var, pi = encode(bulk, present)
+        near = None if start is None else start[i : i + step]
+        mu, var, pi = encode(bulk, present, start=near)
         # A thin bulk may have no count at all in half of the genes, hence 1e-9.
         jackknife = [encode(bulk + 1e-9, half)[2] for half in halves]
         other = pi if second is None else torch.from_numpy(second[i : i + step]).to(pi)
@@ -356,16 +358,18 @@ def encode_batches(cfg, n_batches, encoder, genes, device, rng):
         batches = partial(batch_bulks_of_samples, X, sample)
 
     @torch.inference_mode()
-    def composition():
-        """Proportions (K) of all reference cells together, near which those of bulks are."""
-        pooled = torch.from_numpy(np.asarray(X.sum(axis=0)).astype(np.float32)).to(device)
+    def compositions():
+        """Proportions (S, K) of each sample's cells together, near which those of its bulks are."""
+        pooled = sum_by_type(X, sample, len(names)).astype(np.float32)
+        pooled = torch.from_numpy(pooled).to(device)  # (S, G)
         mask = torch.from_numpy(present).to(pooled)
-        return encoder.deconvolve(encoder.normalise(pooled, mask), mask)[0]
+        return encoder.deconvolve(encoder.normalise(pooled, mask), mask)
 
     def encode():
-        first, start = 0, composition()
-        for bulk, _ in batches(cfg.batch_size, n_batches, rng, CHUNK):
+        first, near = 0, compositions()
+        for bulk, members in batches(cfg.batch_size, n_batches, rng, CHUNK):
             check_filled(bulk, range(first, first + len(bulk)), cfg.data)
+            start = near[torch.from_numpy(sample[members[:, 0]]).to(device)]  # (B, K)
             yield encode_bulks(encoder, bulk, present, device, start=start)[:3]
             first += len(bulk)
 

@@ -949,8 +949,8 @@ class BulkEncoder(nn.Module):
 
         Args:
             fractions: (S, G). present: (G). signature: (K, G), default the model's. start:
-                proportions (K) to start from; default the same of each type. n_iterations: default
-                the model's.
+                proportions (S, K) to start from; default the same of each type. n_iterations:
+                default the model's.
 
         Returns:
             (S, K), rows summing to 1.
@@ -987,7 +987,8 @@ class BulkEncoder(nn.Module):
                 all. one_platform: the bulks are of one platform, and not the reference's. Their
                 proportions are those of :meth:`deconvolve_cohort`, without the network's
                 correction: what it learned on simulated platforms does not carry over. start:
-                proportions (K) that all bulks are near to, so that a third of the updates will do.
+                proportions (S, K) that the bulks are near to, so that a quarter of the updates
+                will do.
 
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
@@ -998,7 +999,7 @@ class BulkEncoder(nn.Module):
             first = self.deconvolve_cohort(fractions, present)  # (S, K)
             mu, var, _ = self.correct(first, fractions, present)
             return mu, var, first
-        n_iterations = None if start is None else self.config["n_iterations"] // 3
+        n_iterations = None if start is None else self.config["n_iterations"] // 4
         first = self.deconvolve(fractions, present, start=start, n_iterations=n_iterations)
         return self.correct(first, fractions, present)
 

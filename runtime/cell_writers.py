@@ -24,7 +24,7 @@ BYTES_PER_COUNT, BYTES_PER_CELL = 1.0, 100
 
 # With bytes shuffled, a fast gzip packs tighter than the default does without.
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-CHUNK = 1 << 15  # numbers that are compressed together
+CHUNK = 1 << 17  # numbers that are compressed together; each chunk costs a few writes and locks
 CELLS = 64  # whose lines of a 10x folder are compressed together
 
 FOLDER_FILES = ("matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz")

@@ -9,6 +9,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+import bulk2sc
+import generation
 import train_encoder
 from conftest import (
     CELL_TYPES,
@@ -934,3 +936,27 @@ def test_batches_of_the_reference_by_sample(trained_samples, sample_h5ad, tmp_pa
     assert "12 bulks, each the sum of 20 reference cells of one of 8 samples" in done.stdout
     done = run_inside("bulk2sc.py", *flags, *out, "--batch-size", 50)  # of 36 in each sample
     assert_one_line_error(done, "--batch-size: found 50", "36", "--samples")
+
+
+def test_a_batch_starts_at_the_composition_of_its_own_sample(
+    trained_samples, tmp_path, monkeypatch
+):
+    """The quarter of the updates that it gets would not lead there from that of all cells."""
+    cells = make_sample_cells()
+    other = (cells.obs["sample"] == "d1 control") & (cells.obs["cell_type"] != CELL_TYPES[0])
+    write(tmp_path / "x.h5ad", cells[~other].copy())
+    model, content = load_model(trained_samples / "bulkEncoder_model.pt", BulkEncoder)
+    starts, encode_bulks = [], generation.encode_bulks
+
+    def spy(*arguments, start):
+        starts.append(start)
+        return encode_bulks(*arguments, start=start)
+
+    monkeypatch.setattr(generation, "encode_bulks", spy)
+    settings = bulk2sc.Settings(data=str(tmp_path / "x.h5ad"), samples="sample", batch_size=10)
+    rng = np.random.default_rng(0)
+    parts = generation.encode_batches(settings, 60, model, content["genes"], "cpu", rng)
+    pi, start = torch.cat([part[2] for part in parts]), torch.cat(starts)  # (60, K) each
+    pure = start[:, 0] > 0.9
+    assert 0 < pure.sum() < 30
+    assert (pi[pure, 0] > 0.9).all() and (start[~pure] < 0.6).all()
