@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+from scipy.special import entr
 from zlib_ng import zlib_ng
 
 N_THREADS = 4  # as many as compress what thirty cores draw
@@ -15,7 +16,7 @@ LEVEL = 2  # the fastest with codes made for the data
 RAW = -zlib_ng.MAX_WBITS  # deflate without a header
 ZLIB_HEADER = b"\x78\x01"  # of a deflate stream with the largest window
 SAMPLE = 4096  # bytes of a chunk whose entropy is taken
-INCOMPRESSIBLE = 7.5  # bits a byte, from which codes save less than they take
+INCOMPRESSIBLE = 7.5  # bits of entropy a byte, from which codes save less than they take
 
 
 class CompressionQueue:
@@ -87,31 +88,20 @@ def packed_chunk(values, dtype, size):
     planes = np.zeros((dtype.itemsize, size), np.uint8)  # first the lowest byte of each number
     for i in range((int(values.max()).bit_length() + 7) // 8):
         planes[i, : len(values)] = values >> 8 * i
-    checksum = zlib_ng.adler32(planes).to_bytes(4, "big")
-    return (
-        ZLIB_HEADER + packed_low_bytes(planes[0], len(values)) + packed_runs(planes[1:]) + checksum
-    )
+    low = packed_low_bytes(planes[0], len(values))
+    high = packed(planes[1:], RAW, zlib_ng.Z_RLE)  # these repeat in runs if at all
+    return ZLIB_HEADER + low + high + zlib_ng.adler32(planes).to_bytes(4, "big")
 
 
 def packed_low_bytes(low, n):
     """Lowest bytes (size), of which n are of values: the beginning of a raw deflate stream."""
     # They hardly repeat, so codes without a search for repeats take half the time. Those of gene
     # numbers and offsets are all equally likely: no code saves anything.
-    level = LEVEL if entropy(low[: min(n, SAMPLE)]) < INCOMPRESSIBLE else 0
+    sample = low[: min(n, SAMPLE)]
+    bits = entr(np.bincount(sample) / len(sample)).sum() / np.log(2)
+    level = LEVEL if bits < INCOMPRESSIBLE else 0
     stream = zlib_ng.compressobj(level, zlib_ng.DEFLATED, RAW, 9, zlib_ng.Z_HUFFMAN_ONLY)
     return stream.compress(low) + stream.flush(zlib_ng.Z_SYNC_FLUSH)  # at a whole byte, not its end
-
-
-def packed_runs(planes):
-    """Higher bytes, which repeat in runs if at all: the end of a raw deflate stream."""
-    return packed(planes, RAW, zlib_ng.Z_RLE)
-
-
-def entropy(values):
-    """Entropy of bytes (n) by their frequencies, in bits."""
-    p = np.bincount(values) / len(values)
-    p = p[p > 0]
-    return -(p * np.log2(p)).sum()
 
 
 def packed_text(text):
