@@ -300,11 +300,12 @@ def make_sample_bulks(cells):
 
 
 OF_SAMPLES = ["--samples", "sample", "--donors", "donor"]
-# Wide and fast, so that the latent finds the treatment within a few hundred steps.
+# Wide and fast, so that the latent finds the treatment within a few hundred steps; at a higher
+# weight of the KL, one seed in three does not find it in every type.
 SMALL = {
     "train_gmvae.py": [
         *("--epochs", 24, "--vae-epochs", 12, "--batch-size", 16, "--lr", 3e-3, "--dropout", 0),
-        *("--kl-start", 0.02, "--kl-end", 0.2, "--n-hidden", 128, "--n-latent", 4),
+        *("--kl-start", 0.02, "--kl-end", 0.1, "--n-hidden", 128, "--n-latent", 4),
     ],
     "train_decoder.py": [
         *("--epochs", 24, "--batch-size", 16, "--lr", 3e-3, "--n-hidden", 64),
