@@ -1,5 +1,6 @@
 """Seeds, devices, and the way between sparse counts and dense tensors."""
 
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,19 @@ from runtime.errors import InputError
 
 # OMP_NUM_THREADS, else one for each core; numba and others change it while the program runs.
 N_THREADS = torch.get_num_threads()
+# Values in the largest tensor of a training step for each thread. Threads wait for each other
+# several times a step, and as long as another program has the core of one of them.
+VALUES_PER_THREAD = 1 << 20
+
+
+def training_threads(n_values):
+    """Threads of a training: OMP_NUM_THREADS if it is set, else as many as its tensors keep busy.
+
+    n_values: in the largest tensor of a step.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return N_THREADS
+    return min(max(n_values // VALUES_PER_THREAD, 1), N_THREADS)
 
 
 def seed_everything(seed):

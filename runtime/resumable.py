@@ -7,7 +7,7 @@ import time
 import torch
 
 from runtime.checkpoint import Checkpoint, Progress
-from runtime.device import N_THREADS
+from runtime.device import training_threads
 from runtime.errors import InputError
 from runtime.processes import ProcessGroup
 from runtime.signals import SignalHandler, Stopped
@@ -66,11 +66,10 @@ class ResumableRun:
 
     def begin(self):
         """From now on signals take effect between steps; all processes have the same model."""
-        torch.set_num_threads(N_THREADS)
         if self.device.type == "cpu":
-            # Threads wait for each other by spinning, which a busy core makes endless.
-            hint = "" if N_THREADS == 1 else "; OMP_NUM_THREADS=1 is faster on a busy machine"
-            print(f"{self.name}: {N_THREADS} thread{'s' * (N_THREADS > 1)}{hint}")
+            n_threads = training_threads(self.plan.batch_size * self.model.config["n_genes"])
+            torch.set_num_threads(n_threads)
+            print(f"{self.name}: {n_threads} thread{'s' * (n_threads > 1)}")
         self.save_time = time.monotonic()
         SignalHandler.deferred = self.receive_signal
         self.check_processes()
