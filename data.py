@@ -300,8 +300,12 @@ def batches_of_samples(adata):
 
 
 def sample_names(adata):
-    """Sample and donor of each cell, two lists (N); none without samples. For digests."""
-    return [list(adata.obs[name].astype(str)) for name in ("sample", "donor") if name in adata.obs]
+    """Sample, donor and, if given, batch of each cell, lists (N) for digests; none without samples.
+
+    Conditions are not among them, as no training reads them.
+    """
+    names = ("sample", "donor", "batch")
+    return [list(adata.obs[name].astype(str)) for name in names if name in adata.obs]
 
 
 # ------------------------------------------------------------------ genes, split, pseudobulks
