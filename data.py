@@ -23,6 +23,9 @@ from runtime.script import check_choices, flag
 
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
 MOST_DENSE = 1 << 27  # counts of a reference that is summed as a dense matrix, half a GB
+# Shares of the genes that a point of the mean-variance trend is fitted to: scanpy's, and wider ones
+# for few cells, where a third of the genes has one and the same mean (a single count).
+SPANS = (0.3, 0.5, 0.7, 0.9)
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 
@@ -297,8 +300,12 @@ def batches_of_samples(adata):
 
 
 def sample_names(adata):
-    """Sample and donor of each cell, two lists (N); none without samples. For digests."""
-    return [list(adata.obs[name].astype(str)) for name in ("sample", "donor") if name in adata.obs]
+    """Sample, donor and, if given, batch of each cell, lists (N) for digests; none without samples.
+
+    Conditions are not among them, as no training reads them.
+    """
+    names = ("sample", "donor", "batch")
+    return [list(adata.obs[name].astype(str)) for name in names if name in adata.obs]
 
 
 # ------------------------------------------------------------------ genes, split, pseudobulks
@@ -377,14 +384,19 @@ def choose_genes(adata, n_genes):
 
     counts = adata.copy()
     counts.X = counts.X.astype(np.float32)
-    try:
-        scanpy.pp.highly_variable_genes(counts, flavor="seurat_v3", n_top_genes=n_genes)
-    except ValueError as error:  # loess on a handful of cells or genes
-        raise InputError(
-            f"--n-genes {n_genes}: variable genes could not be chosen from {adata.n_obs} cells "
-            f"({one_line(error)}); expected more cells, or --n-genes {adata.n_vars} to use all"
-        ) from error
-    return list(adata.var_names[counts.var["highly_variable"]])
+    for span in SPANS:
+        try:
+            scanpy.pp.highly_variable_genes(
+                counts, flavor="seurat_v3", n_top_genes=n_genes, span=span
+            )
+        except ValueError as error:  # of loess: too few different means within the span
+            failure = error
+        else:
+            return list(adata.var_names[counts.var["highly_variable"]])
+    raise InputError(
+        f"{n_genes:,} variable genes could not be chosen from {adata.n_obs} cells x "
+        f"{adata.n_vars:,} genes ({one_line(failure)}); expected more cells"
+    ) from failure
 
 
 # Symbols of genes whose share of a library is the protocol's rather than the cells': proteins of

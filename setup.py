@@ -63,9 +63,10 @@ class BuildPackage(build_py):
 
 
 def requirements():
-    """The lines of requirements.txt without comments."""
+    """The requirements of requirements.txt, without comments and options of pip."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [name for line in lines if (name := line.split("#")[0].strip())]
+    names = [line.split("#")[0].strip() for line in lines]
+    return [name for name in names if name and not name.startswith("-")]
 
 
 setup(install_requires=requirements(), cmdclass={"build_py": BuildPackage})

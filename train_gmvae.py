@@ -130,6 +130,22 @@ VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
 # --------------------------------------------------------------------------------- cell types
 
 
+def print_types(size, names):
+    """Print the cell types with their numbers of cells; warn of names that are nearly the same.
+
+    size: cells of each type (K). names: of the types (K).
+    """
+    order = np.argsort(-size, kind="stable")
+    print("cell types: " + ", ".join(f"{names[k]} {size[k]:,}" for k in order))
+    plain = ["".join(name.lower().split()) for name in names]
+    if alike := [repr(names[k]) for k in order if plain.count(plain[k]) > 1]:
+        print(
+            f"warning: cell types {', '.join(alike)} differ in case or blanks alone, and are "
+            "trained as different types",
+            file=sys.stderr,
+        )
+
+
 class LabelledTypes:
     """Cell types given by the labels: component k of the mixture is cell type k.
 
@@ -139,6 +155,7 @@ class LabelledTypes:
 
     def __init__(self, cells, cfg):
         self.codes, self.names = codes_of(cells)
+        print_types(np.bincount(self.codes, minlength=len(self.names)), self.names)
 
     def resume(self, kept):
         """Nothing to take from a checkpoint: the labels have been read again."""

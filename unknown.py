@@ -135,6 +135,10 @@ def adapt_types(types, names, profiles):
     Args:
         types: fractions (L, G). names: of them (L). profiles: the reference's fractions (K, G).
 
+    The reference has a type whose correlation with one of its own is IN_REFERENCE or more. For
+    rare types, whose profiles of few cells are noisy, ALIKE is enough if each is the other's
+    nearest. Neutrophils are nearest to monocytes, but monocytes are nearest to monocytes.
+
     Returns:
         ``(adapted, lacking)``: (L, G) and a mask (L). None and no type where fewer than two
         LINEAGES are in the reference, as the platform cannot be told then.
@@ -151,8 +155,11 @@ def adapt_types(types, names, profiles):
     adapted = adapted / adapted.sum(axis=1, keepdims=True)
     both = np.concatenate([profiles, adapted])
     logs = centred_logs(both[:, most_variable(both, both.shape[1] // 4)])
-    alike = np.corrcoef(logs)[len(profiles) :, : len(profiles)]
-    return adapted, alike.max(axis=1) < IN_REFERENCE
+    alike = np.corrcoef(logs)[len(profiles) :, : len(profiles)]  # (L, K)
+    best = alike.max(axis=1)
+    of_nearest = alike[:, alike.argmax(axis=1)].argmax(axis=0)  # nearest to each type's nearest
+    is_mutual = of_nearest == np.arange(len(types))
+    return adapted, ~((best >= IN_REFERENCE) | (is_mutual & (best > ALIKE)))
 
 
 # ----------------------------------------------------------------------------- the estimate

@@ -63,8 +63,11 @@ def already_finished(cfg, path, model_class, made_from):
         _, card = load_model(path, model_class)
     except InputError:
         return False  # the run will replace it
-    same = card.get("made_from") == made_from
-    if not same or differing_setting(card["settings"], plain_settings(cfg)):
+    difference = differing_setting(card["settings"], plain_settings(cfg))
+    if difference is None and card.get("made_from") != made_from:
+        difference = "other cells, labels, samples or earlier weights"
+    if difference:
+        print(f"{path}: of a run that ended, with {difference}; trained again")
         return False
     print(f"{path}: of a run with these settings and this data that ended; nothing left to do")
     return True

@@ -244,6 +244,13 @@ def test_annotate_names_the_cells(tmp_path, blocks, folder, table):
     assert labels_of(tmp_path / "out" / "barcode_to_celltype.csv").equals(first)
 
 
+def test_scanpy_reads_the_neighbours_of_large_data(blocks):
+    """Those of pynndescent, which scanpy takes from 8,192 cells on, here for fewer."""
+    cells = sc.AnnData(blocks.X.toarray().astype(np.float32))
+    sc.pp.neighbors(cells, n_neighbors=5, use_rep="X", transformer="pynndescent")
+    assert (np.diff(cells.obsp["distances"].indptr) >= 4).all()
+
+
 def test_annotate_does_not_overwrite_cell_types_unasked(tmp_path, blocks, table):
     folder = write_10x(tmp_path / "cells", blocks)
     (folder / "barcode_to_celltype.csv").write_text("by hand")

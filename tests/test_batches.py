@@ -183,6 +183,12 @@ def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
     assert sum(card["composition"]) == pytest.approx(1)
     total = cells.X.sum(axis=1).A1[~cells.obs["donor"].isin(["d4"])].mean()
     assert np.mean(card["content"]) == pytest.approx(total, rel=0.2)
+    resume = [*flags, *few, "--batches", tmp_path / "batches.csv", "--resume"]
+    assert "nothing left to do" in run_inside("train_encoder.py", *resume).stdout
+    batch[cells.obs["donor"] == "d2"] = "v3"  # edited since
+    pd.DataFrame({"batch": batch}).to_csv(tmp_path / "batches.csv", index_label="barcode")
+    again = run_inside("train_encoder.py", *resume)
+    assert again.returncode == 0 and "other cells, labels, samples" in again.stdout
 
 
 def test_batches_need_samples(sample_h5ad, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 import data
-from conftest import CELL_TYPES, write_10x, write_10x_h5, write_labels
+from conftest import CELL_TYPES, refused, write_10x, write_10x_h5, write_labels
 from data import (
     PROTOCOL_GENES,
     DatasetSettings,
@@ -241,6 +241,20 @@ def test_choose_genes_keeps_the_variable_ones():
     cells.var_names = [f"GENE{i}" for i in range(1000)]
     assert choose_genes(cells, 1000) == list(cells.var_names)
     assert choose_genes(cells, 15) == [f"GENE{i}" for i in range(40, 55)]
+
+
+def test_genes_are_chosen_from_few_cells_and_many_rare_genes():
+    """Half of the genes have a single count, and so one mean, to which no trend can be fitted."""
+    rng = np.random.default_rng(0)
+    mean = np.tile(np.r_[rng.uniform(0.1, 5, 900), np.full(1100, 0.02)], (60, 1))
+    mean[:30, :15], mean[30:, :15] = 16, 4
+    X = rng.poisson(mean).astype(np.int32)
+    X[:, 900:] = rng.permuted(np.eye(60, 1, dtype=np.int32).repeat(1100, axis=1), axis=0)
+    cells = anndata.AnnData(sp.csr_matrix(X))
+    cells.var_names = [f"GENE{i}" for i in range(2000)]
+    assert choose_genes(cells, 15) == [f"GENE{i}" for i in range(15)]
+    alike = cells[:, 900:].copy()
+    refused(lambda: choose_genes(alike, 15), "60 cells x 1,100 genes", "expected more cells")
 
 
 def test_marker_genes_are_those_that_tell_types_apart():

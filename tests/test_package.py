@@ -118,9 +118,19 @@ def test_recipes_name_the_pinned_versions():
     other = {"torch": "pytorch", "matplotlib": "matplotlib-base", "igraph": "python-igraph"}
     other["zlib-ng"] = "python-zlib-ng"
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if not (pin := line.split("#")[0].strip()):
+        pin = line.split("#")[0].strip()
+        if not pin or pin.startswith("-"):
             continue
         name, version = pin.split("==")
         assert f"    - {other.get(name, name)} {version}\n" in recipe, name
         assert name != "torch" or f"torch=={version}" in image
     assert f'set version = "{VERSION}"' in recipe
+
+
+def test_every_requirement_is_locked():
+    """constraints.txt was renewed after requirements.txt and requirements-test.txt were edited."""
+    locked = (ROOT / "constraints.txt").read_text().splitlines()
+    for name in ("requirements.txt", "requirements-test.txt"):
+        pins = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        missing = {pin for pin in pins if pin and not pin.startswith("-")} - set(locked)
+        assert not missing, (name, missing)

@@ -123,12 +123,21 @@ def test_one_command_trains_all_three(h5ad, trained, tmp_path):
     flags = ["--data", h5ad, "--weights", tmp_path / "all", "--epochs", 2, 2, 3]
     done = run_inside("train.py", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
+    names = "B cells 40, CD4+/CD25 T 30, Natural killer  cells 20"
+    assert done.stdout.count(f"cell types: {names}\n") == 1 and "alone" not in done.stderr
     for script, n in zip(TINY, (2, 2, 3), strict=True):
         alone = run_inside(script, "--data", h5ad, "--weights", tmp_path / "each", "--epochs", n)
         assert alone.returncode == 0, alone.stderr[-2000:]
         assert same_weights(tmp_path / "all", tmp_path / "each", script)
     again = run_inside("train.py", *flags, "--resume")
     assert again.returncode == 0 and again.stdout.count("nothing left to do") == 3
+
+
+def test_names_of_types_that_are_nearly_the_same_are_warned_of(capsys):
+    train_gmvae.print_types(np.array([300, 2, 1, 1000]), ["B", "b", "NK T", "NKT"])
+    printed = capsys.readouterr()
+    assert printed.out == "cell types: NKT 1,000, B 300, b 2, NK T 1\n"
+    assert "'NKT', 'B', 'b', 'NK T' differ in case or blanks alone" in printed.err
 
 
 def test_settings_of_all_stages_are_checked_before_any_is_trained(h5ad, tmp_path):

@@ -139,6 +139,20 @@ def test_types_come_to_the_platform_of_the_reference(world):
     assert np.abs(result.share - 0.3).max() < 0.12
 
 
+def test_rare_types_of_the_reference_are_not_lacking(world):
+    """Their profiles of few cells correlate less with the table's, but with nothing else more."""
+    table, reference = world
+    rng = np.random.default_rng(14)
+    types = unknown.fractions(table.T)
+    rare = rng.multinomial(2000, types[-1])
+    profiles = np.concatenate([reference, rare[None] / rare.sum()])
+    adapted, lacking = unknown.adapt_types(types, table.columns, profiles)
+    both = np.concatenate([profiles, adapted])
+    logs = unknown.centred_logs(both[:, unknown.most_variable(both, G // 4)])
+    assert unknown.ALIKE < np.corrcoef(logs)[5, -1] < unknown.IN_REFERENCE
+    assert not lacking.any()
+
+
 def test_genes_off_by_a_large_factor_hardly_count(world):
     table, _ = world
     rng = np.random.default_rng(13)
