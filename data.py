@@ -23,6 +23,7 @@ from runtime.script import check_choices, flag
 
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
 MOST_DENSE = 1 << 27  # counts of a reference that is summed as a dense matrix, half a GB
+SPANS = (0.3, 0.5, 0.7, 1.0)  # shares of the genes that a point of the trend is fitted to
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 
@@ -166,7 +167,9 @@ def load_cells(settings, need_labels=True, found=True):
     empty = library_size(adata.X) == 0
     if empty.any():
         print(f"{settings.data}: {empty.sum():,} cells without a single count left out")
+        barcodes = list(adata.obs_names)
         adata = adata[~empty].copy()
+        adata.uns["barcodes"] = barcodes  # which tables by barcode may still have
     if adata.n_obs == 0:
         raise InputError(f"{settings.data}: every count is zero, expected raw counts")
     adata.uns["source"] = str(settings.data)
@@ -175,10 +178,21 @@ def load_cells(settings, need_labels=True, found=True):
         adata = label_cells(adata, settings, settings.weights if found else None)
     else:
         print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    adata.uns.pop("barcodes", None)
     # Columns of these names would read as the samples of --samples, which are not given.
     names = ("sample", *GROUPS.values())
     adata.obs = adata.obs.drop(columns=[name for name in names if name in adata.obs])
     return adata if samples is None else add_samples(adata, samples, settings)
+
+
+def report_names(adata):
+    """Print how many genes have both a symbol and an id, as bulks may name them by either."""
+    pairs = zip(adata.var_names, adata.var["gene_ids"], strict=True)
+    single = [name for name, other in pairs if other in ("", name)]
+    n, n_genes = adata.n_vars - len(single), adata.n_vars
+    rest = f"; bulks must name {'the others' if n else 'genes'} as the data does ({some(single)})"
+    rest = rest if single else ""
+    print(f"{adata.uns['source']}: {n:,} of {n_genes:,} genes have a symbol and an id{rest}")
 
 
 def add_samples(adata, samples, settings):
@@ -367,6 +381,7 @@ def choose_genes(adata, n_genes):
     Ranked by the variance of standardised counts around a fitted mean-variance trend (Stuart et
     al., Cell 2019; scanpy's ``seurat_v3``). It works on raw counts and, unlike the older ranking by
     dispersion, does not favour genes detected in a handful of cells. Give it training cells only.
+    The first of SPANS with which the trend can be fitted is taken; few cells need a wide one.
 
     Raises:
         InputError: the trend cannot be fitted.
@@ -377,14 +392,18 @@ def choose_genes(adata, n_genes):
 
     counts = adata.copy()
     counts.X = counts.X.astype(np.float32)
-    try:
-        scanpy.pp.highly_variable_genes(counts, flavor="seurat_v3", n_top_genes=n_genes)
-    except ValueError as error:  # loess on a handful of cells or genes
-        raise InputError(
-            f"--n-genes {n_genes}: variable genes could not be chosen from {adata.n_obs} cells "
-            f"({one_line(error)}); expected more cells, or --n-genes {adata.n_vars} to use all"
-        ) from error
-    return list(adata.var_names[counts.var["highly_variable"]])
+    for span in SPANS:
+        try:
+            scanpy.pp.highly_variable_genes(
+                counts, flavor="seurat_v3", n_top_genes=n_genes, span=span
+            )
+            return list(adata.var_names[counts.var["highly_variable"]])
+        except ValueError as error:  # loess on a handful of cells, whose genes share few means
+            problem = one_line(error)
+    raise InputError(
+        f"variable genes could not be chosen from {adata.n_obs} cells ({problem}); expected more "
+        f"cells; --n-genes {adata.n_vars} takes all genes"
+    )
 
 
 # Symbols of genes whose share of a library is the protocol's rather than the cells': proteins of
