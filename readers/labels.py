@@ -322,6 +322,32 @@ def numbers_in(names):
     return (start, numbers) if numbers else None
 
 
+def is_count(numbers):
+    """Whether numbers (a set) are those of rows: all of them, from 0 or 1 on."""
+    return min(numbers) in (0, 1) and max(numbers) - min(numbers) + 1 == len(numbers)
+
+
+def check_same_start(names, samples, path):
+    """Refuse to match samples that are numbered from 0 on one side and from 1 on the other.
+
+    Args:
+        names: of a file's samples. samples: of the data. path: of the file.
+
+    Raises:
+        InputError: they are.
+    """
+    sides = [numbers_in(names), numbers_in(samples)]
+    if None in sides or sides[0][0] != sides[1][0]:
+        return
+    first = [min(numbers) for _, numbers in sides if is_count(numbers)]
+    if len(set(first)) > 1:
+        raise InputError(
+            f"{path}: its samples are numbered from {first[0]} on ({some(names)}), those of the "
+            f"bulk from {first[1]} on ({some(samples)}), and may not be the same ones; expected "
+            "the same names"
+        )
+
+
 def check_row_numbers(of_file, of_data, every, path):
     """Refuse to match cells by the numbers of rows, which begin at 0 in Python and at 1 in R.
 
@@ -340,7 +366,7 @@ def check_row_numbers(of_file, of_data, every, path):
     if file[1] in (data[1], numbers_in(of_data)[1]):
         return
     sides = [numbers for _, numbers in (file, data)]
-    whole = [min(n) in (0, 1) and max(n) - min(n) + 1 == len(n) for n in sides]
+    whole = [is_count(numbers) for numbers in sides]
     shifted = all(whole) and min(sides[0]) != min(sides[1])
     if shifted or (any(whole) and not file[0]):
         in_file, in_data = (f"{len(n):,} cells from {min(n)} to {max(n)}" for n in sides)
