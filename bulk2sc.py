@@ -174,8 +174,8 @@ def print_fit(cfg, samples):
         depth = samples.bulk.sum(axis=1)[samples.is_shallow]
         warn(
             f"{name_of(cfg.bulk)}: {samples.is_shallow.sum()} of {len(fit)} samples "
-            f"({some(fit.index[samples.is_shallow])}) have few counts in the genes of the model "
-            f"({depth.min():,.0f} at least): proportions are rough, and whether the reference fits "
+            f"({some(fit.index[samples.is_shallow])}) have few counts, from {depth.min():,.0f} on "
+            "in the genes of the model: proportions are rough, and whether the reference fits "
             "cannot be told"
         )
     unlike = fit.index[(fit["misfit"] > MISFIT) & ~samples.is_shallow]

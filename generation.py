@@ -547,8 +547,7 @@ def counts_of_genes(bulk, expected, present):
     unknown.
     """
     share = expected[:, present] / expected[:, present].sum(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        median = np.nanmedian(np.where(share > 3e-5, share, np.nan), axis=1)
+    median = np.nanmedian(np.where(share > 3e-5, share, np.nan), axis=1)
     is_counts = (bulk == np.rint(bulk)).all(axis=1)
     return np.where(is_counts, bulk[:, present].sum(axis=1) * median, np.inf)
 

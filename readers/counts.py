@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from readers.bounded import no_file, read_table
-from readers.gene_names import COMMON_GENES, genome_of, other_names, without_genome
+from readers.gene_names import COMMON_GENES, GENOME, genome_of, other_names, without_genome
 from readers.hdf5 import check_hdf5
 from readers.matrix_market import read_mtx
 from readers.scale import LARGEST_LOG
@@ -33,6 +33,7 @@ ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?([^A-Za-z0-9].*)?")
 
 FEWEST_NAMES = 20  # Ensembl ids or barcodes that are evidence of what an axis is
 
+MOSTLY_BARE = 0.2  # of the genes without a genome in front, though others have one
 MOSTLY_ONE = 0.9  # of all counts: what one genome must have for the others to be noise
 
 STILL_WHOLE = 0.2  # share of integers among values that are no integers throughout
@@ -266,8 +267,8 @@ def only_genes(adata, mask):
 def keep_genome(adata, path):
     """Keep the genes and cells of one genome, and take its name off the genes'.
 
-    Genes tell their genome by a prefix (``GRCh38_``), or their species by their Ensembl ids. Genes
-    that tell none stay.
+    Genes tell their genome by a prefix (``GRCh38_``), or their species by their Ensembl ids. A few
+    genes that tell none stay, as spike-ins do.
 
     Args:
         adata: AnnData or BackedCells with ``.var["gene_ids"]``. path: what messages name.
@@ -277,6 +278,9 @@ def keep_genome(adata, path):
     """
     pairs = list(zip(map(str, adata.var_names), map(str, adata.var["gene_ids"]), strict=True))
     genome = np.array([genome_of(a) or genome_of(b) or "" for a, b in pairs], object)  # (G)
+    bare = genome == ""
+    if bare.mean() > MOSTLY_BARE and any(GENOME.match(name) for name, _ in pairs):
+        genome[bare] = "others"  # one species has a genome in front, another has none
     n_genes = Counter(genome[genome != ""])
     genomes = [name for name, n in n_genes.most_common() if n >= FEWEST_NAMES]
     if len(genomes) > 1:

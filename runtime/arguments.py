@@ -17,6 +17,11 @@ def named_as_arguments(text):
     return FLAG.sub(lambda match: match[1].replace("-", "_"), text)
 
 
+def said(text):
+    """A message as users are to read it: with flags in a script, with arguments from Python."""
+    return text if IN_SCRIPT.get() else named_as_arguments(text)
+
+
 def for_python(function):
     """Decorator: InputErrors name arguments in place of flags, unless a script runs."""
 
@@ -25,9 +30,7 @@ def for_python(function):
         try:
             return function(*arguments, **options)
         except InputError as error:
-            if IN_SCRIPT.get():
-                raise
-            raise type(error)(named_as_arguments(str(error))) from error
+            raise type(error)(said(str(error))) from error
 
     return wrapped
 

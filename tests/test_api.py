@@ -204,4 +204,5 @@ def test_what_functions_give_is_shown_in_a_line(trained, bulk):
     assert repr(models) == f"Models of 3 cell types ({', '.join(CELL_TYPES)}) x 60 genes"
     assert repr(samples) == "2 bulk samples (a, b) of 3 cell types, 60 genes"
     assert repr(samples.to_bulks()) == "2 bulks or mixtures to generate (a, b)"
+    assert repr(samples.proportions) == "Proportions of 3 cell types in 2 samples"
     refused(lambda: api.load(None), "weights: found None")

@@ -125,10 +125,7 @@ def test_samples_of_few_counts_are_called_so(trained, tmp_path, monkeypatch):
     done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", tmp_path / "bulk.csv",
                       "--n-cells", 3, "--out", tmp_path / "g.h5ad")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (
-        "1 of 3 samples (thin) have few counts in the genes of the model (40 at least)"
-        in done.stderr
-    )
+    assert "1 of 3 samples (thin) have few counts, from 40 on" in done.stderr
     assert "1 of 3 samples (strange) are not what" in done.stderr
     deep = pd.DataFrame(table, index=cells.var_names)[["thin"]] / 3  # no counts, of unknown depth
     deep.to_csv(tmp_path / "bulk.csv")

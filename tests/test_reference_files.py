@@ -909,6 +909,20 @@ def test_species_are_told_by_ids_alone_and_another_one_is_read(tmp_path, cells):
     assert read_counts(write(path, mouse)).n_vars == 25
 
 
+def test_genes_without_a_genome_in_front_beside_others(tmp_path, cells):
+    """Of another species if they are many, spike-ins if they are few."""
+    mixed = with_genomes(cells, 0.4)
+    mixed.var = mixed.var[[]]
+    mixed.var_names = [name.removeprefix("GRCh38_") for name in mixed.var_names]
+    path = write(tmp_path / "a.h5ad", mixed)
+    refused(lambda: read_counts(path), "2 genomes (others 59.9%, mm10 40.1%")
+    few = mixed[:, 50:].copy()
+    few.var_names = [f"hg19_{n}" if i > 2 else f"ERCC-{i}" for i, n in enumerate(few.var_names)]
+    few.var_names = [name.replace("hg19_mm10___", "hg19_") for name in few.var_names]
+    read = read_counts(write(path, few))
+    assert list(read.var_names[:4]) == ["ERCC-0", "ERCC-1", "ERCC-2", "GENE53"]
+
+
 def test_a_10x_h5_of_two_genomes_is_named(tmp_path, cells):
     path = tmp_path / "a.h5"
     write_10x_h5(path, cells, "old")
