@@ -96,7 +96,7 @@ from readers.bounded import read_table
 from readers.gene_names import bare_id
 from readers.labels import LABEL_FILE
 from runtime.errors import one_line, some
-from runtime.writing import write_whole
+from runtime.writing import check_writable, write_whole
 
 # Of the marker table, in ScType's spelling; the last two are positive and negative markers.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
@@ -474,11 +474,13 @@ def write_results(out, clustered, table, labels):
 
 def main(cfg):
     if cfg.export is not None:
+        check_writable(cfg.export, "--export")
         cells = read_counts(cfg.data)
         export_10x(cells, cfg.export)
         print(f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {cfg.export}")
         return
     out = output_folder(cfg)
+    check_writable(out)  # rather now than after the clustering
     markers = read_markers(cfg.db, cfg.tissue)  # before the data, as it takes less time
     types = types_to_refine(cfg, markers)
     cells = read_cells(cfg)

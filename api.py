@@ -9,6 +9,7 @@ text is one line that names what was found and what was expected.
 """
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import anndata
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cell_tables import CellTable
-from data import shipped
+from data import TrainingSettings, shipped
 from expression import mean_library
 from generation import (
     Bulks,
@@ -31,16 +32,22 @@ from generation import (
 )
 from proportions import make_proportions
 from readers.bulk import read_bulk
+from readers.bulk_options import BulkOptions
 from readers.fingerprint import digest
 from readers.proportions import read_proportions
-from runtime.cell_writers import open_cells
+from runtime.arguments import check_choice, check_number, check_type, for_python, said
+from runtime.cell_writers import kind_of, open_cells
 from runtime.device import pick_device
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line, some
 from runtime.processes import wait_for_all
 from runtime.provenance import files_read, run_name
 from runtime.version import VERSION
+from runtime.writing import check_writable
+
+PATH = (str, Path)
 
 
+@for_python
 def load(weights="weights/pbmc", device="auto"):
     """Load the models of a folder of weights.
 
@@ -55,9 +62,12 @@ def load(weights="weights/pbmc", device="auto"):
     Raises:
         InputError: a file is missing or no weights file, or the device is not there.
     """
+    check_type("weights", weights, PATH, "a folder of weights")
+    check_type("device", device, str, "auto, cpu, cuda or cuda:N")
     return load_models(shipped(weights), pick_device(device))
 
 
+@for_python
 def train(cells, weights, labels="cell_type", epochs=None, **settings):
     """Train the three models on a labelled reference: the scripts' trainings, one after the other.
 
@@ -78,15 +88,25 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
     import train_encoder
     import train_gmvae
 
+    check_type("cells", cells, (anndata.AnnData, *PATH), "AnnData or a path")
+    check_type("weights", weights, PATH, "a folder to write to")
+    check_type("labels", labels, (*PATH, type(None)), "a column of .obs or a csv")
+    known = [field.name for field in fields(TrainingSettings)]
+    if unknown := [name for name in settings if name not in known]:
+        raise InputError(f"{unknown[0]}: unknown, expected settings such as {some(known, 30)}")
     each = epochs if isinstance(epochs, (tuple, list)) else (epochs,) * 3
     if len(each) != 3:
         raise InputError(f"epochs: found {len(each)} numbers, expected one for each of 3 trainings")
+    each = [n if n is None else check_number("epochs", n, 1) for n in each]
+    check_writable(weights, "--weights")
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, anndata.AnnData):
-            path = Path(folder) / "reference.h5ad"
-            cells.write_h5ad(path)
-            cells = path
-        given = {"data": str(cells), "labels": labels, "weights": Path(weights)} | settings
+            cells = write_cells(cells, Path(folder) / "reference.h5ad")
+        given = {
+            "data": str(cells),
+            "labels": None if labels is None else str(labels),
+            "weights": Path(weights),
+        } | settings
         scripts = (train_gmvae, train_decoder, train_encoder)
         runs = [  # all settings are checked before anything is trained
             (script, script.Settings(**given, **({} if n is None else {"epochs": n})))
@@ -98,6 +118,20 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
     return load(weights, settings.get("device", "auto"))
 
 
+def write_cells(cells, path):
+    """Write an AnnData for the trainings to read, and return the path.
+
+    Raises:
+        InputError: an .h5ad cannot hold it.
+    """
+    try:
+        cells.write_h5ad(path)
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"cells: could not be written as .h5ad ({one_line(error)})") from error
+    return path
+
+
+@for_python
 def deconvolve(
     bulk,
     models,
@@ -112,26 +146,33 @@ def deconvolve(
     """Estimate cell-type proportions of bulk samples, and each type's expression in each sample.
 
     Args:
-        bulk: AnnData or DataFrame (S x G), counts, TPM or CPM, genes by name; or one path or
-            several of files as ``--bulk`` takes them. models: of :func:`load`. options:
+        bulk: AnnData or DataFrame (S x G), counts, TPM or CPM, genes by name; a Series (G) of one
+            sample; or one path or several of files. models: of :func:`load`. options:
             readers.bulk_options.BulkOptions, how tables are read. where: what messages name.
             proportions: known fractions of cells, a csv as ``--proportions`` takes it, or a
             DataFrame (S x types). lineages: csv of the lineages that these are of.
-            mrna_content, calibrate, platform: as the flags of ``bulk2sc.py``.
+            mrna_content: ``auto``, ``reference`` or ``published``. calibrate: ``auto``, ``none``,
+            ``uniform`` or ``types``. platform: ``keep``, ``remove`` or ``none``; see the flags of
+            ``bulk2sc.py``.
 
     Returns:
         generation.BulkSamples: ``proportions`` (``to_table()`` gives a long DataFrame), ``fit`` (a
         row for each sample), ``expression``.
 
     Raises:
-        InputError: the bulk is no table of samples, is on a log scale, has too few genes, or could
-            be read in two ways.
+        InputError: an argument has another type or value; or the bulk is no table of samples, is
+            on a log scale, has too few genes, or could be read in two ways.
     """
+    check_models(models)
+    check_type("options", options, (BulkOptions, type(None)), "BulkOptions")
+    check_choice("mrna_content", mrna_content, ("auto", "reference", "published"))
+    check_choice("calibrate", calibrate, ("auto", "none", "uniform", "types"))
+    check_choice("platform", platform, ("keep", "remove", "none"))
     encoder, _, _, card = models
     genes = card["genes"]
     is_read = isinstance(bulk, tuple) and len(bulk) == 3 and sp.issparse(bulk[0])
     if not is_read:
-        bulk = read_bulk(bulk, genes, card.get("gene_ids"), options)
+        bulk = read_bulk(as_bulk(bulk), genes, card.get("gene_ids"), options)
     known = known_proportions(proportions, card["cell_types"], lineages)
     samples = BulkSamples(bulk, where or "bulk", models, mrna_content, known)
     samples.how = how_to_calibrate(calibrate, platform, encoder)
@@ -139,13 +180,58 @@ def deconvolve(
     return samples
 
 
+def check_models(models):
+    """Check that models are what :func:`load` gives.
+
+    Raises:
+        InputError: they are not.
+    """
+    check_type("models", models, Models, "what load() gives")
+
+
+def as_bulk(bulk):
+    """Bulk samples as readers.bulk takes them: a Series is one sample.
+
+    Raises:
+        InputError: they are neither AnnData, DataFrame, Series nor paths, or have names in levels.
+    """
+    expected = "AnnData or DataFrame (samples x genes), a Series of one sample, or paths"
+    if isinstance(bulk, pd.Series):
+        bulk = bulk.to_frame(bulk.name if bulk.name is not None else "bulk").T
+    is_path = isinstance(bulk, PATH)
+    if isinstance(bulk, (tuple, list)):
+        is_path = bool(bulk) and all(isinstance(path, PATH) for path in bulk)
+    if not is_path:
+        check_type("bulk", bulk, (anndata.AnnData, pd.DataFrame), expected)
+    if isinstance(bulk, pd.DataFrame):
+        for what, index in (("genes", bulk.columns), ("samples", bulk.index)):
+            if index.nlevels > 1:
+                raise InputError(
+                    f"bulk: found names of {what} in {index.nlevels} levels (MultiIndex), expected "
+                    f"one name each, such as table.{'columns' if what == 'genes' else 'index'}"
+                    ".get_level_values(0)"
+                )
+    return bulk
+
+
 def how_to_calibrate(calibrate, platform, encoder):
-    """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none."""
+    """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none.
+
+    Raises:
+        InputError: a platform is given, and cells are not calibrated by type.
+    """
+    auto = "types" if encoder.n_state else "none"
+    if platform != "keep" and (auto if calibrate == "auto" else calibrate) != "types":
+        why = f" ({auto} for these weights, of one sample)" if calibrate == "auto" else ""
+        raise InputError(
+            f"--platform: found {platform} with --calibrate {calibrate}{why}, expected --calibrate "
+            "types, which alone tells the platform's part"
+        )
     if calibrate != "auto":
         return calibrate, platform
     if not encoder.n_state:
         return "none", platform
-    print(f"--calibrate types, --platform {platform}: the reference was of several samples")
+    print(said(f"--calibrate types, --platform {platform}: the reference was of several samples"))
     return "types", platform
 
 
@@ -153,9 +239,12 @@ def known_proportions(proportions, cell_types, lineages=None):
     """KnownProportions of a csv or a DataFrame (R x columns); None for None."""
     if proportions is None:
         return None
+    check_type("proportions", proportions, (pd.DataFrame, *PATH), "a DataFrame or a csv")
+    check_type("lineages", lineages, (*PATH, type(None)), "a csv of the lineages")
     return read_proportions(proportions, cell_types, lineages)
 
 
+@for_python
 def mixtures(proportions, models, lineages=None):
     """Mixtures of the reference's cell types to generate, without a bulk.
 
@@ -166,12 +255,14 @@ def mixtures(proportions, models, lineages=None):
     Returns:
         generation.Bulks, for :func:`generate`.
     """
+    check_models(models)
     _, encoder_card, decoder, _ = models
     known = known_proportions(proportions, encoder_card["cell_types"], lineages)
     proportions, encoded = encode_mixtures(encoder_card, decoder, known)
     return Bulks(proportions.names, [encoded], proportions)
 
 
+@for_python
 def generate(
     source,
     models,
@@ -196,7 +287,19 @@ def generate(
 
     Returns:
         AnnData (N x G) with counts in X; with ``out``, (N x 0), its tables alone.
+
+    Raises:
+        InputError: an argument has another type or value.
     """
+    check_type("source", source, (Bulks, BulkSamples), "what deconvolve() or mixtures() gives")
+    check_models(models)
+    n_cells, seed = check_number("n_cells", n_cells, 0), check_number("seed", seed, 0, 2**32 - 1)
+    if cells_per_type is not None:
+        cells_per_type = check_number("cells_per_type", cells_per_type, 1)
+    if out is not None:
+        check_type("out", out, PATH, "a path")
+        if kind_of(out) is None:
+            raise InputError(f"out: found {out}, expected a name ending in .h5ad or .h5, or none")
     decoder, card = models[2], models[3]
     bulks = source if isinstance(source, Bulks) else source.to_bulks()
     samples, cell_types, genes = bulks.samples, card["cell_types"], card["genes"]

@@ -93,6 +93,11 @@ class Settings(DatasetSettings, BulkOptions):
             raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
         if self.calibrate != "auto" and not self.bulk:
             raise InputError("--calibrate: found no --bulk, expected bulk samples to add up to")
+        if self.calibrate in ("none", "uniform") and self.platform != "keep":
+            raise InputError(
+                f"--platform: found {self.platform} with --calibrate {self.calibrate}, expected "
+                "--calibrate types, which alone tells the platform's part"
+            )
         if self.dry_run and not self.bulk:
             raise InputError("--dry-run: found no --bulk, expected files to say how they are read")
         if not 0 <= self.pseudocount < float("inf"):
@@ -165,7 +170,15 @@ def print_fit(cfg, samples):
             f"lacks; in {fit.index[worst]} {unknown.share[worst]:.0%} ({unknown.describe(worst)}). "
             "Proportions are of the other cells"
         )
-    unlike = fit.index[fit["misfit"] > MISFIT]
+    if samples.is_shallow.any():
+        depth = samples.bulk.sum(axis=1)[samples.is_shallow]
+        warn(
+            f"{name_of(cfg.bulk)}: {samples.is_shallow.sum()} of {len(fit)} samples "
+            f"({some(fit.index[samples.is_shallow])}) have few counts, from {depth.min():,.0f} on "
+            "in the genes of the model: proportions are rough, and whether the reference fits "
+            "cannot be told"
+        )
+    unlike = fit.index[(fit["misfit"] > MISFIT) & ~samples.is_shallow]
     if len(unlike):
         warn(
             f"{name_of(cfg.bulk)}: {len(unlike)} of {len(fit)} samples ({some(unlike)}) are not "

@@ -169,7 +169,9 @@ def load_cells(settings, need_labels=True, found=True):
     empty = library_size(adata.X) == 0
     if empty.any():
         print(f"{settings.data}: {empty.sum():,} cells without a single count left out")
+        barcodes = list(adata.obs_names)
         adata = adata[~empty].copy()
+        adata.uns["barcodes"] = barcodes  # which tables by barcode may still have
     if adata.n_obs == 0:
         raise InputError(f"{settings.data}: every count is zero, expected raw counts")
     adata.uns["source"] = str(settings.data)
@@ -178,10 +180,21 @@ def load_cells(settings, need_labels=True, found=True):
         adata = label_cells(adata, settings, settings.weights if found else None)
     else:
         print(f"{settings.data}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    adata.uns.pop("barcodes", None)
     # Columns of these names would read as the samples of --samples, which are not given.
     names = ("sample", *GROUPS.values())
     adata.obs = adata.obs.drop(columns=[name for name in names if name in adata.obs])
     return adata if samples is None else add_samples(adata, samples, settings)
+
+
+def report_names(adata):
+    """Print how many genes have both a symbol and an id, as bulks may name them by either."""
+    pairs = zip(adata.var_names, adata.var["gene_ids"], strict=True)
+    single = [name for name, other in pairs if other in ("", name)]
+    n, n_genes = adata.n_vars - len(single), adata.n_vars
+    rest = f"; bulks must name {'the others' if n else 'genes'} as the data does ({some(single)})"
+    rest = rest if single else ""
+    print(f"{adata.uns['source']}: {n:,} of {n_genes:,} genes have a symbol and an id{rest}")
 
 
 def add_samples(adata, samples, settings):
@@ -374,6 +387,7 @@ def choose_genes(adata, n_genes):
     Ranked by the variance of standardised counts around a fitted mean-variance trend (Stuart et
     al., Cell 2019; scanpy's ``seurat_v3``). It works on raw counts and, unlike the older ranking by
     dispersion, does not favour genes detected in a handful of cells. Give it training cells only.
+    The first of SPANS with which the trend can be fitted is taken; few cells need a wide one.
 
     Raises:
         InputError: the trend cannot be fitted.

@@ -232,7 +232,7 @@ from plotting import write_evaluation
 from proportion_tests import Methods, measure_foreign, measure_pseudobulks, plan_proportions
 from readers.counts import read_counts
 from runtime.device import pick_device, seed_everything
-from runtime.writing import write_whole
+from runtime.writing import check_writable, write_whole
 
 CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
 PERFECT_SEED = 1_000_000  # added to the seed, for cells of the perfect model that are no others'
@@ -651,6 +651,7 @@ def measure_all(trainings, plan, cell_types, cfg):
 
 
 def main(cfg):
+    check_writable(cfg.weights, "--weights")
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)

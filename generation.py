@@ -57,6 +57,9 @@ CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
 SECOND_WEIGHT = 0.3
 CONTENT_SD = 0.4  # sd of the log mRNA content of types, per sd of the log-ratios of genes
 LEAST_SD = 0.005  # of a proportion
+# Of the median expressed gene. Bulks that fit, thinned: the misfit is above 4 from 1.2 down, and
+# below 3.3 from 1.7 up (25,000 counts over 11,000 genes are 1.5).
+FEWEST_COUNTS = 1.5
 MISFIT = 4  # standard deviations beyond pseudobulks of the reference from which users are warned
 
 
@@ -70,6 +73,10 @@ class Models(NamedTuple):
     encoder_card: dict
     decoder: scDecoder
     decoder_card: dict
+
+    def __repr__(self):
+        genes, cell_types = (self.decoder_card[name] for name in ("genes", "cell_types"))
+        return f"Models of {len(cell_types)} cell types ({some(cell_types)}) x {len(genes):,} genes"
 
 
 def load_models(folder, device):
@@ -533,6 +540,18 @@ def misfit(correlation, unexplained, reference):
     return np.maximum((c_mean - correlation) / c_sd, (unexplained - u_mean) / u_sd)
 
 
+def counts_of_genes(bulk, expected, present):
+    """Median count (S) that the genes above 30 CPM in expectation have by a bulk's depth.
+
+    bulk, expected: (S, G). present: mask (G). Infinite for what is no counts, whose depth is
+    unknown.
+    """
+    share = expected[:, present] / expected[:, present].sum(axis=1, keepdims=True)
+    median = np.nanmedian(np.where(share > 3e-5, share, np.nan), axis=1)
+    is_counts = (bulk == np.rint(bulk)).all(axis=1)
+    return np.where(is_counts, bulk[:, present].sum(axis=1) * median, np.inf)
+
+
 def calibrate_to(bulk, decoder, encoder, genes):
     """log_factor (S, G) of bulks (S x G, CSR) in the decoder's genes, and pi (S, K), as tensors.
 
@@ -596,6 +615,9 @@ class Bulks:
     one_cell_each: bool = False
     """Whether each yields one cell."""
 
+    def __repr__(self):
+        return f"{len(self.names):,} bulks or mixtures to generate ({some(self.names)})"
+
 
 class BulkSamples:
     """The samples of --bulk, encoded, and how the reference's cell types add up to them.
@@ -607,6 +629,7 @@ class BulkSamples:
             reference's cells make the bulk's RNA. expected: (S, G), the sum that these make.
             profiles: expected of each type (S, K, G). sums: (S, G), of the cells generated so far,
             each at its type's weight (S, K). unknown: UnknownShare. fit: a row for each sample.
+            is_shallow: mask (S) of counts too few for the fit to say anything.
             expression: Expression, once estimated, and how: ``(calibrate, platform)``.
     """
 
@@ -645,6 +668,14 @@ class BulkSamples:
         self.unknown = unknown_share(self.bulk, self.measured, own, genes)
         self.fit["unknown"] = self.unknown.share
         self.fit["unknown_low"], self.fit["unknown_high"] = self.unknown.low, self.unknown.high
+        self.is_shallow = counts_of_genes(self.bulk, self.expected, self.measured) < FEWEST_COUNTS
+
+    def __repr__(self):
+        n_types, n_genes = self.proportions.cells.shape[1], self.measured.sum()
+        names = some(self.names)
+        return (
+            f"{len(self.names):,} bulk samples ({names}) of {n_types} cell types, {n_genes:,} genes"
+        )
 
     def to_bulks(self):
         """Bulks of these samples, for cells to be generated."""

@@ -122,6 +122,7 @@ from plotting import (
 from proportions import normal_interval
 from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
+from runtime.writing import check_writable
 from state_figures import (
     FEWEST_CELLS,
     count_cells,
@@ -531,6 +532,7 @@ def make_reference_pictures(reference, cfg, rng):
 
 
 def main(cfg):
+    check_writable(cfg.out)
     rng = seed_everything(cfg.seed)
     reference = load_reference(cfg, pick_device(cfg.device))
     make_state_pictures(reference, cfg)

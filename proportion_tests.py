@@ -23,7 +23,7 @@ from generation import encode_samples
 from metrics import pearson_within, proportion_metrics, to_lineages
 from readers.bulk import read_bulk
 from readers.counts import read_counts
-from readers.labels import natural_order
+from readers.labels import check_same_start, natural_order
 from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.errors import InputError, some
 
@@ -320,6 +320,7 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
     """
     card, lineages = methods.training.decoder_card, list(fractions.columns)
     bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"), cfg)
+    check_same_start(fractions.index, samples, cfg.fractions)
     index = fractions.index.get_indexer([str(name).strip() for name in samples])
     measured = index >= 0
     n = measured.sum()

@@ -31,6 +31,9 @@ class Proportions:
     known: np.ndarray | None = None
     """Which were given rather than estimated (S, K); None if none could be."""
 
+    def __repr__(self):
+        return f"Proportions of {len(self.cell_types)} cell types in {len(self.names):,} samples"
+
     def to_table(self):
         """One long table, a row for each cell type of each sample, in this order.
 

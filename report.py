@@ -273,7 +273,9 @@ def fit_rows(samples):
     rows = []
     for i, (name, row) in enumerate(samples.fit.iterrows()):
         remarks = []
-        if row["misfit"] > MISFIT:
+        if samples.is_shallow[i]:
+            remarks.append("too few counts for the fit to be told")
+        elif row["misfit"] > MISFIT:
             remarks.append("not what the reference's cell types add up to")
         if samples.unknown.is_flagged[i]:
             remarks.append(
@@ -365,6 +367,7 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
             pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
     calibrate, platform = samples.how
     fit = fit_rows(samples)
+    remarked = samples.unknown.is_flagged | samples.is_shallow | (samples.fit["misfit"] > MISFIT)
     calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")
     warned = [line for line in said if line.startswith("warning: ")]
     page = template().render(
@@ -386,7 +389,7 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         fewest=FEWEST,
         proportions=proportion_rows(proportions),
         fit=fit,
-        n_remarks=f"{np.sum(samples.unknown.is_flagged | (samples.fit['misfit'] > MISFIT)):,}",
+        n_remarks=f"{remarked.sum():,}",
         counts=type_rows(cells, set(codes), codes, X, markers),
         agreement=samples.fit["agreement"].median(),
         calibration=calibration,

@@ -74,7 +74,7 @@ import pandas as pd
 
 from data import codes_of, draw_pseudobulks, load_cells, split_cells
 from runtime.device import seed_everything
-from runtime.writing import write_h5ad, write_whole
+from runtime.writing import check_writable, write_h5ad, write_whole
 
 
 def check_types(cfg, codes, cell_types):
@@ -88,6 +88,10 @@ def check_types(cfg, codes, cell_types):
         raise InputError(
             f"--missing: found {some(wrong)}, expected cell types of {cfg.data} "
             f"({some(cell_types, 20)})"
+        )
+    if len(cell_types) < 2:
+        raise InputError(
+            f"{cfg.data}: found one cell type ({some(cell_types)}), expected two or more to mix"
         )
     if len(set(cfg.missing)) > len(cell_types) - 2:
         raise InputError(
@@ -115,6 +119,7 @@ def measure(bulk, noise, rng):
 
 
 def main(cfg):
+    check_writable(cfg.out.parent)
     rng = seed_everything(cfg.seed)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)

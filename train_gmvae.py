@@ -100,6 +100,7 @@ from data import (
     choose_held_out,
     codes_of,
     load_cells,
+    report_names,
     sample_names,
     samples_of,
 )
@@ -112,7 +113,7 @@ from runtime.checkpoint import already_finished
 from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.processes import distributed
 from runtime.weights import save_mixture
-from runtime.writing import write_whole
+from runtime.writing import check_writable, write_whole
 from training import (
     TrainingRun,
     cells_of_curve,
@@ -412,7 +413,9 @@ def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
     with_labels = cfg.n_types is None
+    check_writable(cfg.weights, "--weights")  # rather now than after reading a large file
     cells = load_cells(cfg, need_labels=with_labels, found=False)
+    report_names(cells)
     types = (LabelledTypes if with_labels else FoundTypes)(cells, cfg)
     held_out, fraction = choose_held_out(cells, types.codes, cfg)
     genes, X = choose_input(cells, types.codes, held_out, cfg, rng)

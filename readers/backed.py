@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from readers.bounded import no_file
 from readers.counts import (
     COUNT_LAYERS,
     check_cells,
@@ -25,7 +26,7 @@ from readers.counts import (
     check_shape,
     first_counts,
     name_factors,
-    with_types,
+    with_columns,
 )
 from readers.hdf5 import check_hdf5
 from runtime.errors import InputError, one_line
@@ -279,7 +280,7 @@ def read_backed(path):
         raise InputError(f"--backed: found {path}, expected an .h5ad file for --data")
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected counts for --data")
+        raise no_file(path, "counts for --data", "file or folder")
     try:
         check_hdf5(path, within=("obs", "var", "raw/var"))
         file = h5py.File(path, "r")
@@ -306,7 +307,7 @@ def open_counts(file, path):
         places = [(f"layers/{name}", f"layers['{name}']", var) for name in COUNT_LAYERS]
         places.append(("X", "X", var))
         if "raw/X" in file:
-            places.append(("raw/X", "raw.X", with_types(read_elem(file["raw/var"]), var)))
+            places.append(("raw/X", "raw.X", with_columns(read_elem(file["raw/var"]), var)))
     except Exception as error:  # as in BackedCounts.read
         raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     check_orientation(obs.index, var.index, path)

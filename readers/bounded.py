@@ -3,13 +3,14 @@
 import csv
 import gzip
 import io
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, one_line, plain
 
 MAX_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
 
@@ -18,6 +19,16 @@ UNREADABLE = (
     *(ValueError, TypeError, EOFError, OSError, OverflowError, MemoryError, RecursionError),
     *(gzip.zlib.error, csv.Error),
 )
+
+
+def no_file(path, expected, what="file"):
+    """The error of a path at which nothing is, or a link to nothing."""
+    path = Path(path)
+    if path.is_symlink():
+        found = f"a link to {plain(os.readlink(path))}, which is not there"
+    else:
+        found = f"no such {what}"
+    return InputError(f"{path}: {found}; expected {expected}")
 
 
 def check_memory(n_bytes, where, what):

@@ -21,7 +21,7 @@ from readers.bulk_options import BulkOptions
 from readers.bulk_table import BulkTable, find_samples
 from readers.gene_names import GeneFinder, bare_id, examples, likely_cause, n_found
 from readers.quantifiers import expand, sample_name
-from readers.scale import FLAG, check_base, describe_unit, find_scale, undo_log
+from readers.scale import FLAG, LARGEST_LOG, UNDO, check_base, describe_unit, find_scale, undo_log
 from readers.tables import NO_VALUE
 from runtime.errors import InputError, some
 
@@ -158,11 +158,36 @@ def check_bulk(bulk, where):
         print(f"{where}: {np.sum(left != ''):,} genes without any value left out")
     wrong = ~np.isfinite(X) | (X > 1e15)  # sums must stay finite
     if wrong.any():
-        raise_value(bulk, original, np.argwhere(wrong)[0], where)
+        empty = missing[filled][:, measured] & np.isin(original.astype(str), NO_VALUE)
+        if (wrong == empty).all():
+            raise missing_values(bulk, original, empty, where)
+        raise_value(bulk, original, np.argwhere(wrong & ~empty)[0], where)
     repeated = bulk.samples[pd.Index(bulk.samples).duplicated()]
     if len(repeated):
         raise InputError(f"{where}: sample names occur more than once ({some(repeated)})")
     return bulk
+
+
+def missing_values(bulk, original, empty, where):
+    """The error of a table some values of which are missing.
+
+    original: the values as the file has them (S x G). empty: which are missing (S x G).
+    """
+    genes, samples = bulk.genes[empty.any(axis=0)], bulk.samples[empty.any(axis=1)]
+    i, j = np.argwhere(empty)[0]
+    found = original[i, j]
+    cure = (
+        "leave out these genes (table.dropna() in pandas, na.omit in R); of merged tables give "
+        "each on its own (--bulk a.csv b.csv): genes that are not in all of them are left out"
+    )
+    if (whole := empty.all(axis=1)).any():
+        cure = f"leave out the samples without any value ({some(bulk.samples[whole])})"
+    return InputError(
+        f"{where}: found {found!r} (sample {bulk.samples[i]}, gene {bulk.genes[j]}), a missing "
+        f"value, as are {empty.sum():,} of {empty.size:,} in {len(genes):,} of {empty.shape[1]:,} "
+        f"genes and {len(samples):,} of {len(empty):,} samples ({some(samples)}); expected "
+        f"numbers: {cure}"
+    )
 
 
 def check_no_cells(samples, where):
@@ -211,7 +236,7 @@ def on_linear_scale(bulk, where, options):
         raise InputError(
             f"{where}: found values on a log scale or another transformed one{part} ({scale.why}), "
             f"expected counts, TPM or CPM; "
-            + (f"--log {scale.base} undoes it" if scale.base else FLAG)
+            + (f"--log {scale.base} undoes it" if scale.base else UNDO if X.min() < 0 else FLAG)
         )
     if scale.name in ("few", "square roots"):
         what = "square roots" if scale.name == "square roots" else "too small values for a bulk"
@@ -236,7 +261,8 @@ def on_linear_scale(bulk, where, options):
 def check_values(bulk, original, where):
     """Raise an error for values below 0, too large ones, or empty samples."""
     X, samples = bulk.values, bulk.samples
-    wrong = ~np.isfinite(X) | (X < 0) | (X > 1e15)
+    check_not_negative(bulk, where)
+    wrong = ~np.isfinite(X) | (X > 1e15)
     if wrong.any():
         raise_value(bulk, original, np.argwhere(wrong)[0], where)
     empty = samples[X.sum(axis=1) < 1e-6]
@@ -245,6 +271,25 @@ def check_values(bulk, original, where):
             f"{where}: {len(empty)} of {len(samples)} samples are empty ({some(empty)}), expected "
             "counts in every sample"
         )
+
+
+def check_not_negative(bulk, where):
+    """Raise an InputError if values (S x G) are below 0: how many, and what helps."""
+    X = bulk.values
+    negative = X < 0
+    if not negative.any():
+        return
+    i, j = np.argwhere(negative)[0]
+    scale, cure = " on a linear scale", ""
+    cause = "as after batch correction (ComBat) or subtraction of a background"
+    if X.max() <= LARGEST_LOG:
+        scale, cure, cause = "", f"{UNDO}; else ", "as on a log scale or after centring"
+    raise InputError(
+        f"{where}: found {X[i, j]:g} (sample {bulk.samples[i]}, gene {bulk.genes[j]}), which is "
+        f"negative{scale}, as are {negative.sum():,} of {X.size:,} values ({negative.mean():.1%}), "
+        f"{cause}; expected counts, TPM or CPM, 0 or more: {cure}give the table as it was before, "
+        "or set what is below 0 to 0"
+    )
 
 
 def check_found(bulk, finder, genes, gene_ids, where):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from readers.bounded import no_file
 from readers.containers import (
     HOW_TO_CONVERT,
     is_pipe,
@@ -65,7 +66,7 @@ def read_any_table(path):
             with open(path, "rb") as file:
                 head = file.read(8)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected bulk samples for --bulk") from error
+        raise no_file(path, "bulk samples for --bulk") from error
     except OSError as error:
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
     if head.startswith(b"\x89HDF") or path.suffix == ".h5ad":

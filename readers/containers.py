@@ -8,6 +8,7 @@ import stat
 import zipfile
 from pathlib import Path
 
+from readers.bounded import no_file
 from runtime.errors import InputError, one_line
 
 BLOCK = 1 << 20
@@ -158,5 +159,5 @@ def read_source(path, limit=None):
         with open(path, "rb") as file:
             data = read_bounded(file, limit, path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected bulk samples for --bulk") from error
+        raise no_file(path, "bulk samples for --bulk") from error
     return unpack(data, path, limit)

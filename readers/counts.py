@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from readers.bounded import read_table
-from readers.gene_names import other_names
+from readers.bounded import no_file, read_table
+from readers.gene_names import COMMON_GENES, GENOME, genome_of, other_names, without_genome
 from readers.hdf5 import check_hdf5
 from readers.matrix_market import read_mtx
+from readers.scale import LARGEST_LOG
 from runtime.errors import InputError, is_plain_name, one_line, some
 
 EMBEDDED = "pbmc68k_reduced"  # the dataset that ships with scanpy; needs no download
@@ -30,13 +31,18 @@ BARCODE = re.compile(
 
 ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?([^A-Za-z0-9].*)?")
 
-# Symbols that nearly every count matrix has, of man (and, in another case, of mouse).
-COMMON_GENES = {
-    *("ACTB", "B2M", "MALAT1", "CD3E", "GAPDH", "EEF1A1", "TMSB4X", "PTPRC", "VIM", "FTH1", "FTL"),
-    *("RPLP0", "RPS6", "TPT1", "EPCAM", "CD19", "LYZ", "NKG7", "CD14", "MT-CO1", "MT-ND1"),
-}
-
 FEWEST_NAMES = 20  # Ensembl ids or barcodes that are evidence of what an axis is
+
+MOSTLY_BARE = 0.2  # of the genes without a genome in front, though others have one
+MOSTLY_ONE = 0.9  # of all counts: what one genome must have for the others to be noise
+
+STILL_WHOLE = 0.2  # share of integers among values that are no integers throughout
+
+CORRECTED = (
+    "they look like counts after removal of ambient RNA (SoupX, DecontX) or with reads shared "
+    "between genes; expected raw counts (integers): round them (numpy.rint; roundToInt=TRUE in "
+    "SoupX), or take the uncorrected matrix"
+)
 
 GENE_FEATURES = {"gene expression", "gex", "rna", "gene", "genes"}  # feature_types of genes
 
@@ -121,11 +127,33 @@ def check_values(X, where, cells, genes):
             first = int(np.flatnonzero(wrong)[0])
             cell = cells[np.searchsorted(X.indptr, first, side="right") - 1]
             gene = genes[X.indices[first]]
+            expected = (
+                "expected raw counts (integers, 0 or more), not normalised or transformed ones"
+            )
+            if problem == "not an integer" and are_corrected(X):
+                expected = CORRECTED
             raise InputError(
                 f"{where}: found {values[first]:.10g} (cell {cell}, gene {gene}), which is "
-                f"{problem}, as are {wrong.sum():,} of {values.size:,} stored values; expected raw "
-                "counts (integers, 0 or more), not normalised or transformed ones"
+                f"{problem}, as are {wrong.sum():,} of {values.size:,} stored values; {expected}"
             )
+
+
+def are_corrected(X):
+    """Whether fractional values (N x G, CSR, 0 or more) are counts of which parts were taken.
+
+    Either a good part of them are still integers; or values hardly ever repeat within a cell, cells
+    have different sums, and the largest value is above any logarithm. Normalised values repeat, as
+    the counts do that they are multiples of.
+    """
+    if np.mean(X.data == np.rint(X.data)) > STILL_WHOLE:
+        return True
+    rows = [X.data[X.indptr[i] : X.indptr[i + 1]] for i in range(min(X.shape[0], 100))]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows or X.data.max() <= LARGEST_LOG:
+        return False
+    n_distinct = np.mean([len(np.unique(row)) / len(row) for row in rows])
+    sums = np.array([row.sum() for row in rows], float)
+    return n_distinct > 0.5 and sums.std() > 0.01 * sums.mean()
 
 
 def check_names(names, where, what):
@@ -183,7 +211,8 @@ def check_cells(adata, path):
         suffixes -1, -2, ...
 
     Raises:
-        InputError: there are no cells or no genes; barcodes repeat; or a name is not plain text.
+        InputError: there are no cells or no genes; barcodes repeat; a name is not plain text; or
+            see :func:`keep_genome`.
     """
     import anndata
 
@@ -197,6 +226,7 @@ def check_cells(adata, path):
         )
     if "feature_types" in adata.var:
         adata = keep_genes(adata, path)
+    adata = keep_genome(adata, path)
     check_names(adata.var_names, path, "gene")
     check_names(adata.obs_names, path, "barcode")
     n_repeated = int(adata.var_names.duplicated().sum())
@@ -223,10 +253,78 @@ def keep_genes(adata, path):
     if not is_gene.any():
         raise InputError(f"{path}: found no gene in feature_types ({kinds}), expected genes")
     print(f"{path}: {np.sum(~is_gene)} features that are not gene expression left out ({kinds})")
-    adata = adata[:, is_gene].copy()
+    return only_genes(adata, is_gene)
+
+
+def only_genes(adata, mask):
+    """The cells with some of their genes (mask, G) alone."""
+    adata = adata[:, mask].copy()
     if hasattr(adata.X, "recount"):  # backed: totals of cells were of all features
         adata.X.recount()
     return adata
+
+
+def keep_genome(adata, path):
+    """Keep the genes and cells of one genome, and take its name off the genes'.
+
+    Genes tell their genome by a prefix (``GRCh38_``), or their species by their Ensembl ids. A few
+    genes that tell none stay, as spike-ins do.
+
+    Args:
+        adata: AnnData or BackedCells with ``.var["gene_ids"]``. path: what messages name.
+
+    Raises:
+        InputError: several genomes have more than a few of the counts.
+    """
+    pairs = list(zip(map(str, adata.var_names), map(str, adata.var["gene_ids"]), strict=True))
+    genome = np.array([genome_of(a) or genome_of(b) or "" for a, b in pairs], object)  # (G)
+    bare = genome == ""
+    if bare.mean() > MOSTLY_BARE and any(GENOME.match(name) for name, _ in pairs):
+        genome[bare] = "others"  # one species has a genome in front, another has none
+    n_genes = Counter(genome[genome != ""])
+    genomes = [name for name, n in n_genes.most_common() if n >= FEWEST_NAMES]
+    if len(genomes) > 1:
+        adata = keep_largest_genome(adata, genome, genomes, path)
+    names = [without_genome(str(name)) for name in adata.var_names]
+    prefixed = [old for new, old in zip(names, adata.var_names, strict=True) if new != old]
+    if prefixed:
+        print(
+            f"{path}: the genome in front of {len(prefixed):,} genes taken off ({some(prefixed)})"
+        )
+        adata.var_names = pd.Index(names)
+    adata.var["gene_ids"] = [without_genome(str(name)) for name in adata.var["gene_ids"]]
+    return adata
+
+
+def keep_largest_genome(adata, genome, genomes, path):
+    """The genes of the genome with (nearly) all counts, and the cells that are mostly of it.
+
+    Args:
+        genome: of each gene (G), "" if unknown. genomes: names of those with many genes.
+
+    Raises:
+        InputError: none has so many.
+    """
+    of_gene = np.asarray(adata.X.sum(axis=0)).ravel()  # (G)
+    counts = {name: of_gene[genome == name].sum() for name in genomes}
+    genomes = sorted(genomes, key=counts.get, reverse=True)
+    total = max(sum(counts.values()), 1)
+    shares = ", ".join(f"{name} {counts[name] / total:.1%}" for name in genomes)
+    first = genomes[0]
+    if counts[first] < MOSTLY_ONE * total:
+        raise InputError(
+            f"{path}: found {len(genomes)} genomes ({shares} of the counts), expected one; write "
+            "the genes of one, and the cells that are mostly of it, to an .h5ad of its own"
+        )
+    before = np.asarray(adata.X.sum(axis=1)).ravel()
+    other = np.isin(genome, genomes[1:])
+    adata = only_genes(adata, ~other)
+    foreign = 2 * np.asarray(adata.X.sum(axis=1)).ravel() < before
+    print(
+        f"{path}: genes of {len(genomes)} genomes ({shares} of the counts); {other.sum():,} genes "
+        f"that are not of {first} left out, and {foreign.sum():,} cells with most counts in them"
+    )
+    return adata[~foreign].copy() if foreign.any() else adata
 
 
 # ------------------------------------------------------------------------------- file formats
@@ -286,7 +384,7 @@ def read_counts(path=EMBEDDED):
         return read_embedded()
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected counts for --data")
+        raise no_file(path, "counts for --data", "file or folder")
     readers = {".h5": read_10x_h5, ".h5ad": read_h5ad}
     is_folder = path.is_dir() or path.name.lower().endswith((".mtx", ".mtx.gz"))
     read = read_10x_folder if is_folder else readers.get(path.suffix.lower())
@@ -329,11 +427,22 @@ def read_embedded():
 
 # ------------------------------------------------------------------------------- 10x folders
 
-# What a 10x matrix consists of -> endings of the files' names, the preferred one first.
+# What a 10x matrix consists of -> endings of the files' names, the preferred one first. Those of
+# kallisto-bustools (cells_x_genes.*) and of Parse (DGE.mtx before version 1.1) come last.
 PARTS = {
-    "matrix.mtx": ("matrix.mtx", ".mtx"),
-    "barcodes.tsv": ("barcodes.tsv",),
-    "features.tsv or genes.tsv": ("features.tsv", "genes.tsv"),
+    "matrix.mtx": ("count_matrix.mtx", "DGE.mtx", "matrix.mtx", ".mtx"),
+    "barcodes.tsv": ("barcodes.tsv", ".barcodes.txt", "cell_metadata.csv"),
+    "features.tsv or genes.tsv": ("features.tsv", "genes.tsv", ".genes.txt", "all_genes.csv"),
+}
+
+# Files of counters whose folders are not read -> what wrote them, and how to convert them.
+OTHER_COUNTERS = {
+    "quants_mat_rows.txt": (
+        "alevin-fry",
+        "pyroe.load_fry(folder).write_h5ad('cells.h5ad') converts it",
+    ),
+    "quants_mat.gz": ("alevin", "in R, tximport reads it; write its counts as a 10x folder"),
+    "output.bus": ("kallisto bus", "bustools count (or kb count) makes a folder that is read"),
 }
 
 MOST_LEVELS, MOST_FOLDERS = 3, 5000  # below --data, in which a 10x folder is looked for
@@ -352,7 +461,7 @@ def find_parts(folder):
         for ending in endings:
             for path in sorted(files, key=lambda path: path.suffix != ".gz"):
                 name = path.name.removesuffix(".gz")
-                if name.endswith(ending) and not (ending == ".mtx" and name.endswith(endings[0])):
+                if ending == next(filter(name.endswith, endings), None):
                     prefix = name.removesuffix(ending)
                     found.setdefault(prefix, {}).setdefault(part, path)
     return found
@@ -389,12 +498,29 @@ def only_files(folder, groups):
     for part in PARTS:
         paths = [parts[part] for parts in groups.values() if part in parts]
         if not paths:
-            raise InputError(f"{folder}: no {part} (plain or .gz), expected a 10x folder")
+            raise InputError(
+                f"{folder}: no {part} (plain or .gz), expected a 10x folder{why_not(folder)}"
+            )
         if len(paths) > 1:
             names = some([path.name for path in paths], 12)
             raise InputError(f"{folder}: found several {part} ({names}), expected one 10x matrix")
         chosen[part] = paths[0]
     return chosen
+
+
+def why_not(folder):
+    """Why a folder, or one in it, holds no 10x matrix, for messages; "" if that is not known."""
+    below = subfolders(folder)
+    for place in (folder, *below, *(deeper for b in below for deeper in subfolders(b))):
+        for name in names_in(place):
+            if not (place / name).exists():
+                return (
+                    f"; {place / name} is a link to {os.readlink(place / name)}, which is not there"
+                )
+            if name in OTHER_COUNTERS:
+                tool, how = OTHER_COUNTERS[name]
+                return f"; found the output of {tool}: {how}"
+    return ""
 
 
 def folders_below(folder):
@@ -501,17 +627,47 @@ def read_10x_folder(folder):
     if folder.is_dir() and matrix_file.parent != folder:
         below = matrix_file.parent.relative_to(folder)
         print(f"{folder}: the one 10x folder below it is read, {below}")
-    barcodes = read_table(barcode_file, sep="\t", header=None)
-    genes = read_table(gene_file, sep="\t", header=None)
-    X = read_mtx(matrix_file, (len(genes), len(barcodes)), (gene_file.name, barcode_file.name))
-    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # a lone column has the symbols
-    var = pd.DataFrame(index=pd.Index(symbols.to_list()))
-    var["gene_ids"] = genes.iloc[:, 0].to_numpy()
-    if genes.shape[1] > 2:
-        var["feature_types"] = genes.iloc[:, 2].to_numpy()
-    obs = pd.DataFrame(index=pd.Index(barcodes.iloc[:, 0].to_list()))
-    X = check_counts(X.T, matrix_file, obs.index, var.index)
+    obs, var = read_barcodes(barcode_file), read_genes(gene_file)
+    sides = [(len(var), f"genes ({gene_file.name})"), (len(obs), f"barcodes ({barcode_file.name})")]
+    cells_first = not is_tsv(barcode_file)
+    if cells_first:
+        print(f"{matrix_file}: cells x genes, as kallisto-bustools and Parse write them")
+    shape, names = zip(*sides[::-1] if cells_first else sides, strict=True)
+    X = read_mtx(matrix_file, shape, names)
+    X = check_counts(X if cells_first else X.T, matrix_file, obs.index, var.index)
     return anndata.AnnData(X, obs=obs, var=var)
+
+
+def is_tsv(path):
+    """Whether a file, gzipped or not, is a tsv."""
+    return path.name.removesuffix(".gz").endswith(".tsv")
+
+
+def read_barcodes(path):
+    """Table of the cells (N rows): of Parse with what its csv says of each, else empty."""
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        table = read_table(path)
+        return table.set_index(table.columns[0])
+    barcodes = read_table(path, sep="\t", header=None).iloc[:, 0]
+    return pd.DataFrame(index=pd.Index(barcodes.to_list()))
+
+
+def read_genes(path):
+    """Table of the genes (G rows) by symbol, with ``gene_ids`` and perhaps ``feature_types``."""
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        table = read_table(path).iloc[:, :2]  # gene_id, gene_name, genome
+    else:
+        table = read_table(path, sep="\t", header=None)
+    names_file = path.with_name(path.name.replace(".genes.txt", ".genes.names.txt"))
+    if names_file != path and names_file.is_file():
+        table[1] = read_table(names_file, sep="\t", header=None).iloc[:, 0]
+    ids, symbols = table.iloc[:, 0], table.iloc[:, min(1, table.shape[1] - 1)]
+    symbols = symbols.where(symbols != "", ids)  # a lone column has the symbols
+    var = pd.DataFrame(index=pd.Index(symbols.to_list()))
+    var["gene_ids"] = ids.to_numpy()
+    if table.shape[1] > 2:
+        var["feature_types"] = table.iloc[:, 2].to_numpy()
+    return var
 
 
 # ---------------------------------------------------------------------------------- HDF5 files
@@ -540,6 +696,24 @@ def check_kind(path, ending):
         raise InputError(f"{path}: found {kind}, expected {ending}; rename it to {end}")
 
 
+def check_one_genome(path):
+    """Check that a 10x file of Cell Ranger 2 has the matrix of one genome.
+
+    Raises:
+        InputError: it has several.
+    """
+    import h5py
+
+    with h5py.File(path) as file:
+        genomes = [name for name, group in file.items() if "barcodes" in group]
+    if len(genomes) > 1:
+        raise InputError(
+            f"{path}: found a 10x file of Cell Ranger 2 with {len(genomes)} genomes "
+            f"({some(genomes)}), expected one; scanpy.read_10x_h5(file, genome={genomes[0]!r})"
+            ".write_h5ad('cells.h5ad') takes the cells of one"
+        )
+
+
 def read_10x_h5(path):
     """Read a 10x ``.h5`` of Cell Ranger 2 or later."""
     import h5py
@@ -548,6 +722,7 @@ def read_10x_h5(path):
     try:
         check_hdf5(path)
         check_kind(path, ".h5")
+        check_one_genome(path)
         adata = scanpy.read_10x_h5(path, gex_only=False)
         # scanpy reads int32 as float32, which is exact only to 2^24, so counts are read again.
         with h5py.File(path) as file:
@@ -583,18 +758,18 @@ def read_h5ad(path):
     if source.X is not None:
         matrices.append(("X", source.X, source.var))
     if source.raw is not None:
-        matrices.append(("raw.X", source.raw.X, with_types(source.raw.var, source.var)))
+        matrices.append(("raw.X", source.raw.X, with_columns(source.raw.var, source.var)))
     X, var = first_counts(matrices, check_counts, source.obs_names, path, source.layers)
     return anndata.AnnData(X, obs=obs, var=var)
 
 
-def with_types(raw_var, var):
-    """A table of the genes of ``raw.X``, its missing ``feature_types`` taken from ``var``."""
-    if "feature_types" in raw_var or "feature_types" not in var:
+def with_columns(raw_var, var):
+    """A table of the genes of ``raw.X``, with the columns that ``var`` alone has, by gene."""
+    missing = [column for column in var if column not in raw_var]
+    if not missing:
         return raw_var
-    types = var["feature_types"].astype(object)
-    types = types[~types.index.duplicated()]
-    return raw_var.assign(feature_types=types.reindex(raw_var.index).to_numpy())
+    known = var.loc[~var.index.duplicated(), missing].astype(object)
+    return raw_var.assign(**known.reindex(raw_var.index).set_axis(raw_var.index))
 
 
 def name_factors(obs, file, path):

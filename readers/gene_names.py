@@ -8,14 +8,32 @@ import pandas as pd
 
 from runtime.errors import some
 
-# Columns of .var with a second name of each gene: ids for symbols, symbols for ids.
-ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "ENSEMBL", "feature_id")
+# Usual names of columns of .var with ids and symbols, as plain_column writes them. They decide only
+# between columns that hold the same kind of names.
+ID_COLUMNS = ("geneids", "geneid", "ensemblid", "ensembl", "featureid")
 
-SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "symbol", "gene_name")
+SYMBOL_COLUMNS = (
+    *("featurename", "genesymbols", "genesymbol", "symbol", "symbols", "genename", "genenames"),
+    *("geneshortname", "hgncsymbol", "externalgenename", "features", "feature", "gene", "genes"),
+    *("name", "names"),
+)
+
+# Symbols that nearly every count matrix has, of man (and, in another case, of mouse).
+COMMON_GENES = {
+    *("ACTB", "B2M", "MALAT1", "CD3E", "GAPDH", "EEF1A1", "TMSB4X", "PTPRC", "VIM", "FTH1", "FTL"),
+    *("RPLP0", "RPS6", "TPT1", "EPCAM", "CD19", "LYZ", "NKG7", "CD14", "MT-CO1", "MT-ND1"),
+}
+
+# What references of several genomes put in front of the names of each: GRCh38_CD3E, mm10___Cd3e.
+GENOME = re.compile(
+    r"((?:hg|mm|rn|dm|ce|GRC[hmrzg]|BDGP|WBcel|Rnor_|mRatBN|Sscrofa|Mmul_)\d[\d.-]*)_+(?=.)"
+)
 
 # Lower-case names are mended if that finds so much of the model's genes, or of the table's: human
 # genes in lower case, and not those of another species.
 MOSTLY_FOUND = 0.6
+
+FEWEST_COMMON = 3  # of COMMON_GENES, that are evidence of symbols
 
 SPECIES = {
     "ENSMUSG": "mouse",
@@ -38,26 +56,84 @@ def bare_id(name):
 
 
 def mostly_ids(names):
-    """Whether more than half of the names that are not empty are Ensembl gene ids."""
-    return sum(bare_id(name) is not None for name in names) > sum(map(bool, names)) / 2
+    """Whether more than half of the names that are not empty are ids, genome in front or not."""
+    n_ids = sum(bare_id(without_genome(name)) is not None for name in names)
+    return n_ids > sum(map(bool, names)) / 2
 
 
 def other_names(var):
-    """The second name of each gene: its Ensembl id, or its symbol if genes are named by id.
+    """The second name of each gene: its Ensembl id, or its symbol if genes are named otherwise.
+
+    The column is chosen by what it holds; a usual name decides only between several.
 
     Args:
-        var: ``.var`` of an ``.h5ad`` (G rows), searched for ``ID_COLUMNS`` or ``SYMBOL_COLUMNS``.
+        var: ``.var`` of an ``.h5ad`` (G rows).
 
     Returns:
         list of str (G), "" where there is none.
     """
     named_by_id = mostly_ids(list(var.index))
-    for column in SYMBOL_COLUMNS if named_by_id else ID_COLUMNS:
-        if column in var:
-            names = ["" if pd.isna(name) else str(name) for name in var[column]]
-            if mostly_ids(names) != named_by_id:  # some files repeat the names in this column
-                return names
-    return [""] * len(var)
+    numbered = all(str(name).isdigit() for name in var.index)  # or Entrez ids
+    columns = {}
+    for column in var:
+        if var[column].dtype.kind not in "biufcmM":
+            columns[column] = ["" if pd.isna(name) else str(name).strip() for name in var[column]]
+    symbols = (
+        best_column(columns, SYMBOL_COLUMNS, hold_symbols) if named_by_id or numbered else None
+    )
+    if symbols is None and not named_by_id:
+        return best_column(columns, ID_COLUMNS, hold_ids) or [""] * len(var)
+    return symbols or [""] * len(var)
+
+
+def best_column(columns, usual, holds):
+    """Names of the column that holds the right ones: one with a usual name, else the first.
+
+    Args:
+        columns: name -> names of the genes (G). usual: names of columns, the likeliest first.
+            holds: function of names and of whether their column has a usual name.
+
+    Returns:
+        list of str (G), or None.
+    """
+    plain = {column: re.sub(r"[^a-z0-9]", "", str(column).lower()) for column in columns}
+    order = sorted(
+        columns, key=lambda c: usual.index(plain[c]) if plain[c] in usual else len(usual)
+    )
+    return next((columns[c] for c in order if holds(columns[c], plain[c] in usual)), None)
+
+
+def hold_ids(names, is_usual):
+    """Whether most names of genes (G), of those that are there, are Ensembl ids."""
+    return mostly_ids(names)
+
+
+def hold_symbols(names, is_usual):
+    """Whether names of genes (G) are symbols: hardly any repeats, and COMMON_GENES are among them.
+
+    Genes of a column with a usual name need not be common ones.
+    """
+    filled = [name for name in names if name]
+    if not filled or mostly_ids(names) or len(set(filled)) < 0.5 * len(filled):
+        return False
+    return (
+        is_usual
+        or len({without_genome(name).upper() for name in filled} & COMMON_GENES) >= FEWEST_COMMON
+    )
+
+
+def without_genome(name):
+    """A gene's name without a genome in front."""
+    match = GENOME.match(name)
+    return name[match.end() :] if match else name
+
+
+def genome_of(name):
+    """The genome in front of a gene's name, or the species of an Ensembl id; None if neither."""
+    if match := GENOME.match(name):
+        return match[1]
+    match = re.match(r"(ENS[A-Z]*G)\d{6,}", name)
+    return match and SPECIES.get(match[1], match[1])
 
 
 def name_map(genes, gene_ids):
@@ -166,7 +242,7 @@ def variants(name):
     Of several candidates of one spelling, only one may be a gene of the model.
     """
     bare = name.strip().strip("\"'").strip()
-    bare = re.sub(r"^((hg|mm|GRCh|GRCm)\d+_+|gene[-:])", "", bare)
+    bare = re.sub(r"^gene[-:]", "", without_genome(bare))
     if bare != name:
         yield "with blanks, quotes or prefixes", [bare, *filter(None, [bare_id(bare)])]
     if match := set(re.findall(r"ENS[A-Z]*G\d{11}", bare)):

@@ -64,20 +64,22 @@ def clean_label(label):
 # --------------------------------------------------------------------------- files of labels
 
 
-def read_label_csv(path, barcodes, column="cell_type", chosen=None, setting="--labels"):
+def read_label_csv(path, barcodes, column="cell_type", chosen=None, setting="--labels", every=None):
     """Read ``barcode,cell_type``: a csv, tsv or table of R, with or without a header line.
 
     Args:
         path: the file; more columns are allowed, see :func:`select_label_columns`.
         barcodes: of the data (N). column: what the file gives of each cell.
         chosen: name of the column to take, or None. setting: the flag, for the messages.
+        every: barcodes of the file that the data is from, if some of its cells are left out by now.
 
     Returns:
         Series of labels (N, str), indexed by the data's barcodes; missing where there is none.
 
     Raises:
         InputError: no barcode of the file is in the data, or one has two different labels; it is
-            not clear which column is meant; or see :func:`match_barcodes`.
+            not clear which column is meant; or see :func:`match_barcodes` and
+            :func:`check_row_numbers`.
     """
     table = read_label_table(path)
     table = select_label_columns(table, path, barcodes, column, chosen, setting)
@@ -89,6 +91,7 @@ def read_label_csv(path, barcodes, column="cell_type", chosen=None, setting="--l
         raise InputError(
             f"{path}: {len(repeated)} barcodes have two different labels ({some(repeated)})"
         )
+    check_row_numbers(table["barcode"], barcodes, barcodes if every is None else every, path)
     labels = match_barcodes(table.set_index("barcode")[column], pd.Index(barcodes), path)
     labelled = pd.Index(barcodes).isin(labels.index)  # (N)
     if not labelled.all():
@@ -304,6 +307,76 @@ def without_number(name):
     return re.sub(r"(?<=.)[-._]\d+$", "", str(name))
 
 
+NUMBERED = re.compile(r"(\D*)(0|[1-9]\d{0,17})")
+
+
+def numbers_in(names):
+    """What all names begin with, and the set of the numbers behind it; None if they are not so."""
+    numbers, start = set(), None
+    for name in names:
+        match = NUMBERED.fullmatch(str(name).strip())
+        if match is None or match[1] != (match[1] if start is None else start):
+            return None
+        start = match[1]
+        numbers.add(int(match[2]))
+    return (start, numbers) if numbers else None
+
+
+def is_count(numbers):
+    """Whether numbers (a set) are those of rows: all of them, from 0 or 1 on."""
+    return min(numbers) in (0, 1) and max(numbers) - min(numbers) + 1 == len(numbers)
+
+
+def check_same_start(names, samples, path):
+    """Refuse to match samples that are numbered from 0 on one side and from 1 on the other.
+
+    Args:
+        names: of a file's samples. samples: of the data. path: of the file.
+
+    Raises:
+        InputError: they are.
+    """
+    sides = [numbers_in(names), numbers_in(samples)]
+    if None in sides or sides[0][0] != sides[1][0]:
+        return
+    first = [min(numbers) for _, numbers in sides if is_count(numbers)]
+    if len(set(first)) > 1:
+        raise InputError(
+            f"{path}: its samples are numbered from {first[0]} on ({some(names)}), those of the "
+            f"bulk from {first[1]} on ({some(samples)}), and may not be the same ones; expected "
+            "the same names"
+        )
+
+
+def check_row_numbers(of_file, of_data, every, path):
+    """Refuse to match cells by the numbers of rows, which begin at 0 in Python and at 1 in R.
+
+    Bare numbers are those of rows where either side has all of them, from 0 or 1 on.
+
+    Args:
+        of_file, of_data: names of cells. every: those of the data with cells that were left out.
+        path: of the file.
+
+    Raises:
+        InputError: both sides are numbers of rows, and not the same ones.
+    """
+    file, data = numbers_in(of_file), numbers_in(every)
+    if file is None or data is None or file[0] != data[0]:
+        return
+    if file[1] in (data[1], numbers_in(of_data)[1]):
+        return
+    sides = [numbers for _, numbers in (file, data)]
+    whole = [is_count(numbers) for numbers in sides]
+    shifted = all(whole) and min(sides[0]) != min(sides[1])
+    if shifted or (any(whole) and not file[0]):
+        in_file, in_data = (f"{len(n):,} cells from {min(n)} to {max(n)}" for n in sides)
+        raise InputError(
+            f"{path}: found numbers in place of barcodes ({in_file}; in the data {in_data}), which "
+            "as numbers of rows do not tell the same cells; expected barcodes, the data's own "
+            "numbers, or a column of .obs"
+        )
+
+
 # How barcodes of a file and of the data may be made alike: what is changed, in words, and how (of
 # the file, of the data). The first one that helps is taken.
 READINGS = (
@@ -468,7 +541,8 @@ def read_column(adata, source, setting, column):
     if source in adata.obs:
         series = adata.obs[source].astype(object)
     elif path.is_file():
-        series = read_label_csv(path, adata.obs_names, column, chosen, setting)
+        every = adata.uns.get("barcodes")
+        series = read_label_csv(path, adata.obs_names, column, chosen, setting, every)
     else:
         columns = f"has {some(adata.obs.columns, 8)}" if len(adata.obs.columns) else "is empty"
         raise InputError(

@@ -94,8 +94,8 @@ def check_header(header, path, shape, named_by):
     if found != shape:
         cause = "; it looks transposed" if found == shape[::-1] else ""
         raise InputError(
-            f"{path}: found {found[0]} x {found[1]}, expected {shape[0]} genes "
-            f"({named_by[0]}) x {shape[1]} barcodes ({named_by[1]}){cause}"
+            f"{path}: found {found[0]} x {found[1]}, expected {shape[0]} {named_by[0]} x "
+            f"{shape[1]} {named_by[1]}{cause}"
         )
     # gzip shrinks to a thousandth at best, and an entry has six bytes at least ("1 1 1" and a line
     # break).
@@ -111,8 +111,8 @@ def read_mtx(path, shape, named_by):
     """Read a Matrix Market file (plain or .gz) of sparse counts as COO, float64.
 
     Args:
-        path: of the file. shape: (genes, barcodes) that it must have. named_by: names of the files
-            that list them, for the message.
+        path: of the file. shape: that it must have. named_by: what its rows and its columns are,
+            and which files list them, for the message.
 
     Raises:
         InputError: the file is unreadable, of another kind or shape, or an entry lies outside of

@@ -8,6 +8,7 @@ import pandas as pd
 
 from readers.bounded import to_numbers
 from readers.bulk import NO_VALUE
+from readers.labels import check_same_start
 from readers.lineages import lineages_in, read_lineages, read_rows
 from runtime.errors import InputError, some
 
@@ -37,8 +38,9 @@ class KnownProportions:
         Prints how many that are, and how many rows of the file are not used.
 
         Raises:
-            InputError: the file has none of them.
+            InputError: the file has none of them, or see :func:`check_same_start`.
         """
+        check_same_start(self.samples, names, self.path)
         row = pd.Index(self.samples).get_indexer([str(name).strip() for name in names])
         if (row < 0).all():
             raise InputError(

@@ -19,7 +19,8 @@ FEW_COUNTS = 3  # the largest value of mutations, copy numbers or calls, as of n
 
 MOST_READS = 1e10  # of one gene, in any library
 
-FLAG = "--log 2, --log e or --log 10 undoes a logarithm, --log no takes the values as they are"
+UNDO = "--log 2, --log e or --log 10 undoes a logarithm"
+FLAG = f"{UNDO}, --log no takes the values as they are"
 
 
 @dataclass
@@ -40,6 +41,12 @@ def skew(x):
     """Largest over median of the positive values of a sample (G); NaN if they are too few."""
     x = x[x > 0]
     return x.max() / np.median(x) if len(x) >= FEWEST_GENES else np.nan
+
+
+def are_few_counts(X):
+    """Mask (S) of samples (S x G) of integers, half of which or more are 1 where they are not 0."""
+    whole = (np.rint(X) == X).all(axis=1)
+    return whole & ((X == 1).sum(axis=1) >= (X > 1).sum(axis=1))
 
 
 def is_ranks(x):
@@ -82,7 +89,7 @@ def find_scale(X):
     n_positive = (X > 0).sum(axis=1)
     limit = np.where(X.max(axis=1) < LARGEST_LOG, LINEAR_OF_SMALL, LINEAR)
     limit = np.where(n_positive >= ALL_GENES, LINEAR_OF_ALL_GENES, limit)
-    transformed = skews < limit  # (S); NaN compares as False
+    transformed = (skews < limit) & ~are_few_counts(X)  # (S); NaN compares as False
     if transformed.any():
         i = int(np.flatnonzero(transformed)[0])
         return Scale(
@@ -91,7 +98,7 @@ def find_scale(X):
             f"the median one; RNA-seq counts spread over a factor of hundreds",
             transformed,
         )
-    if same_quantiles(X):
+    if same_quantiles(X) and not are_few_counts(X).any():
         return Scale("quantile", "all samples have the same values, in another order")
     return Scale("counts" if np.array_equal(X, np.rint(X)) else "linear")
 
@@ -99,7 +106,7 @@ def find_scale(X):
 def negative_scale(X, negative):
     """The Scale of values (S x G) some of which are below 0."""
     example = f"{negative.sum():,} of {X.size:,} values are negative"
-    if X.shape[1] < FEWEST_GENES or negative.mean() < 1e-3:
+    if X.shape[1] < FEWEST_GENES or negative.mean() < 1e-3 or X.max() > np.log2(MOST_READS):
         return Scale("negative", example)
     by_gene = np.abs(X.mean(axis=0)) < 0.05 * np.maximum(X.std(axis=0), 1e-12)
     by_sample = np.abs(X.mean(axis=1)) < 0.05 * np.maximum(X.std(axis=1), 1e-12)

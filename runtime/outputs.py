@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime.cell_writers import FOLDER_FILES, kind_of
 from runtime.errors import InputError
-from runtime.writing import first_line, has_entries
+from runtime.writing import check_writable, first_line, has_entries
 
 # Beside the cells, by what was asked for.
 OF_SAMPLES = ("proportions.csv",)
@@ -92,12 +92,13 @@ class Outputs:
         """Check that every file that this run would replace is from bulk2sc; force: any may be.
 
         Raises:
-            InputError: one is not, or a folder is in the way.
+            InputError: one is not, a folder is in the way, or nothing can be written there.
         """
         if self.kind == "folder" and self.path.exists() and not self.path.is_dir():
             raise InputError(
                 f"{self.path}: found a file, expected a folder or nothing of this name"
             )
+        check_writable(self.cells[0].parent)
         # Then what is beside them is ours as well; a picture cannot tell.
         of_own_cells = self.has_own_cells()
         of_own_table = is_own(self["proportions.csv"], "proportions.csv")

@@ -44,7 +44,7 @@ class ResumableRun:
         self.resumed, self.signal, self.last_saved = False, None, "none"
         self.pending, self.bar, self.save_time = [], None, time.monotonic()
         if self.group.rank == 0:
-            check_writable(cfg.weights)  # rather now than after minutes of training
+            check_writable(cfg.weights, "--weights")  # rather now than after minutes of training
         path = self.checkpoint.path
         if cfg.resume and path.exists():
             self.progress, self.resumed = self.checkpoint.load(), True

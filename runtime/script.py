@@ -13,6 +13,7 @@ from typing import Literal, get_args, get_origin
 import tyro
 from tyro import _errors as tyro_errors
 
+from runtime.arguments import IN_SCRIPT
 from runtime.errors import InputError, UsageError, one_line, plain
 from runtime.signals import Stopped, catch_signals, end_at_signals
 
@@ -216,4 +217,8 @@ def parse_args(settings_class):
 def run_script(main, settings):
     """Run ``main(settings)``; what goes wrong ends in one line, see :func:`errors_in_one_line`."""
     with errors_in_one_line():
-        main(settings)
+        token = IN_SCRIPT.set(True)
+        try:
+            main(settings)
+        finally:
+            IN_SCRIPT.reset(token)

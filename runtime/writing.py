@@ -68,19 +68,25 @@ def write_whole(path, write):
         write(temporary)
 
 
-def check_writable(folder):
-    """Make a folder if needed, and check that files can be created in it.
+def check_writable(folder, setting="--out"):
+    """Check that files can be created in a folder, or the folder itself where it is to be.
+
+    Args:
+        folder: the path. setting: the flag that names it.
 
     Raises:
         InputError: they cannot.
     """
     folder = Path(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new_temporary(folder / "test").unlink()
+        new_temporary(there / "test").unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{folder}: cannot be written to ({reason}), expected a folder") from error
+        raise InputError(
+            f"{folder}: cannot be written to ({reason}), expected a folder that can; {setting} "
+            "names it"
+        ) from error
 
 
 def first_line(path):

@@ -260,6 +260,16 @@ def test_annotate_does_not_overwrite_cell_types_unasked(tmp_path, blocks, table)
     assert (folder / "barcode_to_celltype.csv").read_text() == "by hand"
 
 
+@pytest.mark.parametrize("flag", ["--out", "--export"])
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(tmp_path, blocks, table, flag):
+    (tmp_path / "file").write_text("")
+    data = write_10x(tmp_path / "cells", blocks)
+    done = run_inside("annotate.py", "--data", data, "--db", table, "--tissue", "T",
+                      flag, tmp_path / "file" / "out")  # fmt: skip
+    assert_one_line_error(done, tmp_path / "file" / "out", "cannot be written to")
+    assert done.stdout == ""  # nothing was read
+
+
 def test_symbols_may_be_the_second_name_of_a_gene(tmp_path, blocks, table):
     cells = blocks.copy()
     cells.var = pd.DataFrame({"feature_name": cells.var_names}, index=list(cells.var["gene_ids"]))

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 import api
-from conftest import CELL_TYPES, make_cells, run_inside
+from conftest import CELL_TYPES, make_cells, refused, run_inside
+from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 
 
@@ -115,3 +116,93 @@ def test_shipped_weights_are_found_from_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     with pytest.raises(InputError, match="no such file"):  # a folder of one's own comes first
         api.load("weights", "cpu")
+
+
+def test_a_series_is_one_sample(trained, bulk):
+    models = api.load(trained, "cpu")
+    both = api.deconvolve(bulk[0].loc[["a"]], models)
+    one = api.deconvolve(bulk[0].loc["a"], models)
+    assert one.names == ["a"]
+    np.testing.assert_array_equal(one.proportions.cells, both.proportions.cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {"bulk": t.to_numpy()}, ["bulk: found ndarray of 2 x 60", "DataFrame"]),
+        (lambda t: {"bulk": {"a": 1}}, ["bulk: found dict"]),
+        (lambda t: {"bulk": None}, ["bulk: found None"]),
+        (lambda t: {"bulk": []}, ["bulk: found list"]),
+        (
+            lambda t: {"bulk": t.set_axis(pd.MultiIndex.from_product([["x"], t.columns]), axis=1)},
+            ["bulk: found names of genes in 2 levels (MultiIndex)"],
+        ),
+        (
+            lambda t: {"bulk": t.set_axis(pd.MultiIndex.from_product([["x"], t.index]), axis=0)},
+            ["bulk: found names of samples in 2 levels"],
+        ),
+        (lambda t: {"models": "weights"}, ["models: found 'weights', expected what load() gives"]),
+        (lambda t: {"options": {"log": "2"}}, ["options: found dict, expected BulkOptions"]),
+        (lambda t: {"calibrate": "typse"}, ["calibrate: found 'typse', expected auto, none"]),
+        (lambda t: {"mrna_content": 1}, ["mrna_content: found 1"]),
+        (lambda t: {"platform": "gone"}, ["platform: found 'gone'"]),
+        (lambda t: {"platform": "remove"}, ["platform: found remove with calibrate auto"]),
+        (lambda t: {"proportions": [0.5]}, ["proportions: found list"]),
+        (lambda t: {"proportions": pd.Series([0.5])}, ["proportions: found Series of 1"]),
+        (lambda t: {"options": BulkOptions(columns=("z",))}, ["columns z: found 0 columns"]),
+    ],
+)
+def test_wrong_arguments_of_deconvolve_are_named(trained, bulk, change, words):
+    given = {"bulk": bulk[0], "models": api.load(trained, "cpu")}
+    refused(lambda: api.deconvolve(**(given | change(bulk[0]))), *words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n_cells": -1}, ["n_cells: found -1, expected an integer, 0 or more"]),
+        ({"n_cells": 10.0}, ["n_cells: found 10.0"]),
+        ({"n_cells": True}, ["n_cells: found True"]),
+        ({"n_cells": "5"}, ["n_cells: found '5'"]),
+        ({"n_cells": None}, ["n_cells: found None"]),
+        ({"cells_per_type": 0}, ["cells_per_type: found 0, expected an integer, 1 or more"]),
+        ({"seed": -1}, ["seed: found -1, expected an integer, 0 to 4294967295"]),
+        ({"source": pd.DataFrame()}, ["source: found DataFrame of 0 x 0", "deconvolve()"]),
+        ({"out": 3}, ["out: found 3, expected a path"]),
+        ({"out": "cells.csv"}, ["out: found cells.csv", ".h5ad or .h5"]),
+    ],
+)
+def test_wrong_arguments_of_generate_are_named(trained, given, words):
+    models = api.load(trained, "cpu")
+    source = api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), models)
+    refused(lambda: api.generate(**({"source": source, "models": models} | given)), *words)
+    assert api.generate(source, models, np.int64(2)).n_obs == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"cells": pd.DataFrame()}, ["cells: found DataFrame of 0 x 0, expected AnnData"]),
+        ({"labels": pd.Series(["B"])}, ["labels: found Series of 1"]),
+        ({"epochs": 0}, ["epochs: found 0, expected an integer, 1 or more"]),
+        ({"epochs": (1, 2.5, 1)}, ["epochs: found 2.5"]),
+        ({"heldout": 0.1}, ["heldout: unknown, expected settings such as", "held_out"]),
+        ({"held_out": 2}, ["held_out: found 2, expected 0 or more, below 1"]),
+        ({"n_genes": -5}, ["n_genes: found -5"]),
+        ({"labels": "nothing"}, ["labels nothing: neither a file nor a column of .obs"]),
+    ],
+)
+def test_wrong_arguments_of_train_are_named(tmp_path, given, words):
+    settings = {"cells": make_cells(), "weights": tmp_path / "w", "device": "cpu"} | given
+    refused(lambda: api.train(**settings), *words)
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_functions_give_is_shown_in_a_line(trained, bulk):
+    models = api.load(trained, "cpu")
+    samples = api.deconvolve(bulk[0], models)
+    assert repr(models) == f"Models of 3 cell types ({', '.join(CELL_TYPES)}) x 60 genes"
+    assert repr(samples) == "2 bulk samples (a, b) of 3 cell types, 60 genes"
+    assert repr(samples.to_bulks()) == "2 bulks or mixtures to generate (a, b)"
+    assert repr(samples.proportions) == "Proportions of 3 cell types in 2 samples"
+    refused(lambda: api.load(None), "weights: found None")

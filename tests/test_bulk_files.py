@@ -6,7 +6,10 @@ import pandas as pd
 import pytest
 
 from bulk_cases import all_cases, judge
-from conftest import assert_one_line_error, make_cells, run_inside
+from conftest import assert_one_line_error, make_cells, refused, run_inside
+from readers.bulk import read_bulk
+from readers.bulk_options import BulkOptions
+from runtime.errors import InputError
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
@@ -68,3 +71,64 @@ def test_flags_settle_what_a_table_leaves_open(trained, counts, tmp_path):
     assert list(table["sample"].unique()) == ["b"]
     wrong = run_inside("bulk2sc.py", *flags, "--log", 2, "--columns", "c")
     assert_one_line_error(wrong, "--columns c", "a, b")
+
+
+def test_negative_and_missing_values_are_counted_and_the_cure_works(tmp_path):
+    """As after ComBat, and as tables of different genes leave when they are merged."""
+    genes = [f"GENE{i}" for i in range(300)]
+    rng = np.random.default_rng(0)
+    X = rng.lognormal(3, 2, 300) * rng.lognormal(0, 0.3, (4, 300))
+    table = pd.DataFrame(X, index=list("abcd"), columns=genes)
+    negative = table.copy()
+    negative.iloc[0, :30] = -0.4
+    words = ["30 of 1,200 values (2.5%)", "negative on a linear scale", "ComBat", "set what is"]
+    for options in (BulkOptions(), BulkOptions(log="no")):
+        refused(lambda o=options: read_bulk(negative, genes, options=o), *words)
+    with pytest.raises(InputError) as error:
+        read_bulk(negative, genes)
+    assert "--log" not in str(error.value)  # which could not help
+    assert read_bulk(negative.clip(lower=0), genes)[1].all()
+    logs = np.log2(table) - 2
+    with pytest.raises(InputError, match="--log 10 undoes a logarithm$"):
+        read_bulk(logs, genes)
+
+    merged = table.copy()
+    merged.iloc[2:, :50] = np.nan
+    words = [
+        "100 of 1,200 in",
+        "50 of 300 genes",
+        "2 of 4 samples (c, d)",
+        "dropna",
+        "a.csv b.csv",
+    ]
+    refused(lambda: read_bulk(merged, genes), *words)
+    empty = table.copy()
+    empty.loc["b"] = np.nan
+    refused(lambda: read_bulk(empty, genes), "leave out the samples without any value (b)")
+    merged.T.to_csv(tmp_path / "merged.csv", na_rep="NA")
+    refused(lambda: read_bulk(tmp_path / "merged.csv", genes), "merged.csv", *words)
+    assert read_bulk(merged.dropna(axis=1), genes)[1].sum() == 250
+    merged.iloc[:2].T.to_csv(tmp_path / "a.csv")
+    merged.iloc[2:, 50:].T.to_csv(tmp_path / "b.csv")
+    X, present, samples = read_bulk([tmp_path / "a.csv", tmp_path / "b.csv"], genes)
+    assert samples == list("abcd") and present.sum() == 250
+
+
+def test_samples_of_few_counts_are_called_so(trained, tmp_path, monkeypatch):
+    """And not another tissue; whether a sample is of few counts is told by its genes' counts."""
+    cells = make_cells()
+    total = cells.X.sum(axis=0).A1
+    rng = np.random.default_rng(0)
+    table = {"thin": rng.multinomial(40, total / total.sum()), "deep": total}
+    table["strange"] = rng.permutation(total)
+    pd.DataFrame(table, index=cells.var_names).to_csv(tmp_path / "bulk.csv")
+    done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", tmp_path / "bulk.csv",
+                      "--n-cells", 3, "--out", tmp_path / "g.h5ad")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 samples (thin) have few counts, from 40 on" in done.stderr
+    assert "1 of 3 samples (strange) are not what" in done.stderr
+    deep = pd.DataFrame(table, index=cells.var_names)[["thin"]] / 3  # no counts, of unknown depth
+    deep.to_csv(tmp_path / "bulk.csv")
+    done = run_inside("bulk2sc.py", "--weights", trained, "--bulk", tmp_path / "bulk.csv", "--log",
+                      "no", "--n-cells", 3, "--out", tmp_path / "g.h5ad")  # fmt: skip
+    assert "few counts" not in done.stderr

@@ -52,6 +52,21 @@ def test_one_sample_on_another_scale_is_named(counts):
     assert scale.name == "log" and scale.samples.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("depth", [2000, 10_000, 100_000])
+def test_few_counts_are_counts(counts, depth):
+    """Nor does one sample of them look like another after quantile normalisation."""
+    rng = np.random.default_rng(0)
+    share = counts.mean(axis=0) / counts.mean(axis=0).sum()
+    assert find_scale(rng.multinomial(depth, share, 3).astype(float)).name == "counts"
+
+
+@pytest.mark.parametrize("n_negative", [1, 2000])
+def test_negative_values_on_a_linear_scale_are_no_logarithms(counts, n_negative):
+    X = counts / 3.7
+    X.flat[np.random.default_rng(0).choice(X.size, n_negative, replace=False)] = -0.4
+    assert find_scale(X).name == "negative"
+
+
 def test_quantile_normalised_samples(counts):
     target = np.sort(counts, axis=1).mean(axis=0)
     normalised = target[counts.argsort(axis=1).argsort(axis=1)]

@@ -1,12 +1,14 @@
 """Tests of reading counts, labels and bulks, aligning genes, splitting cells, pseudobulks."""
 
 import time
+import warnings
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
 import scipy.sparse as sp
 
 import data
@@ -39,6 +41,18 @@ def test_embedded_counts_are_the_published_integers():
     assert adata.X.max() == 259 and adata.X.min() == 0
     assert len(codes_of(adata)[1]) == 10
     assert set(adata.var["gene_ids"]) == {""}  # the file has none
+
+
+def test_variable_genes_of_few_cells_and_one_type(capsys):
+    """The trend over the genes' means, of which few cells have few, is fitted with a wide span."""
+    rng = np.random.default_rng(0)
+    X = sp.csr_matrix(rng.poisson(rng.gamma(0.1, 0.5, 3000), (20, 3000)).astype(np.int32))
+    adata = anndata.AnnData(X, var=pd.DataFrame(index=[f"g{i}" for i in range(3000)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="singular|reciprocal|svddc"):
+            scanpy.pp.highly_variable_genes(adata.copy(), flavor="seurat_v3", n_top_genes=50)
+        assert len(choose_genes(adata, 50)) == 50
 
 
 @pytest.mark.parametrize("layout", ["old", "new"])

@@ -266,6 +266,17 @@ def test_samples_that_the_file_lacks_or_has_beyond(capsys):
 # ---------------------------------------------------------------------------- the whole script
 
 
+def test_samples_numbered_from_0_and_from_1_are_not_matched(tmp_path):
+    """Rows of pandas are numbered from 0, samples without names from 1."""
+    table = pd.DataFrame({B: [0.1, 0.2, 0.3]})
+    known = read(tmp_path, table)
+    with pytest.raises(InputError, match="known.csv: its samples are numbered from 0 on"):
+        known.of_samples(["1", "2", "3", "4"])
+    np.testing.assert_allclose(known.of_samples(["0", "1", "2", "3"])[:3, 0], [0.1, 0.2, 0.3])
+    of_patients = read(tmp_path, table.set_axis([2, 3, 7]))  # numbers of their own
+    assert of_patients.of_samples(["1", "2", "3"])[1, 0] == 0.1
+
+
 def test_known_proportions_reach_table_cells_and_expression(trained, bulk, tmp_path):
     """x is of one type alone; y has a part fixed; z, not in the file, is as without it."""
     table = pd.DataFrame({B: [0, 0.6], T: [1, None], NK: [0, None]}, ["x", "y"])

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import scipy.sparse as sp
 
 from conftest import make_cells, refused, write_10x, write_10x_h5, write_labels
@@ -274,6 +275,69 @@ def test_numbers_of_rows_are_no_barcodes(tmp_path, cells):
     for form in ("cell_{}", "{}-1", "s:{}"):
         names = [form.format(i) for i in range(90)]
         refused(lambda names=names: read_label_csv(tmp_path / "labels.csv", names), "none of its")
+
+
+def numbered_table(path, numbers, column="cell_type", values=("B", "T")):
+    """A table of R or pandas, whose cells have the numbers of rows for names."""
+    lines = [f"{i},{values[k % 2]}" for k, i in enumerate(numbers)]
+    path.write_text("\n".join([f",{column}", *lines]))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("in_data", "in_file", "form"),
+    [
+        (range(90), range(1, 91), "{}"),
+        (range(1, 91), range(90), "{}"),
+        (range(90), range(1, 60), "{}"),  # of some cells, by whose count?
+        (range(90), range(5, 60), "{}"),
+        (range(5, 95), range(200), "{}"),
+        (range(90), range(1, 91), "cell_{}"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["labels", "samples", "donors"])
+def test_other_numbers_of_rows_are_refused(tmp_path, cells, in_data, in_file, form, setting):
+    cells.obs_names = [form.format(i) for i in in_data]
+    cells.obs["sample"] = "s"
+    path = write(tmp_path / "cells.h5ad", cells)
+    given = {"samples": "sample"} if setting == "donors" else {}
+    column = {"labels": "cell_type"}.get(setting, setting.removesuffix("s"))
+    numbers = [form.format(i) for i in in_file]
+    given[setting] = numbered_table(tmp_path / "table.csv", numbers, column, ("s", "s"))
+    settings = TrainingSettings(data=str(path), **given)
+    refused(lambda: load_cells(settings), "table.csv", "numbers in place of barcodes", ".obs")
+
+
+@pytest.mark.parametrize(
+    ("in_data", "in_file"),
+    [
+        (range(90), range(89, -1, -1)),
+        (range(1, 91), range(1, 91)),
+        (range(1000, 1180, 2), range(1000, 1090, 2)),  # ids of a machine
+    ],
+)
+def test_the_same_numbers_are_names_of_cells(tmp_path, cells, in_data, in_file):
+    cells.obs_names = [str(i) for i in in_data]
+    path = write(tmp_path / "cells.h5ad", cells)
+    labels = numbered_table(tmp_path / "table.csv", in_file)
+    read = load(path, labels=labels).obs["cell_type"]
+    expected = dict(zip(map(str, in_file), ["B", "T"] * 45, strict=False))
+    assert read.to_dict() == expected
+
+
+@pytest.mark.parametrize("numbers", [range(90), range(1, 90)])
+def test_tables_of_numbers_may_have_cells_that_are_left_out(tmp_path, cells, numbers):
+    """The first cell has no counts; annotate.py leaves it out of its table, others do not."""
+    X = cells.X.toarray()
+    X[0] = 0
+    cells.X, cells.obs_names = sp.csr_matrix(X), [str(i) for i in range(90)]
+    path = write(tmp_path / "cells.h5ad", cells)
+    labels = numbered_table(tmp_path / "table.csv", numbers)
+    read = load(path, labels=labels, samples=labels)
+    assert read.n_obs == 89 and read.obs["cell_type"].iloc[0] == (
+        "T" if len(numbers) == 90 else "B"
+    )
+    assert "barcodes" not in read.uns
 
 
 def test_empty_rows_and_columns_of_spreadsheets(tmp_path, pbmc, capsys):
@@ -742,3 +806,229 @@ def test_other_words_for_genes_and_no_word_at_all(tmp_path, cells, capsys):
     )
     cells.var["feature_types"] = "Peaks"
     refused(lambda: read_counts(write(tmp_path / "a.h5ad", cells)), "no gene", "60 Peaks")
+
+
+# ------------------------------------------------------------------------------ names of genes
+
+
+def named_by_ids(cells, column):
+    """The cells with Ensembl ids for names and symbols in a column, among other columns."""
+    symbols = real_genes("symbols", cells.n_vars)
+    ids = [f"ENSG{i:011d}" for i in range(cells.n_vars)]
+    others = {"biotype": "protein_coding", "chromosome": "chr1", "length": 900, "id": ids}
+    cells.var = pd.DataFrame({**others, column: symbols}, index=ids)
+    return cells, symbols
+
+
+@pytest.mark.parametrize("read", [read_counts, read_backed])
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("feature_name", "gene_short_name", "hgnc_symbol", "gene_names", "Symbol", "features"),
+        "a column of mine",
+    ],
+)
+@pytest.mark.parametrize("place", ["X", "raw"])
+def test_symbols_are_found_by_what_a_column_holds(tmp_path, cells, read, column, place):
+    """Also where the counts are in raw, whose genes have no columns."""
+    cells, symbols = named_by_ids(cells, column)
+    if place == "raw":
+        cells.raw = anndata.AnnData(cells.X, obs=cells.obs, var=cells.var[[]])
+        cells.X = cells.X * 0.3
+    got = read(write(tmp_path / "a.h5ad", cells))
+    assert list(got.var_names) == list(cells.var_names)
+    assert list(got.var["gene_ids"]) == symbols
+
+
+def test_a_usual_name_comes_before_another_column_of_symbols(tmp_path, cells):
+    cells, symbols = named_by_ids(cells, "symbol")
+    cells.var.insert(0, "former", [f"{s}P1" if s not in GENES else s for s in symbols])
+    assert list(read_counts(write(tmp_path / "a.h5ad", cells)).var["gene_ids"]) == symbols
+
+
+def test_columns_that_name_no_genes_are_passed_over(tmp_path, cells):
+    cells, _ = named_by_ids(cells, "gene_name")
+    cells.var["gene_name"] = "pseudogene"
+    assert set(read_counts(write(tmp_path / "a.h5ad", cells)).var["gene_ids"]) == {""}
+
+
+def test_ids_in_any_column_and_genes_that_are_numbered(tmp_path, cells):
+    cells, symbols = named_by_ids(cells, "features")
+    ids = list(cells.var_names)
+    by_symbol = cells.copy()
+    by_symbol.var = pd.DataFrame({"accession": ids}, index=symbols)
+    assert list(read_counts(write(tmp_path / "a.h5ad", by_symbol)).var["gene_ids"]) == ids
+    cells.var_names = [str(i) for i in range(cells.n_vars)]
+    assert list(read_counts(write(tmp_path / "b.h5ad", cells)).var["gene_ids"]) == symbols
+
+
+def with_genomes(cells, share, n_mouse_cells=0):
+    """Human genes, and 25 of mouse with a share of each cell's counts; some cells are of mouse."""
+    X = cells.X.toarray()
+    n = np.maximum(X.sum(axis=1) * share / (1 - share), 0)
+    mouse = np.random.default_rng(0).poisson(np.repeat(n[:, None] / 25, 25, axis=1))
+    mouse[:n_mouse_cells] = 20
+    X[:n_mouse_cells] = X[:n_mouse_cells] > 5
+    names = [f"GRCh38_{name}" for name in cells.var_names] + [f"mm10___Gene{i}" for i in range(25)]
+    ids = [f"GRCh38_{name}" for name in cells.var["gene_ids"]]
+    ids += [f"mm10___ENSMUSG{i:011d}" for i in range(25)]
+    var = pd.DataFrame({"gene_ids": ids}, index=names)
+    return anndata.AnnData(sp.csr_matrix(np.hstack([X, mouse])), obs=cells.obs, var=var)
+
+
+@pytest.mark.parametrize("read", [read_counts, read_backed])
+def test_genes_of_another_genome_are_left_out(tmp_path, cells, capsys, read):
+    """One per cent of the counts is of mouse, as are three cells."""
+    path = write(tmp_path / "a.h5ad", with_genomes(cells, 0.01, n_mouse_cells=3))
+    got = read(path)
+    assert list(got.var_names) == list(cells.var_names)
+    assert list(got.var["gene_ids"]) == list(cells.var["gene_ids"])
+    assert list(got.obs_names) == list(cells.obs_names[3:])
+    assert (got.X[np.arange(87)] != cells.X[3:]).nnz == 0
+    assert (library_size(got.X) == cells.X[3:].sum(axis=1).A1).all()
+    out = capsys.readouterr().out
+    assert "25 genes that are not of GRCh38 left out, and 3 cells" in out
+    assert "the genome in front of 60 genes taken off (GRCh38_GENE0" in out
+
+
+@pytest.mark.parametrize("read", [read_counts, read_backed])
+def test_a_mixture_of_species_is_refused_until_one_is_chosen(tmp_path, cells, read):
+    mixed = with_genomes(cells, 0.4)
+    path = write(tmp_path / "a.h5ad", mixed)
+    refused(lambda: read(path), path, "2 genomes (GRCh38 59.9%", "mm10", "expected one")
+    write(path, mixed[:, mixed.var_names.str.startswith("GRCh38")].copy())
+    assert list(read(path).var_names) == list(cells.var_names)
+
+
+def test_species_are_told_by_ids_alone_and_another_one_is_read(tmp_path, cells):
+    mixed = with_genomes(cells, 0.4)
+    mixed.var.index = [name.split("_")[-1] for name in mixed.var["gene_ids"]]
+    path = write(tmp_path / "a.h5ad", mixed)
+    refused(lambda: read_counts(path), "2 genomes (human", "mouse")
+    mouse = mixed[:, 60:].copy()
+    assert read_counts(write(path, mouse)).n_vars == 25
+
+
+def test_genes_without_a_genome_in_front_beside_others(tmp_path, cells):
+    """Of another species if they are many, spike-ins if they are few."""
+    mixed = with_genomes(cells, 0.4)
+    mixed.var = mixed.var[[]]
+    mixed.var_names = [name.removeprefix("GRCh38_") for name in mixed.var_names]
+    path = write(tmp_path / "a.h5ad", mixed)
+    refused(lambda: read_counts(path), "2 genomes (others 59.9%, mm10 40.1%")
+    few = mixed[:, 50:].copy()
+    few.var_names = [f"hg19_{n}" if i > 2 else f"ERCC-{i}" for i, n in enumerate(few.var_names)]
+    few.var_names = [name.replace("hg19_mm10___", "hg19_") for name in few.var_names]
+    read = read_counts(write(path, few))
+    assert list(read.var_names[:4]) == ["ERCC-0", "ERCC-1", "ERCC-2", "GENE53"]
+
+
+def test_a_10x_h5_of_two_genomes_is_named(tmp_path, cells):
+    path = tmp_path / "a.h5"
+    write_10x_h5(path, cells, "old")
+    with h5py.File(path, "r+") as file:
+        file.copy("GRCh38", "mm10")
+    refused(lambda: read_counts(path), path, "2 genomes (GRCh38, mm10)", "genome='GRCh38'")
+
+
+# -------------------------------------------------------------------- folders of other counters
+
+
+def write_other(folder, cells, tool):
+    """The files of kallisto-bustools or Parse: cells in rows."""
+    folder.mkdir(parents=True)
+    X, ids, names = sp.coo_matrix(cells.X), cells.var["gene_ids"], cells.var_names
+    if tool == "Parse":
+        scipy.io.mmwrite(folder / "count_matrix.mtx", X)
+        genes = pd.DataFrame({"gene_id": ids, "gene_name": names, "genome": "hg38"})
+        genes.to_csv(folder / "all_genes.csv", index=False)
+        obs = pd.DataFrame({"bc_wells": cells.obs_names, "sample": cells.obs["cell_type"]})
+        obs.to_csv(folder / "cell_metadata.csv", index=False)
+        return
+    scipy.io.mmwrite(folder / "cells_x_genes.mtx", X)
+    parts = {"barcodes": cells.obs_names, "genes": ids}
+    parts |= {"genes.names": names} if tool == "kb with names" else {}
+    for part, lines in parts.items():
+        (folder / f"cells_x_genes.{part}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("tool", ["kb", "kb with names", "Parse"])
+@pytest.mark.parametrize("given", ["folder", "above", "file"])
+def test_folders_of_other_counters_are_read(tmp_path, cells, capsys, tool, given):
+    folder = tmp_path / "run" / "counts"
+    write_other(folder, cells, tool)
+    mtx = next(folder.glob("*.mtx"))
+    got = read_counts({"folder": folder, "above": tmp_path / "run", "file": mtx}[given])
+    assert (got.X != cells.X).nnz == 0 and list(got.obs_names) == list(cells.obs_names)
+    names = cells.var["gene_ids"] if tool == "kb" else cells.var_names
+    assert list(got.var_names) == list(names)
+    assert list(got.var["gene_ids"]) == list(cells.var["gene_ids"])
+    assert "cells x genes, as kallisto-bustools and Parse" in capsys.readouterr().out
+    if tool == "Parse":
+        assert set(load(folder, labels="sample").obs["cell_type"]) == set(cells.obs["cell_type"])
+
+
+def test_a_matrix_of_another_counter_that_is_turned_is_refused(tmp_path, cells):
+    write_other(tmp_path / "kb", cells, "kb")
+    scipy.io.mmwrite(tmp_path / "kb/cells_x_genes.mtx", sp.coo_matrix(cells.X.T))
+    words = ["found 60 x 90", "90 barcodes (cells_x_genes.barcodes.txt) x 60 genes", "transposed"]
+    refused(lambda: read_counts(tmp_path / "kb"), *words)
+
+
+def test_other_counters_and_broken_links_are_named(tmp_path, cells):
+    (tmp_path / "fry/alevin").mkdir(parents=True)
+    for name in ("quants_mat.mtx", "quants_mat_rows.txt", "quants_mat_cols.txt"):
+        (tmp_path / "fry/alevin" / name).touch()
+    for folder in (tmp_path / "fry", tmp_path / "fry/alevin"):
+        refused(lambda folder=folder: read_counts(folder), "alevin-fry", "pyroe.load_fry")
+    folder = write_10x(tmp_path / "10x", cells)
+    (folder / "matrix.mtx.gz").rename(tmp_path / "there")
+    (folder / "matrix.mtx.gz").symlink_to(tmp_path / "there")
+    assert read_counts(folder).n_obs == 90
+    (tmp_path / "there").unlink()
+    refused(lambda: read_counts(folder), folder / "matrix.mtx.gz", "link", "which is not there")
+    (tmp_path / "a.h5ad").symlink_to(tmp_path / "nothing.h5ad")
+    for read in (read_counts, read_backed):
+        refused(
+            lambda read=read: read(tmp_path / "a.h5ad"), "link to", "nothing.h5ad, which is not"
+        )
+
+
+# ------------------------------------------------------------------------------ fractional counts
+
+
+def corrected(cells):
+    """As SoupX leaves them: less a share of the profile of the soup."""
+    X = cells.X.toarray().astype(float)
+    soup = X.sum(axis=0) / X.sum()
+    return np.maximum(X - 0.1 * X.sum(axis=1, keepdims=True) * soup, 0)
+
+
+def per_10k(X):
+    return X / X.sum(axis=1, keepdims=True) * 1e4
+
+
+@pytest.mark.parametrize("read", [read_counts, read_backed])
+@pytest.mark.parametrize(
+    ("change", "is_corrected"),
+    [
+        (corrected, True),
+        (lambda c: c.X.toarray() * np.where(np.arange(60) % 2, 1, 0.7), True),  # reads shared
+        (lambda c: per_10k(c.X.toarray()), False),
+        (lambda c: np.log1p(per_10k(c.X.toarray())), False),
+        (lambda c: np.log1p(corrected(c)), False),
+        (lambda c: per_10k(corrected(c)) * 100, False),  # as TPM
+    ],
+)
+def test_counts_less_ambient_rna_are_told_from_normalised_ones(
+    tmp_path, cells, read, change, is_corrected
+):
+    path = tmp_path / "a.h5ad"
+    changed = cells.copy()
+    changed.X = sp.csr_matrix(change(cells))
+    write(path, changed)
+    cause = "removal of ambient RNA" if is_corrected else "not normalised or transformed ones"
+    refused(lambda: read(path), path, "not an integer", "expected raw counts", cause)
+    changed.X = sp.csr_matrix(np.rint(changed.X.toarray()))
+    if is_corrected:  # what is advised is read
+        assert read(write(path, changed)).n_obs == 90

@@ -587,8 +587,20 @@ def test_unwritable_output_is_a_one_line_error(trained, h5ad, tmp_path):
     out = tmp_path / "a file" / "g.h5ad"
     done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", trained, "--n-cells", 3,
                "--batch-size", 20, "--out", out)  # fmt: skip
-    assert "Traceback" not in done.stderr and done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert_one_line_error(done, tmp_path / "a file", "cannot be written to")
+    assert done.stdout == ""  # before anything is read
+
+
+def test_a_platform_is_refused_where_it_would_be_ignored(trained, tmp_path):
+    flags = ["--weights", trained, "--bulk", tmp_path / "bulk.csv", "--platform", "remove"]
+    for calibrate in ("none", "uniform"):
+        done = run_inside("bulk2sc.py", *flags, "--calibrate", calibrate)
+        assert_one_line_error(done, "--platform", f"--calibrate {calibrate}", "types")
+    cells = make_cells()
+    pd.DataFrame({"a": cells.X.sum(axis=0).A1}, cells.var_names).to_csv(tmp_path / "bulk.csv")
+    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")  # auto is none here
+    assert_one_line_error(done, "--platform", "none for these weights, of one sample")
+    assert not (tmp_path / "g.h5ad").exists()
 
 
 # -------------------------------------------------------------------------- shipped weights
