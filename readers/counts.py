@@ -513,10 +513,9 @@ def why_not(folder):
     below = subfolders(folder)
     for place in (folder, *below, *(deeper for b in below for deeper in subfolders(b))):
         for name in names_in(place):
-            if not (place / name).exists():
-                return (
-                    f"; {place / name} is a link to {os.readlink(place / name)}, which is not there"
-                )
+            path = place / name
+            if os.path.islink(path) and not os.path.exists(path):
+                return f"; {path} is a link to {os.readlink(path)}, which is not there"
             if name in OTHER_COUNTERS:
                 tool, how = OTHER_COUNTERS[name]
                 return f"; found the output of {tool}: {how}"
