@@ -98,7 +98,7 @@ def train_published(cfg, weights, decoder_card):
     if set(card["held_out"]) != set(decoder_card["held_out"]):
         raise InputError(
             f"{weights}: scDecoder_model.pt and the baseline hold out different cells; expected "
-            "scGMVAE_model.pt of the same run beside it, or --no-baselines"
+            "scGMVAE_model.pt of the same run beside it, or no --compare"
         )
     return decoder
 

@@ -1,7 +1,8 @@
 """Compare generated cells with held-out real ones, and predicted with true proportions.
 
-    python evaluate.py
+    python evaluate.py                                          # are the cells good? under a minute
     python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
+    python evaluate.py --compare                                # beside other methods: minutes
     python evaluate.py --weights w0 --more-weights w1 w2       # mean ± std over three trainings
     python evaluate.py --bulk samples.csv --fractions measured.csv --lineages lineages.csv
     python evaluate.py --shift-data other_donor.h5ad --lineages lineages.csv --proportions-only
@@ -10,27 +11,30 @@
 Every metric is read on cells that no training has seen. Cells come from these methods:
 
 - bulk2sc: z ~ N(mu_k, sigma_k^2) -> scDecoder, as many cells of each type as are held out
-- calibrated: the same with bulk2sc.py --calibrate, to the sum of the held-out cells
-- other real cells: training cells in place of generated ones
+- perfect model: the ceiling on this very data set. Cells that bulk2sc generates stand for all real
+  ones, training and held-out, as many of each type; and fresh ones are compared with them
 - unseen real cells: half of the training cells, left out when the metrics' space is fitted
 - cell-type NB: each gene negative binomial with its cell type's training mean and variance
+
+and with --compare also from these:
+
+- calibrated: bulk2sc.py --calibrate uniform, to the sum of the held-out cells
+- other real cells: training cells in place of generated ones
 - scDesign2 copula: each gene's best count distribution in its cell type, and their correlations
 - published recipe: scDecoder with --pairing prior --loss mse_l1, trained here
 - scVI: trained here, if scvi-tools is installed
-- perfect model: the ceiling on this very data set. Cells that bulk2sc generates stand for all real
-  ones, training and held-out, as many of each type; and fresh ones are compared with them
 
 A forest tells even the perfect model's cells from its data set's, because PCs follow the noise of
 the cells they are fitted on. So AUROC is also given as its excess over the perfect model's. Below
 0, cells follow the noise of the training cells or, calibrated, of the held-out ones.
 
 Predicted proportions have their own tables: on pseudobulks of held-out cells, on the same after a
-simulated change of platform, on pseudobulks of other data sets (--shift-data), and on real bulks
-whose proportions were measured. Methods:
+simulated change of platform (--compare), on pseudobulks of other data sets (--shift-data), and on
+real bulks whose proportions were measured. Methods:
 
 - bulk2sc, and NNLS (non-negative least squares) on the genes that the Bulk Encoder reads
-- DWLS, MuSiC, nu-SVR, BayesPrism and dtangle on all genes: deconvolution.py, with their papers
 - constant answer: the mean truth of these very bulks
+- with --compare: DWLS, MuSiC, nu-SVR, BayesPrism and dtangle on all genes (deconvolution.py)
 
 With --conditions, fold changes between two conditions inside cell types have a third table: of
 cells generated for the bulks of held-out donors, against the donors' own cells or --profiles. If
@@ -48,7 +52,8 @@ the profiles are of samples that the reference does not have, their mixtures are
 Beside them a null, bulks of one sample's cells that differ in proportions alone; and random forests
 that tell generated cells from the sample's own.
 
-Writes evaluation.csv, which also has every cell type by itself, and evaluation.png to --weights.
+Prints what to conclude first. Writes evaluation.csv, which also has every cell type by itself, and
+evaluation.png to --out.
 """
 
 import sys
@@ -60,11 +65,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from data import DatasetSettings
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
+from runtime.outputs import is_own
 from runtime.script import flag, lead_with, parse_args, run_script
 
 
 @lead_with(
-    *("data", "labels", "weights", "baselines", "n_draws", "bulk", "fractions", "lineages"),
+    *("data", "labels", "weights", "out", "compare", "n_draws", "bulk", "fractions", "lineages"),
     *("samples", "donors", "conditions", "contrast"),
 )
 @dataclass
@@ -74,8 +80,13 @@ class Settings(DatasetSettings, BulkOptions):
     Example: python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     """
 
-    baselines: bool = True
-    """Measure the baselines, too; --no-baselines saves their training. NNLS is always measured."""
+    out: Path = Path("evaluation")
+    """Folder of the results, evaluation.csv and evaluation.png; those of an earlier run are
+    replaced."""
+    compare: bool = False
+    """Compare with other methods, too, which takes minutes: the published recipe, scDesign2, scVI
+    (if installed), --calibrate uniform and the sums of its cells; for proportions six published
+    methods, and bulks of a simulated other platform."""
     retrain: bool = False
     """Train stages 1 and 2 once more, on cells that the fitted model draws, and measure this *model
     trained anew*: how much realism so few cells cost even a model of the right shape."""
@@ -261,7 +272,8 @@ class Training:
         self.models = self.encoder, self.encoder_card, self.decoder, self.decoder_card
         self.genes = self.decoder_card["genes"], self.encoder_card["genes"]
         self.cell_types = self.decoder_card["cell_types"]
-        self.measured = np.isin(self.genes[0], self.cells.var_names)  # mask of the decoder's genes
+        # Mask of the decoder's genes; np.isin takes seconds for as many names.
+        self.measured = pd.Index(self.genes[0]).isin(self.cells.var_names)
 
     def decoder_counts(self, rows):
         """Counts of real cells in the decoder's genes, CSR."""
@@ -384,23 +396,27 @@ def cell_methods(training, cfg, rng):
     generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
     methods = {}
     if cfg.generated is None:
-        log_factor = calibration_to_held_out(training)
         methods["bulk2sc"] = partial(draw_decoded, training, decoder, generator)
-        methods["calibrated"] = partial(draw_decoded, training, decoder, generator, log_factor)
     else:
         cells = read_generated(cfg.generated, training)
         target = training.test_codes
         methods["bulk2sc"] = partial(draw_from_file, cfg.generated, *cells, target, rng)
-    methods["other real cells"] = partial(draw_real, training, rng)
-    if cfg.baselines:
-        methods["cell-type NB"] = partial(draw_nb, training, rng)
+    if cfg.compare and cfg.generated is None:
+        log_factor = calibration_to_held_out(training)
+        methods["calibrated"] = partial(draw_decoded, training, decoder, generator, log_factor)
+    if cfg.compare:
+        methods["other real cells"] = partial(draw_real, training, rng)
+    methods["cell-type NB"] = partial(draw_nb, training, rng)
+    if cfg.compare:
         cells, codes = training.cells[training.train], training.codes[training.train]
         seed = training.decoder_card["seed"]
+        print(f"{training.folder}: fitting scDesign2 and the published recipe", flush=True)
         copula = ScDesign2(cells.X, codes, seed)
         methods["scDesign2 copula"] = partial(draw_fitted, training, copula)
         published = train_published(cfg, training.folder, training.decoder_card)
         methods["published recipe"] = partial(draw_decoded, training, published, generator)
         if importlib.util.find_spec("scvi"):
+            print(f"{training.folder}: training scVI", flush=True)
             methods["scVI"] = partial(draw_fitted, training, ScVI(cells, codes, seed))
     return methods
 
@@ -434,6 +450,7 @@ def measure_cells(training, cfg, rng):
             values = anew_metrics.compare(*cells, seed=i)
             values += excess_auroc(values, ceiling)
             of_perfect += [("model trained anew", *row) for row in values]
+    print(f"{training.folder}: unseen real cells", flush=True)
     return rows + measure_left_out(training, cfg) + of_perfect
 
 
@@ -520,7 +537,8 @@ def measure(training, plan, cfg):
     rng = seed_everything(cfg.seed)
     if not cfg.proportions_only:
         rows += measure_cells(training, cfg, rng)
-        if cfg.generated is None:
+        if cfg.compare and cfg.generated is None:
+            print(f"{training.folder}: sums of cells", flush=True)
             for _ in range(cfg.n_draws):
                 rows += measure_sums(training, cfg, rng)
     return rows + measure_pseudobulks(methods, plan.lineage_of, cfg, rng)
@@ -572,6 +590,67 @@ def format_table(table, transpose=False):
     return (wide.T if transpose else wide).to_string()
 
 
+NEAR = 0.05  # excess of AUROC, what so few cells cost any model: docs/results.md
+
+
+def conclude_cells(mean):
+    """What to conclude of the cells, in plain words: lines. mean: of (method, metric)."""
+
+    def read(metric, method):
+        return mean.get((method, metric), np.nan)
+
+    forests = [f"random-forest AUROC, {of}" for of in ("PCs", "genes")]
+    methods = "bulk2sc", "perfect model", "cell-type NB"
+    ours, perfect, simple = (np.array([read(m, method) for m in forests]) for method in methods)
+    if np.isnan(perfect).any():
+        return []
+    said = "no more real than cells of independent genes"
+    if (ours - perfect).mean() <= NEAR:
+        said = "about as real as a perfect model's"
+    elif ours.mean() < simple.mean():
+        said = "more real than cells of independent genes, less real than a perfect model's"
+    a, b, c = ("{:.2f} and {:.2f}".format(*pair) for pair in (ours, perfect, simple))
+    ratio, best, worst = (f"{read('within-type variance ratio', m):.2f}" for m in methods)
+    return [
+        f"The cells are {said}.",
+        f"  A classifier tells them from real ones with AUROC {a} (on 20 PCs and on genes; 0.5: it "
+        "cannot, 1: always).",
+        f"  A perfect model of this size would read {b}; independent genes (cell-type NB), {c}.",
+        f"  Cells of a type vary {ratio} times as much as real ones (perfect model {best}, "
+        f"cell-type NB {worst}).",
+    ]
+
+
+def conclude_proportions(mean):
+    """What to conclude of the proportions, in plain words: lines. mean: of (method, metric)."""
+    lines = []
+    for _, metric in (key for key in mean.index if key[0] == "bulk2sc"):
+        setting = setting_of(metric)
+        if not metric.startswith("proportions RMSE") or setting.endswith("lineages"):
+            continue
+        methods = "bulk2sc", "NNLS", "constant answer"
+        ours, nnls, constant = (mean[method, metric] for method in methods)
+        said = "no better than one answer for all bulks"
+        if ours < min(nnls, constant):
+            said = "better than the simple answers"
+        elif ours < constant:
+            said = "better than one answer for all bulks, not better than NNLS"
+        of = {"within": "pseudobulks of held-out cells", "shift": "a simulated other platform"}
+        lines.append(
+            f"Proportions of {of.get(setting, setting)} are {said}: RMSE {ours:.3f}; non-negative "
+            f"least squares {nnls:.3f}, the mean truth for all bulks {constant:.3f}."
+        )
+    return lines
+
+
+def print_conclusions(table, trainings, cfg):
+    """Print what to conclude, before the numbers. table: of :func:`summarise`, all cell types."""
+    mean = table.set_index(["method", "metric"])["mean"]
+    n_cells = ", ".join(f"{len(training.test):,}" for training in trainings)
+    print(f"\n{n_cells} held-out cells; trainings: {len(trainings)}, draws of each: {cfg.n_draws}")
+    print("\n".join([*conclude_cells(mean), *conclude_proportions(mean)]) + "\n")
+
+
 def print_tables(table, cfg):
     """Print the tables of cells and of proportions, all cell types together."""
     n_trainings = 1 + len(cfg.more_weights)
@@ -582,7 +661,7 @@ def print_tables(table, cfg):
         print(format_table(table[~of_proportions]))
     print(f"\nproportions of {cfg.n_pseudobulks} pseudobulks per draw, or of real bulks")
     print_proportions(table[of_proportions])
-    if cfg.baselines and not cfg.proportions_only and not importlib.util.find_spec("scvi"):
+    if cfg.compare and not cfg.proportions_only and not importlib.util.find_spec("scvi"):
         print("scVI left out: scvi-tools is not installed (pip install scvi-tools)")
 
 
@@ -650,8 +729,23 @@ def measure_all(trainings, plan, cell_types, cfg):
     return summarise(table, len(trainings), known)
 
 
+def check_out(folder):
+    """Check, before anything is measured, that results can be written, and replace only our own.
+
+    Raises:
+        InputError: they cannot, or a file of their name is there that evaluate.py did not write.
+    """
+    check_writable(folder)
+    table, picture = folder / "evaluation.csv", folder / "evaluation.png"
+    if not is_own(table, table.name):  # a picture cannot tell by itself
+        for path in filter(Path.exists, (table, picture)):
+            raise InputError(
+                f"{path}: found a file that is not from evaluate.py, expected another --out"
+            )
+
+
 def main(cfg):
-    check_writable(cfg.weights, "--weights")
+    check_out(cfg.out)
     device = pick_device(cfg.device)
     cells = load_cells(cfg)
     codes, cell_types = codes_of(cells)
@@ -672,16 +766,16 @@ def main(cfg):
         tables.insert(0, measure_all(trainings, proportions, cell_types, cfg))
     table = pd.concat(tables, ignore_index=True)
     overall = table[table["cell_type"] == ""]
-    write_whole(cfg.weights / "evaluation.csv", lambda path: table.to_csv(path, index=False))
+    write_whole(cfg.out / "evaluation.csv", lambda path: table.to_csv(path, index=False))
     drawn = overall.assign(setting=overall["metric"].map(setting_of))
-    write_evaluation(cfg.weights / "evaluation.png", drawn)
+    write_evaluation(cfg.out / "evaluation.png", drawn)
     of_contrasts = overall["metric"].isin(CONTRAST_METRICS)
     if not cfg.contrasts_only:
+        print_conclusions(overall[~of_contrasts], trainings, cfg)
         print_tables(overall[~of_contrasts], cfg)
     if plan is not None:
         print_contrasts(overall[of_contrasts], plan, donors)
-    n_cells = ", ".join(str(len(training.test)) for training in trainings)
-    print(f"wrote evaluation.csv and evaluation.png to {cfg.weights}: {n_cells} held-out cells")
+    print(f"wrote evaluation.csv and evaluation.png to {cfg.out}")
 
 
 if __name__ == "__main__":

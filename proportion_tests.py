@@ -3,7 +3,7 @@
 Bulks are of four kinds, and each method reads the same ones:
 
 - pseudobulks of held-out cells ("within")
-- the same after a simulated change of platform (", shift")
+- with --compare, the same after a simulated change of platform (", shift")
 - pseudobulks of other data sets, of other donors and protocols (", NAME of the set"), by lineage
 - real bulks whose lineages were measured (", real bulk")
 
@@ -38,7 +38,7 @@ class Methods:
     """Every method, of one training.
 
     Args:
-        training: as evaluate.py has it. cfg: settings; without ``baselines``, NNLS is the only one
+        training: as evaluate.py has it. cfg: settings; without ``compare``, NNLS is the only one
             beside bulk2sc.
     """
 
@@ -46,7 +46,7 @@ class Methods:
         self.training, self.seed = training, cfg.seed
         self.profiles = training.profiles()
         self.reference = None
-        if cfg.baselines:
+        if cfg.compare:
             rows, names = training.train, samples_of(training.cells)[1]
             sample = samples_of(training.cells)[0][rows] if len(names) > 1 else None
             self.reference = read_reference(
@@ -143,7 +143,7 @@ def shift_platform(bulk, rng, counted=slice(None)):
 
 
 def measure_pseudobulks(methods, lineage_of, cfg, rng):
-    """Proportions of pseudobulks of held-out cells, plain and after a change of platform.
+    """Proportions of pseudobulks of held-out cells, with --compare also after a change of platform.
 
     None, if no cells were held out. lineage_of: lineage of each type (K), or None.
     """
@@ -151,10 +151,11 @@ def measure_pseudobulks(methods, lineage_of, cfg, rng):
     if len(training.test) == 0:
         print(f"{training.folder}: no cells were held out, so no pseudobulks are made of them")
         return []
+    print(f"{training.folder}: proportions of pseudobulks", flush=True)
     X, names = training.decoder_counts(training.test), training.cell_types
     read = np.isin(training.genes[0], training.genes[1])  # by the encoder
     rows = []
-    for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws:
+    for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws * cfg.compare:
         bulk, true = draw_test_bulks(
             X, training.test_codes, len(names), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
         )

@@ -25,6 +25,7 @@ OWN_LINES = {
     "proportions.csv": "sample,cell_type,proportion,low,high,rna_fraction",
     "fit.csv": "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high,agreement",
     "cells.csv": "cell,sample,cell_type,",
+    "evaluation.csv": "metric,best,cell_type,method,mean,std,n",
     "report.html": "<!doctype html><!-- bulk2sc",
 }
 

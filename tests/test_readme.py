@@ -58,7 +58,7 @@ SMALL = {
     "train_decoder.py": "--epochs 2 --n-hidden 16",
     "train_encoder.py": "--epochs 20",
     "bulk2sc.py": "--n-cells 20",
-    "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5 --no-baselines",
+    "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5 --no-compare",
     "make_figures.py": "--max-cells 40",
     "annotate.py": "",
     "simulate_bulks.py": "--n-bulks 6",
