@@ -313,7 +313,10 @@ def generate(
         shown.start(n, len(genes), decoder.mu.shape[1])
     with bar, open_sink(out, genes, card.get("gene_ids"), n) as sink:
         for encoded in bulks.encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
-            options = {"log_factor": bulks.log_factor, "first": first, "codes": codes}
+            rows, log_factor = slice(first, first + len(encoded[2])), None
+            if bulks.expression is not None:
+                log_factor = bulks.expression.part(rows).log_factor
+            options = {"log_factor": log_factor, "first": first, "codes": codes}
             for cells in generate_cells(decoder, encoded, per_bulk, generator, **options):
                 sink.append(cells.counts)
                 table.append(cells)
@@ -378,7 +381,7 @@ def describe(bulks, n_cells, cells_per_type, seed):
         settings["cells_per_type"] = cells_per_type
     contents = list(bulks.names)
     if bulks.proportions is not None:
-        contents += [bulks.proportions.cells, *bulks.encoded[0]]
+        contents += [bulks.proportions.cells, *(part for each in bulks.encoded for part in each)]
     files = files_read({})
     name = run_name(settings, files, digest(*contents), aside=())
     provenance = {"version": VERSION, "run": name, "seed": seed, "files": files}

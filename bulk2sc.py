@@ -26,7 +26,8 @@ from runtime.script import lead_with, parse_args, run_script
 
 @lead_with(
     *("bulk", "n_cells", "cells_per_type", "out", "format", "report", "force", "weights"),
-    *("proportions", "lineages", "mrna_content", "calibrate", "platform", "dry_run", "genes_in"),
+    *("proportions", "lineages", "mrna_content", "calibrate", "platform", "tables_only", "dry_run"),
+    "genes_in",
     *("gene_column", "columns", "bulk_unit", "log", "pseudocount", "data", "batch_size"),
 )
 @dataclass
@@ -73,6 +74,8 @@ class Settings(DatasetSettings, BulkOptions):
     pictures get its name with another ending, or stand in the folder."""
     format: Literal["png", "pdf", "svg"] = "png"
     """Of pictures."""
+    tables_only: bool = False
+    """Of --bulk, write proportions, fit, expression, picture and report alone: no cells."""
     report: bool = True
     """Write a report of --bulk, a page to read; --no-report saves a few seconds."""
     dry_run: bool = False
@@ -98,6 +101,10 @@ class Settings(DatasetSettings, BulkOptions):
                 f"--platform: found {self.platform} with --calibrate {self.calibrate}, expected "
                 "--calibrate types, which alone tells the platform's part"
             )
+        if self.tables_only and not self.bulk:
+            raise InputError("--tables-only: found no --bulk, expected bulk samples")
+        if self.tables_only and self.cells_per_type is not None:
+            raise InputError("--tables-only: found --cells-per-type, expected one of the two")
         if self.dry_run and not self.bulk:
             raise InputError("--dry-run: found no --bulk, expected files to say how they are read")
         if not 0 <= self.pseudocount < float("inf"):
@@ -105,14 +112,15 @@ class Settings(DatasetSettings, BulkOptions):
         if self.lineages is not None and self.proportions is None:
             raise InputError("--lineages: found no --proportions, expected fractions of lineages")
         given = (*self.bulk, self.proportions, self.lineages, self.data, self.labels)
-        every = Outputs(self.out, of_samples=True, of_bulks=True, picture=self.format)
+        every = Outputs(self.out, True, True, self.format, cells=not self.tables_only)
         every.check_inputs([Path(path) for path in given if path is not None])
 
 
 def outputs_of(cfg):
     """The files of a run with these settings."""
     of_samples = bool(cfg.bulk or cfg.proportions)
-    return Outputs(cfg.out, of_samples, bool(cfg.bulk), cfg.format, cfg.report)
+    of_bulks, cells = bool(cfg.bulk), not cfg.tables_only
+    return Outputs(cfg.out, of_samples, of_bulks, cfg.format, cfg.report, cells)
 
 
 if __name__ == "__main__":
@@ -126,7 +134,6 @@ import pandas as pd
 from api import deconvolve, generate, mixtures
 from cell_tables import named_apart
 from data import align_genes, load_cells, shipped
-from expression import expression_table
 from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
 from plotting import write_proportions
 from readers.bulk import read_bulk
@@ -139,17 +146,16 @@ from runtime.errors import one_line, plain, some
 from runtime.provenance import command_of, files_read, run_name, typed
 from runtime.script import recorded
 from runtime.version import VERSION
-from runtime.writing import write_h5ad, write_whole
+from runtime.writing import write_whole
 
 
-def print_cell_types(proportions, cells):
-    """Print mean proportion and number of cells of each type; cells: the AnnData."""
+def print_cell_types(proportions, cells=None):
+    """Print mean proportion and number of cells of each type; cells: the AnnData, if any."""
     pi, known = proportions.cells.astype(np.float64), proportions.known
     title = "mean predicted proportion" if known is None else "mean proportion"
-    table = {
-        title: pi.mean(axis=0) if len(pi) else np.nan,
-        "cells": np.bincount(cells.obs["cell_type"].cat.codes, minlength=pi.shape[1]),
-    }
+    table = {title: pi.mean(axis=0) if len(pi) else np.nan}
+    if cells is not None:
+        table["cells"] = np.bincount(cells.obs["cell_type"].cat.codes, minlength=pi.shape[1])
     if known is not None:
         table["samples where known"] = known.sum(axis=0)
     table = pd.DataFrame(table, index=proportions.cell_types)
@@ -197,7 +203,7 @@ def describe_run(cfg, bulk=None):
 
     bulk: what was read of --bulk, in place of the checksum of a pipe.
     """
-    left_out = {"dry_run", "force", "report"}
+    left_out = {"dry_run", "force", "report", "tables_only"}
     options = {field.name for field in fields(BulkOptions)}
     if not cfg.bulk:
         left_out |= {*options, "mrna_content", "calibrate", "platform"}
@@ -246,12 +252,11 @@ def draw(write, path, *arguments):
     return True
 
 
-def write_expression(outputs, samples, card):
+def write_types(outputs, samples):
     """Write what each type is expected to express in each sample, beside --out."""
-    path = outputs["expression.h5ad"]
-    table = expression_table(samples.names, samples.proportions.cells, samples.expression, card)
-    write_h5ad(path, table)
-    print(f"wrote {path}: {table.n_obs:,} cell types of samples x {table.n_vars:,} genes")
+    path, (S, K, G) = outputs["expression.h5ad"], samples.expression.shape
+    samples.write_expression(path)
+    print(f"wrote {path}: {S * K:,} cell types of samples x {G:,} genes")
 
 
 def name_of(bulk):
@@ -318,23 +323,31 @@ def generate_and_write(cfg, outputs, said):
     reference = read_reference(cfg, genes) if bulk and cfg.report else None
     is_reported = "report.html" in outputs.beside
     n_read, run = len(said), describe_run(cfg, bulk)
-    shown = ShownCells() if is_reported else None
+    shown = ShownCells() if is_reported and not cfg.tables_only else None
     options = {"run": run, "metadata": metadata, "shown": shown}
-    cells = generate(bulks, models, cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out, **options)
-
+    cells = None
+    if not cfg.tables_only:
+        how = cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out
+        cells = generate(bulks, models, *how, **options)
+        if outputs.kind != "h5ad":
+            write_whole(outputs["cells.csv"], partial(cells.obs.to_csv, index_label="cell"))
     print_cell_types(bulks.proportions, cells)
-    if outputs.kind != "h5ad":
-        write_whole(outputs["cells.csv"], partial(cells.obs.to_csv, index_label="cell"))
     if bulks.samples is not None:
         print_fit(cfg, bulks.samples)
     if not bulks.one_cell_each:  # else every cell has a bulk of its own
         write_samples(outputs, bulks.proportions, bulks.samples)
     if bulks.samples is not None:
-        write_expression(outputs, bulks.samples, models.decoder_card)
+        write_types(outputs, bulks.samples)
     if is_reported:
         page, given = outputs["report.html"], (run, bulks.samples, cells, shown, said, n_read)
         if draw(write_report, page, *given, reference):
-            print(f"wrote {page}: what was read, how samples fit, what the cells look like")
+            cells_too = ", what the cells look like" if cells is not None else ""
+            print(f"wrote {page}: what was read, how samples fit{cells_too}")
+    if cells is None:
+        print("no cells, as --tables-only asks for; so fit.csv has no agreement with their sums")
+        if cfg.out.exists():
+            print(f"{cfg.out}: of an earlier run, left as it is")
+        return
     source = "mixtures" if bulks.samples is None and cfg.proportions is not None else "bulks"
     n = len(bulks.names)
     print(f"wrote {cfg.out}: {cells.n_obs:,} cells x {len(genes):,} genes from {n:,} {source}")

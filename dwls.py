@@ -8,7 +8,9 @@ errors partly cancel. :mod:`deconvolution` measures DWLS by itself.
 Notation in shape comments: S bulks, N cells, G genes, M genes of a signature, K cell types.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ import scipy.stats
 import torch
 
 from data import PROTOCOL_GENES, log_normalise, sum_by_type
+from runtime.progress import progress
 
 MOST_PER_TYPE = 200  # genes of a signature
 
@@ -103,36 +106,60 @@ def solve_nonnegative(gram, target):
     return scipy.optimize.nnls(L.T, right)[0] / scale
 
 
+def solve_all_nonnegative(gram, target, free):
+    """:func:`solve_nonnegative` of B problems at once, with gram (B, K, K) and target (B, K).
+
+    free: which x are above 0 (B, K), a guess; where it is wrong, problems are solved one by one.
+    """
+    scale = np.sqrt(np.maximum(np.einsum("bkk->bk", gram), 1e-300))
+    scaled = gram / (scale[:, :, None] * scale[:, None]) + 1e-10 * np.eye(target.shape[1])
+    inside = np.where(free[:, :, None] & free[:, None], scaled, np.eye(target.shape[1]))
+    x = np.linalg.solve(inside, np.where(free, target / scale, 0)[:, :, None])[:, :, 0]
+    slope = target / scale - (scaled @ x[:, :, None])[:, :, 0]
+    x = x / scale
+    for i in np.flatnonzero(((x < 0) | (~free & (slope > 0))).any(axis=1)):
+        x[i] = solve_nonnegative(gram[i], target[i])
+    return x
+
+
 def dampened_weights(fitted, j):
-    """DWLS's weights of genes (M): 1 / fitted², over their minimum, none above 2^j."""
-    weights = 1 / np.maximum(fitted, 1e-100 * fitted.max()) ** 2
-    return np.minimum(weights / weights.min(), 2.0**j)
+    """DWLS's weights of genes (..., M): 1 / fitted², over their minimum, none above 2^j."""
+    weights = 1 / np.maximum(fitted, 1e-100 * fitted.max(axis=-1, keepdims=True)) ** 2
+    return np.minimum(weights / weights.min(axis=-1, keepdims=True), 2.0**j)
 
 
 def choose_dampening(S, b, start, rng, n_subsets=100):
     """The exponent j of :func:`dampened_weights` that DWLS finds by cross-validation.
 
     For each j, weighted least squares without constraint on random halves of the genes; the j with
-    the least variance of the solution, summed over types, wins.
+    the least variance of the solution, summed over types, wins. Sums over genes are made once, of
+    those whose weights lie between two powers of 2.
 
     Args:
         S: signature (M, K). b: bulk (M). start: weights of the types (K), which give the fit.
     """
-    fitted = S @ start
+    fitted, K = S @ start, S.shape[1]
     largest = (fitted.max() / fitted[fitted > 0].min()) ** 2
-    products = (S[:, :, None] * S[:, None, :]).reshape(len(S), -1)  # (M, K * K)
+    caps = 2.0 ** np.arange(max(int(np.ceil(np.log2(largest))), 1))  # (J)
     subsets = rng.random((n_subsets, len(S))).argsort(axis=1) < len(S) // 2  # (100, M)
-    variance = []
-    for j in range(max(int(np.ceil(np.log2(largest))), 1)):
-        w = dampened_weights(fitted, j)
-        gram = (subsets * w) @ products
-        gram = gram.reshape(n_subsets, S.shape[1], S.shape[1])
-        gram += 1e-10 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(S.shape[1])
-        target = (subsets * w) @ (S * b[:, None])  # (100, K)
-        solution = np.linalg.solve(gram, target[:, :, None])[:, :, 0]
-        solution *= start.sum() / solution.sum(axis=1, keepdims=True)
-        variance.append(solution.var(axis=0, ddof=1).mean())
-    return int(np.argmin(variance))
+    weights = dampened_weights(fitted, np.inf)
+    order = np.argsort(weights)
+    weights, subsets = weights[order], subsets[:, order].astype(float)
+    products = (S[order, :, None] * np.column_stack([S, b])[order, None]).reshape(len(S), -1)
+    products = np.hstack([products * weights[:, None], products])  # (M, 2 K (K + 1))
+    ends = np.searchsorted(weights, caps, side="right")
+    parts = zip((0, *ends), (*ends, len(S)), strict=True)
+    sums = [subsets[:, first:last] @ products[first:last] for first, last in parts]
+    below, above = zip(*(np.split(part, 2, axis=1) for part in sums), strict=True)
+    below = list(accumulate(below))[:-1]  # (J) of (100, K (K + 1))
+    above = list(accumulate(above[:0:-1]))[::-1]  # from the smallest genes on, lest they get lost
+    sums = np.stack([b + cap * a for b, cap, a in zip(below, caps, above, strict=True)])
+    sums = sums.reshape(len(caps), n_subsets, K, K + 1)
+    gram, target = sums[..., :K], sums[..., K:]
+    trace = np.trace(gram, axis1=2, axis2=3)[..., None, None]
+    solution = np.linalg.solve(gram + 1e-10 * trace * np.eye(K), target)[..., 0]  # (J, 100, K)
+    solution *= start.sum() / solution.sum(axis=2, keepdims=True)
+    return int(np.argmin(solution.var(axis=1, ddof=1).mean(axis=1)))
 
 
 def dwls(bulk, S, seed=0):
@@ -149,23 +176,33 @@ def dwls(bulk, S, seed=0):
             in them (M, K), at the natural depth of the cells, so that x are numbers of cells.
         seed: of :func:`choose_dampening`.
     """
-    weights = []
-    for i, b in enumerate(bulk.astype(float)):
-        b = b / max(b.sum(), 1e-300)  # on any scale, without overflow
-        x = solve_nonnegative(S.T @ S, S.T @ b)
-        if x.sum() == 0:
-            weights.append(x)
-            continue
-        b, x = b * 1000 / x.sum(), x * 1000 / x.sum()
-        j = choose_dampening(S, b, x, np.random.default_rng([seed, i]))
-        for _ in range(1000):
-            w = dampened_weights(S @ x, j)[:, None]
-            step = (solve_nonnegative(S.T @ (w * S), S.T @ (w[:, 0] * b)) - x) / 5
-            x = x + step
-            if np.abs(step).sum() < 0.01:
-                break
-        weights.append(x)
-    return to_proportions(np.array(weights))
+    b = bulk / np.maximum(bulk.sum(axis=1, keepdims=True), 1e-300)  # on any scale, no overflow
+    gram = np.broadcast_to(S.T @ S, (len(b), S.shape[1], S.shape[1]))
+    x = solve_all_nonnegative(gram, b @ S, np.ones((len(b), S.shape[1]), bool))
+    left = np.flatnonzero(x.sum(axis=1) > 0)  # bulks without any of these genes have no answer
+    scale = 1000 / x[left].sum(axis=1, keepdims=True)
+    b, x[left] = b[left] * scale, x[left] * scale
+
+    def choose(n):
+        return choose_dampening(S, b[n], x[left[n]], np.random.default_rng([seed, left[n]]))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        chosen = pool.map(choose, range(len(left)))
+        j = list(progress(chosen, "dampened least squares", "sample", len(left)))
+    j = np.array(j, float).reshape(-1, 1)
+    products = (S[:, :, None] * S[:, None]).reshape(len(S), -1)  # (M, K * K)
+    free = x[left] > 0
+    for _ in range(1000):
+        w = dampened_weights(x[left] @ S.T, j)  # (B, M)
+        gram = (w @ products).reshape(len(w), *gram.shape[1:])
+        found = solve_all_nonnegative(gram, (w * b) @ S, free)
+        step = (found - x[left]) / 5
+        x[left] += step
+        moving = np.abs(step).sum(axis=1) >= 0.01
+        left, b, j, free = left[moving], b[moving], j[moving], found[moving] > 0
+        if not len(left):
+            break
+    return to_proportions(x)
 
 
 # ----------------------------------------------------------------------- of the Bulk Encoder

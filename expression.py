@@ -12,65 +12,133 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-N_DRAWS = 128  # of z, for the expected profile of a type in a sample
+from runtime.progress import progress
+
+N_DRAWS = 384  # of z, for the profiles of the parts of a type's cloud
+# Beyond these a cloud is far: in sd of the type, and as a factor of the sd of its parts.
+FAR, WIDER = 0.25, 1.15
+N_FAR_DRAWS, LEAST_WEIGHT = 8, 1e-3  # draws of a part of such a cloud, and its weight
 # Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
 # of which the bulks choose one. Full-length RNA-seq differs from 3' counts by 1.5.
 SAMPLE_SD, PLATFORM_SDS = 0.3, (0.3, 0.7, 1.5)
 N_PRIOR_GENES = 2000  # that the choice is made on
+N_PLATFORM_BULKS = 200  # that the platform is read from; more hardly add to what they share
 SHARED = 0.8  # correlation of a change between cell types
 STATE_ERROR = 0.15  # of what a state changes, by which it may be wrong
 FLOOR = 2e-6  # added to fractions of all counts: two counts per million
 LIMIT = float(np.log(30))  # of a factor; a NumPy scalar would make float32 wider
-GENES_AT_A_TIME = 2000
+GENES_AT_A_TIME = 500
+SAMPLES_AT_A_TIME = 32
 
 
-@dataclass
-class Expression:
-    """Expected expression of the cell types in the samples of a table of bulks."""
-
-    profiles: np.ndarray
-    """Fractions of a cell's counts (S, K, G) float32, rows summing to 1."""
-    library: np.ndarray
-    """Mean counts of a cell of each type (K)."""
-    log_fold_change: np.ndarray
-    """Natural log of the change against the type's mean in the reference, without the platform's
-    part (S, K, G) float32."""
-    sd: np.ndarray
-    """Posterior sd of what was allotted to the type, the part of it that is not in the state
-    (S, K, G) float32; the prior's where nothing is known, 0 where nothing was allotted."""
-    log_factor: torch.Tensor | None
-    """What is added to the logarithm of each gene's mean in generated cells, (S, K, G) or (S, G)
-    float32; None for nothing."""
+def parts_of(n, size=None):
+    """Slices of at most ``size`` of n samples (default SAMPLES_AT_A_TIME), in order."""
+    size = size or SAMPLES_AT_A_TIME
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-@torch.inference_mode()
-def type_profiles(decoder, mu, var, n=N_DRAWS):
-    """Expected fractions of all counts in cells of each type (S, K, G) float32, a numpy array.
+# ----------------------------------------------------------------------- what states make of types
 
-    A mean over n draws of z, the same noise in every sample, so that their differences are
-    more precise than their values.
 
-    Args:
-        mu, var: moments of z of the types in each sample (S, K, D).
+class TypeProfiles:
+    """Expected fractions of all counts in cells of each type in each sample (S, K, G).
+
+    They are made for some samples at a time: ``profiles[rows]`` is a numpy array (s, K, G) float32.
+
+        p_sk = Σ_c w'_skc P_kc · f(μ̂_sk) / f(μ_k + σ_k m'_sk)
+
+    The profiles P of the parts of a type's cloud are means over draws of z, made once; a sample
+    weighs them as its cloud is tilted (:meth:`models.scDecoder.tilt_shape`). What tilting leaves
+    moves the whole cloud, from the mean m' of the parts so weighted to μ̂, and the ratio of what
+    scDecoder f makes of the two is what that changes. Clouds that are moved far are drawn from,
+    part by part and evenly. No profile depends on a seed or on other samples.
+
+    Attributes:
+        shape: (S, K, G). reference: the profiles of the types' own moments (1, K, G).
     """
-    tilt = decoder.tilt_shape(mu, var)
-    if tilt is None and len(mu) > 1:  # no sample has a state of its own
-        one = type_profiles(decoder, mu[:1], var[:1], n)
-        return np.broadcast_to(one, (len(mu), *one.shape[1:]))
-    S, K, _ = mu.shape
-    out = np.zeros((S, K, decoder.out.out_features), np.float32)
-    unit = torch.ones(n, device=mu.device)  # library sizes, so that means are fractions
-    for s in range(S):
-        rows = torch.full((n,), s, device=mu.device)
-        for k in range(K):
-            codes = torch.full_like(rows, k)
-            generator = torch.Generator(mu.device).manual_seed(k)
-            z = decoder.sample_latent(mu[rows, k], var[rows, k], codes, generator, tilt, rows)
-            mean, dropout_logits = decoder(z, unit, decoder.type_log_factor[k])  # (n, G)
-            if dropout_logits is not None:
-                mean = mean * torch.sigmoid(-dropout_logits)
-            out[s, k] = mean.mean(dim=0).cpu().numpy()
-    return normalise(out)
+
+    @torch.inference_mode()
+    def __init__(self, decoder, mu, var):
+        """Args:
+        mu, var: moments of z of the types in each sample (S, K, D).
+        """
+        self.decoder, self.mu, self.var = decoder, mu, var
+        self.shape = (*mu.shape[:2], decoder.out.out_features)
+        self.parts = part_profiles(decoder)  # (K, C, G)
+        self.draws = even_draws(N_FAR_DRAWS, mu.shape[2]).to(mu)  # (n, D)
+        self.tilt = decoder.tilt_shape(mu, var) if len(mu) else None
+        own = torch.einsum("kc,kcg->kg", decoder.shape_weight, self.parts)
+        self.reference = normalise(own[None].cpu().numpy())
+
+    def __len__(self):
+        return len(self.mu)
+
+    @torch.inference_mode()
+    def __getitem__(self, rows):
+        n = len(self.mu[rows])
+        if self.tilt is None:  # no sample has a state of its own
+            return np.broadcast_to(self.reference, (n, *self.shape[1:]))
+        out = np.empty((n, *self.shape[1:]), np.float32)
+        for k in range(self.shape[1]):
+            out[:, k] = self.of_type(k, rows).cpu().numpy()
+        return normalise(out)
+
+    def of_type(self, k, rows):
+        """Profiles of type k in some samples (s, G), but for their sums."""
+        weight, center, scale = (part[rows, k] for part in self.tilt)  # (s, C), (s, D), (s, D)
+        mu, sd = self.decoder.mu[k], self.decoder.var[k].sqrt()  # (D)
+        moved, stretch = self.mu[rows, k], self.var[rows, k].sqrt() / sd / scale  # (s, D)
+        profile = weight @ self.parts[k] * self.ratio(k, moved, mu + sd * center)  # (s, G)
+        left = ((moved - mu) / sd - center).abs()
+        is_far = (left > FAR) | (stretch > WIDER) | (stretch < 1 / WIDER)
+        for s in torch.nonzero(is_far.any(dim=1)).flatten():
+            there = weight[s] > LEAST_WEIGHT  # parts (C)
+            e = self.decoder.shape_mean[k, there, None] - center[s]
+            e = e + self.decoder.shape_sd[k, there, None] * self.draws  # (C', n, D)
+            z = (moved[s] + sd * stretch[s] * e).flatten(0, 1)
+            drawn = mean_fractions(self.decoder, k, z).view(*e.shape[:2], -1).mean(dim=1)
+            profile[s] = weight[s, there] @ drawn
+        return profile
+
+    def ratio(self, k, z, start):
+        """What a move from start to z (n, D) changes in type k (n, G), each row up to a factor."""
+        if self.decoder.likelihood == "nb":  # what a softmax divides by is such a factor
+            moved = self.decoder.hidden(z) - self.decoder.hidden(start)
+            return (moved @ self.decoder.out.weight.T).clamp(-LIMIT, LIMIT).exp()
+        new, old = (mean_fractions(self.decoder, k, at) for at in (z, start))
+        return ((new + 1e-10) / (old + 1e-10)).clamp(1 / 30, 30)
+
+
+def part_profiles(decoder):
+    """Expected fractions of all counts in each part of the types' clouds (K, C, G), a tensor.
+
+    Means over draws of z that fill space evenly (Sobol), as many for each type.
+    """
+    (K, C, D), device = decoder.shape_mean.shape, decoder.mu.device
+    profiles = torch.zeros(K, C, decoder.out.out_features, device=device)
+    for k in range(K):
+        in_use = torch.nonzero(decoder.shape_weight[k]).flatten()
+        e = even_draws(max(N_DRAWS // max(len(in_use), 1), 1), D).to(device)  # (n, D)
+        for c in in_use:
+            e_of_part = decoder.shape_mean[k, c] + decoder.shape_sd[k, c] * e
+            z = decoder.mu[k] + decoder.var[k].sqrt() * e_of_part
+            profiles[k, c] = mean_fractions(decoder, k, z).mean(dim=0)
+    return profiles
+
+
+def even_draws(n, D):
+    """n draws (n, D) from the standard normal that fill space evenly, of mean 0 and variance 1."""
+    u = torch.quasirandom.SobolEngine(D, scramble=True, seed=0).draw(n, dtype=torch.float64)
+    e = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+    e = e - e.mean(dim=0)
+    return (e / e.std(dim=0, unbiased=False).clamp(min=1e-6)).float() if n > 1 else e.float()
+
+
+def mean_fractions(decoder, k, z):
+    """Expected fractions of all counts in cells of type k at positions z: (n, D) -> (n, G)."""
+    unit = torch.ones(len(z), device=z.device)  # library sizes, so that means are fractions
+    mean, dropout_logits = decoder(z, unit, decoder.type_log_factor[k])
+    return mean if dropout_logits is None else mean * torch.sigmoid(-dropout_logits)
 
 
 def mean_library(decoder):
@@ -148,8 +216,8 @@ def choose_platform_sd(ratio, share, v):
     return max(PLATFORM_SDS, key=lambda sd: platform_posterior(ratio, share, v, sd)[2].sum())
 
 
-def allot(bulk, weight, profiles, measured, platform="keep", moved=None):
-    """Allot what is left between bulks and their expected sums to platform and cell types.
+class Allotment:
+    """What is left between bulks and their expected sums, allotted to platform and cell types.
 
         r_sg = ln((p + ε) / (q + ε)) = Σ_k w_skg (P_kg + δ_skg) + e_sg
         E[δ_skg | r] = (C w)_k (r - wᵀ P) / (wᵀ C w + noise)
@@ -160,53 +228,85 @@ def allot(bulk, weight, profiles, measured, platform="keep", moved=None):
     of P (:func:`choose_platform_sd`). Of several bulks, what they share goes to P. One bulk cannot
     tell P from δ, and the wider of the two takes most of r. The shares depend on P, hence rounds.
 
-    Args:
-        bulk: (S, G), any scale; its sum counts as its depth, at least 1e5. weight: counts that each
-            type gives to the bulk (S, K). profiles: (S, K, G). measured: mask (G).
-        platform: ``none`` if the bulks are of the reference's own platform, else anything.
-        moved: natural log of what the state changed in the profiles (S, K, G), default nothing.
+    P is found first, from at most N_PLATFORM_BULKS of the bulks; then δ of any of them
+    (:meth:`changes`), so that not all have to be in memory.
 
-    Returns:
-        mean of δ and its sd, each (S, K, G) float32, 0 and the prior's in genes not measured; and
-        mean of P (K, G) float32.
+    Attributes:
+        P: mean of P (K, G). covariance: of P (G, K, K).
     """
-    S, K, G = profiles.shape
-    moved = np.broadcast_to(0.0, profiles.shape) if moved is None else moved
-    p = fractions(bulk, measured)
-    depth = np.maximum(np.where(measured, bulk, 0).sum(axis=1, keepdims=True), 1e5)
-    chunks = [slice(i, min(i + GENES_AT_A_TIME, G)) for i in range(0, G, GENES_AT_A_TIME)]
-    P, covariance = np.zeros((K, G)), np.zeros((G, K, K))
 
-    def expect():  # fractions q, ln ratio and noise (S, G) under the platform found so far
-        total = [sum_types(weight, profiles[:, :, g], P[:, g])[0] for g in chunks]
-        q = fractions(np.concatenate(total, axis=1), measured)
-        return q, np.log((p + FLOOR) / (q + FLOOR)), 1 / (q * depth + 0.5)
+    def __init__(self, bulk, weight, profiles, measured, platform="keep", reference=None):
+        """Args:
+        bulk: (S, G), any scale; its sum counts as its depth, at least 1e5. weight: counts that each
+            type gives to the bulk (S, K). profiles: (S, K, G), TypeProfiles or an array. measured:
+            mask (G). platform: ``none`` if the bulks are of the reference's own platform, else
+            anything. reference: what the states have moved the profiles from (1, K, G), default
+            nothing.
+        """
+        self.bulk, self.weight, self.profiles = bulk, weight, profiles
+        self.measured, self.reference = measured, reference
+        _, K, G = profiles.shape
+        self.genes = parts_of(G, GENES_AT_A_TIME)
+        self.P, self.covariance = np.zeros((K, G)), np.zeros((G, K, K))
+        if platform != "none" and len(bulk):
+            self.find_platform()
 
-    q, ratio, noise = expect()
-    known = np.flatnonzero(measured & (q.mean(axis=0) > 5 * FLOOR))  # of the others, ε decides
-    some = known[:: max(1, len(known) // N_PRIOR_GENES)]
-    share = sum_types(weight, profiles[:, :, some])[1]
-    v = covary(share, moved[:, :, some])[1] + noise[:, some]
-    platform_sd = choose_platform_sd(ratio[:, some], share, v)
-    for _ in range(0 if platform == "none" else 4):
-        for g in chunks:
-            share = sum_types(weight, profiles[:, :, g], P[:, g])[1]
-            v = covary(share, moved[:, :, g])[1] + noise[:, g]
-            linear = ratio[:, g] + (share * P[:, g]).sum(axis=1)
-            P[:, g], covariance[g], _ = platform_posterior(linear, share, v, platform_sd)
-        P = np.where(measured, P, 0).clip(-2 * LIMIT, 2 * LIMIT)
-        q, ratio, noise = expect()
-    delta, sd = np.zeros((S, K, G), np.float32), np.zeros((S, K, G), np.float32)
-    for g in chunks:
-        share = sum_types(weight, profiles[:, :, g], P[:, g])[1]
-        Cw, v = covary(share, moved[:, :, g])
-        v = v + noise[:, g]
-        unsure = np.einsum("skg,gkj,sjg->sg", share, covariance[g], share, optimize=True)  # of wᵀ P
-        delta[:, :, g] = np.where(measured[g], Cw * (ratio[:, g] / v)[:, None], 0)
-        known = Cw**2 / v[:, None] - Cw**2 * (unsure / v**2)[:, None]
-        prior = SAMPLE_SD**2 + (STATE_ERROR * moved[:, :, g]) ** 2
-        sd[:, :, g] = np.sqrt(np.maximum(prior - np.where(measured[g], known, 0), 0))
-    return delta.clip(-LIMIT, LIMIT), sd, P.clip(-LIMIT, LIMIT).astype(np.float32)
+    def expect(self, rows, profiles):
+        """ln ratio and noise (s, G) of some bulks, and their q, under the platform found so far."""
+        bulk, weight = np.where(self.measured, self.bulk[rows], 0.0), self.weight[rows]
+        depth = np.maximum(bulk.sum(axis=1, keepdims=True), 1e5)
+        p = fractions(bulk, self.measured)
+        total = [sum_types(weight, profiles[:, :, g], self.P[:, g])[0] for g in self.genes]
+        q = fractions(np.concatenate(total, axis=1), self.measured)
+        return np.log((p + FLOOR) / (q + FLOOR)), 1 / (q * depth + 0.5), q
+
+    def moved(self, profiles, genes):
+        """Natural log of what the states changed in profiles (s, K, G): in some genes."""
+        if self.reference is None:
+            return np.zeros(1)
+        return np.log((profiles[:, :, genes] + FLOOR) / (self.reference[:, :, genes] + FLOOR))
+
+    def find_platform(self):
+        """Find P and its covariance, in four rounds."""
+        S, measured = len(self.bulk), self.measured
+        rows = np.sort(np.random.default_rng(0).permutation(S)[:N_PLATFORM_BULKS])
+        weight, profiles = self.weight[rows], self.profiles[rows]
+        ratio, noise, q = self.expect(rows, profiles)
+        known = np.flatnonzero(measured & (q.mean(axis=0) > 5 * FLOOR))  # of the others, ε decides
+        some = known[:: max(1, len(known) // N_PRIOR_GENES)]
+        share = sum_types(weight, profiles[:, :, some])[1]
+        v = covary(share, self.moved(profiles, some))[1] + noise[:, some]
+        sd = choose_platform_sd(ratio[:, some], share, v)
+        for _ in progress(range(4), "what the platform changes", "round"):
+            for g in self.genes:
+                P = self.P[:, g]
+                share = sum_types(weight, profiles[:, :, g], P)[1]
+                v = covary(share, self.moved(profiles, g))[1] + noise[:, g]
+                linear = ratio[:, g] + (share * P).sum(axis=1)
+                self.P[:, g], self.covariance[g], _ = platform_posterior(linear, share, v, sd)
+            self.P = np.where(measured, self.P, 0).clip(-2 * LIMIT, 2 * LIMIT)
+            ratio, noise, _ = self.expect(rows, profiles)
+
+    def changes(self, rows, profiles=None):
+        """Mean of δ and its sd in some samples, each (s, K, G) float32.
+
+        0 and the prior's in genes not measured. profiles: of these samples, if they are there.
+        """
+        profiles = self.profiles[rows] if profiles is None else profiles
+        ratio, noise, _ = self.expect(rows, profiles)
+        delta, sd = np.zeros(profiles.shape, np.float32), np.zeros(profiles.shape, np.float32)
+        for g in self.genes:
+            measured, moved = self.measured[g], self.moved(profiles, g)
+            share = sum_types(self.weight[rows], profiles[:, :, g], self.P[:, g])[1]
+            Cw, v = covary(share, moved)
+            v = v + noise[:, g]
+            by_gene = share.transpose(2, 0, 1)  # (G, s, K)
+            unsure = ((by_gene @ self.covariance[g]) * by_gene).sum(axis=2).T  # of wᵀ P (s, G)
+            delta[:, :, g] = np.where(measured, Cw * (ratio[:, g] / v)[:, None], 0)
+            known = Cw**2 * (1 / v - unsure / v**2)[:, None]
+            prior = SAMPLE_SD**2 + (STATE_ERROR * moved) ** 2
+            sd[:, :, g] = np.sqrt(np.maximum(prior - np.where(measured, known, 0), 0))
+        return delta.clip(-LIMIT, LIMIT), sd
 
 
 def calibration(bulk, expected, measured):
@@ -227,18 +327,86 @@ def normalise(profiles):
     return profiles / np.maximum(profiles.sum(axis=2, keepdims=True), 1e-12)
 
 
-def expected_bulk(decoder, encoded, profiles=None, n=N_DRAWS):
+def expected_bulk(decoder, encoded, profiles=None):
     """The sum (S, G), a numpy array, that proportions make of each type's mean counts.
 
-    encoded: mu, var (S, K, D) and pi (S, K) of the bulks. profiles: of :func:`type_profiles`, if
-    they are there already; else from n draws of z for a type in a sample.
+    encoded: mu, var (S, K, D) and pi (S, K) of the bulks. profiles: TypeProfiles, if they are there
+    already.
     """
     mu, var, pi = encoded
     if decoder.tilt_shape(mu, var) is None:  # no sample has a state of its own
         return (pi @ decoder.type_means()).cpu().numpy()
     weight = pi.cpu().double().numpy() * mean_library(decoder)
-    profiles = type_profiles(decoder, mu, var, n) if profiles is None else profiles
-    return sum_types(weight, profiles)[0]
+    profiles = TypeProfiles(decoder, mu, var) if profiles is None else profiles
+    total = np.zeros((len(weight), profiles.shape[2]))
+    for rows in progress(parts_of(len(weight)), "sums of cell types", "part"):
+        total[rows] = (weight[rows, None].astype(np.float32) @ profiles[rows])[:, 0]
+    return total
+
+
+@dataclass
+class ExpressionPart:
+    """Expected expression of the cell types in some of the samples."""
+
+    profiles: np.ndarray
+    """Fractions of a cell's counts (s, K, G) float32, rows summing to 1."""
+    log_fold_change: np.ndarray
+    """Natural log of the change against the type's mean in the reference, without the platform's
+    part (s, K, G) float32."""
+    sd: np.ndarray
+    """Posterior sd of what was allotted to the type, the part of it that is not in the state
+    (s, K, G) float32; the prior's where nothing is known, 0 where nothing was allotted."""
+    log_factor: torch.Tensor | None
+    """What is added to the logarithm of each gene's mean in generated cells, (s, K, G) or (s, G)
+    float32; None for nothing."""
+
+
+class Expression:
+    """Expected expression of the cell types in the samples of a table of bulks.
+
+    It is made for some samples at a time (:meth:`part`). What ExpressionPart has is there for all
+    samples, too, made anew when it is asked for: 4 kB for a thousand genes of a type in a sample.
+
+    Attributes:
+        shape: (S, K, G). library: mean counts of a cell of each type (K).
+    """
+
+    def __init__(self, profiles, library, allotment=None, P=None, factor=None):
+        """Args:
+        profiles: TypeProfiles. library: (K). allotment: Allotment of --calibrate types, and P, what
+            cells show of the platform (K, G) float32. factor: of --calibrate uniform (S, G).
+        """
+        self.states, self.library, self.shape = profiles, library, profiles.shape
+        self.allotment, self.P, self.factor = allotment, P, factor
+
+    def part(self, rows):
+        """ExpressionPart of the samples in a slice."""
+        start, device = self.states[rows], self.states.mu.device
+        delta, sd = np.zeros((1, 1, 1), np.float32), np.zeros_like(start)
+        log_factor, P = None, np.float32(0)
+        if self.factor is not None:
+            delta = self.factor[rows, None]
+            log_factor = torch.from_numpy(self.factor[rows]).to(device)
+        elif self.allotment is not None:
+            delta, sd = self.allotment.changes(rows, start)
+            P = self.P
+            log_factor = torch.from_numpy(delta + P).to(device)
+        own = start * np.exp(delta)
+        profiles = normalise(own * np.exp(P))
+        change = np.log((normalise(own) + 1e-9) / (self.states.reference + 1e-9))
+        return ExpressionPart(profiles, change, sd, log_factor)
+
+    def all(self, name):
+        """An attribute of ExpressionPart, of all samples."""
+        parts = [getattr(self.part(rows), name) for rows in parts_of(self.shape[0])]
+        if parts[0] is None:
+            return None
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)
+
+    profiles = property(lambda self: self.all("profiles"))
+    log_fold_change = property(lambda self: self.all("log_fold_change"))
+    sd = property(lambda self: self.all("sd"))
+    log_factor = property(lambda self: self.all("log_factor"))
 
 
 def estimate_expression(
@@ -250,66 +418,74 @@ def estimate_expression(
         encoded: mu, var (S, K, D) and pi (S, K) of the bulks, tensors. bulk: (S, G) in the
             decoder's genes. measured: mask (G).
         calibrate: ``none``: states alone; ``uniform``: one factor per gene for all types, so that
-            the cells of a sample add up to its bulk; ``types``: :func:`allot`.
+            the cells of a sample add up to its bulk; ``types``: :class:`Allotment`.
         platform: ``keep``: what all bulks share is the platform's, and cells show it as the bulks
             do; ``remove``: cells are as the reference's platform would measure them; ``none``:
             there is none, and what the bulks share is the samples'.
-        profiles: of :func:`type_profiles`, if they are there already.
+        profiles: TypeProfiles, if they are there already.
 
     Returns:
         Expression.
     """
     mu, var, pi = encoded
     library = mean_library(decoder)
-    start = type_profiles(decoder, mu, var) if profiles is None else profiles  # (S, K, G)
-    reference = type_profiles(decoder, decoder.mu[None], decoder.var[None])  # (1, K, G)
-    weight = pi.cpu().double().numpy() * library
-    shape, log_factor = start.shape, None
-    delta, sd = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    P = np.float32(0)
+    profiles = TypeProfiles(decoder, mu, var) if profiles is None else profiles
     if calibrate == "uniform":
-        factor = calibration(bulk, expected_bulk(decoder, encoded, start), measured)
-        log_factor, delta = torch.from_numpy(factor).to(mu.device), delta + factor[:, None]
-    elif calibrate == "types":
-        moved = np.log((start + FLOOR) / (reference + FLOOR))
-        delta, sd, P = allot(bulk, weight, start, measured, platform, moved)
-        P = P if platform == "keep" else np.float32(0)
-        log_factor = torch.from_numpy(delta + P).to(mu.device)
-    change = np.log((normalise(start * np.exp(delta)) + 1e-9) / (reference + 1e-9))
-    profiles = normalise(start * np.exp(delta + P))
-    return Expression(profiles, library, change, sd, log_factor)
+        factor = calibration(bulk, expected_bulk(decoder, encoded, profiles), measured)
+        return Expression(profiles, library, factor=factor)
+    if calibrate != "types":
+        return Expression(profiles, library)
+    weight = pi.cpu().double().numpy() * library
+    allotment = Allotment(bulk, weight, profiles, measured, platform, profiles.reference)
+    P = allotment.P.clip(-LIMIT, LIMIT).astype(np.float32)
+    return Expression(profiles, library, allotment, P if platform == "keep" else np.float32(0))
 
 
-def expression_table(samples, proportions, expression, card):
-    """AnnData of the expected expression: a row for each cell type of each sample.
+def expression_rows(samples, proportions, cell_types):
+    """Names and proportions of the rows of the table: a DataFrame (S K rows).
+
+    samples: names (S). proportions: (S, K). cell_types: names (K).
+    """
+    import pandas as pd
+
+    sample = np.repeat(np.arange(len(samples)), len(cell_types))
+    cell_type = np.tile(np.arange(len(cell_types)), len(samples))
+    return pd.DataFrame(
+        {
+            "sample": pd.Categorical.from_codes(sample, samples),
+            "cell_type": pd.Categorical.from_codes(cell_type, cell_types),
+            "proportion": np.ravel(proportions),
+        },
+        index=[f"{sample} | {name}" for sample in samples for name in cell_types],
+    )
+
+
+def write_expression(path, samples, proportions, expression, card):
+    """Write the expected expression, some samples at a time: a row for each type of each sample.
+
+    An .h5ad (S K x G), float32. X: expected counts of one cell. Layers: ``log2_fold_change``
+    against the type's mean in the reference, without the platform's part, and
+    ``log2_fold_change_sd``. obs: sample, cell_type, proportion. Values are rounded to 13 binary
+    digits, four decimal ones, as further ones are noise that takes most of the space.
 
     Args:
-        samples: names (S). proportions: (S, K). expression: Expression. card: of the decoder, with
-            ``genes``, ``gene_ids`` and ``cell_types``.
-
-    Returns:
-        AnnData (S K x G), float32. X: expected counts of one cell. Layers: ``log2_fold_change``
-        against the type's mean in the reference, without the platform's part, and
-        ``log2_fold_change_sd``. obs: sample, cell_type, proportion.
+        path: of the file. samples: names (S). proportions: (S, K). expression: Expression. card: of
+            the decoder, with ``genes``, ``gene_ids`` and ``cell_types``.
     """
     import anndata
     import pandas as pd
 
-    S, K, G = expression.profiles.shape
-    obs = pd.DataFrame(
-        {
-            "sample": np.repeat(np.array(samples, dtype=object), K),
-            "cell_type": np.tile(np.array(card["cell_types"], dtype=object), S),
-            "proportion": np.ravel(proportions),
-        },
-        index=[f"{sample} | {name}" for sample in samples for name in card["cell_types"]],
-    )
+    from runtime.cell_writers import open_tables
+
+    S, K, G = expression.shape
     var = pd.DataFrame(index=card["genes"])
     if "gene_ids" in card:
         var["gene_ids"] = card["gene_ids"]
-    counts = expression.profiles * expression.library[:, None].astype(np.float32)
-    table = anndata.AnnData(counts.reshape(S * K, G), obs=obs, var=var)
-    for name, values in (("", expression.log_fold_change), ("_sd", expression.sd)):
-        values = (values / np.float32(np.log(2))).reshape(S * K, G)
-        table.layers[f"log2_fold_change{name}"] = values.astype(np.float32)
-    return table
+    obs = expression_rows(samples, proportions, card["cell_types"])
+    library = expression.library[:, None].astype(np.float32)
+    names = ("X", "layers/log2_fold_change", "layers/log2_fold_change_sd")
+    with open_tables(path, anndata.AnnData(obs=obs, var=var), names, rows=K) as write:
+        for rows in progress(parts_of(S), "expression of each type in each sample", "part"):
+            part = expression.part(rows)
+            changes = (x / np.float32(np.log(2)) for x in (part.log_fold_change, part.sd))
+            write([x.reshape(-1, G) for x in (part.profiles * library, *changes)])

@@ -32,11 +32,14 @@ from data import (
 )
 from dwls import Signature
 from expression import (
+    Expression,
+    TypeProfiles,
     calibration,
     estimate_expression,
     expected_bulk,
     mean_library,
-    type_profiles,
+    parts_of,
+    write_expression,
 )
 from models import BulkEncoder, scDecoder
 from mrna_content import counts_reads, published_content
@@ -48,6 +51,7 @@ from proportions import (
     reference_composition,
 )
 from runtime.errors import InputError, some
+from runtime.progress import progress
 from runtime.weights import check_cell_types, check_mixture, load_model
 from unknown import unknown_share
 
@@ -180,7 +184,8 @@ def encode_bulks(
         near = None if start is None else start[i : i + step]
         mu, var, pi = encode(bulk, present, start=near)
         # A thin bulk may have no count at all in half of the genes, hence 1e-9.
-        jackknife = [encode(bulk + 1e-9, half)[2] for half in halves]
+        again = progress(halves, "intervals of proportions", "half")
+        jackknife = [encode(bulk + 1e-9, half)[2] for half in again]
         other = pi if second is None else torch.from_numpy(second[i : i + step]).to(pi)
         deviation = encoder.deviation(pi, bulk, present) if halves else None  # (B)
         mean = pi + SECOND_WEIGHT * (other - pi)
@@ -610,8 +615,8 @@ class Bulks:
     """None if they are known only when all have been encoded."""
     samples: BulkSamples | None = None
     """Of bulk samples, what tells how they fit."""
-    log_factor: torch.Tensor | None = None
-    """See :class:`expression.Expression`."""
+    expression: Expression | None = None
+    """Of bulk samples, what their cells take of it."""
     one_cell_each: bool = False
     """Whether each yields one cell."""
 
@@ -627,10 +632,11 @@ class BulkSamples:
             mask (G). proportions: of the samples, estimated or known. encoded: mu, var (S, K, D)
             and pi (S, K), the proportions of cells. mixed: the same, with proportions at which the
             reference's cells make the bulk's RNA. expected: (S, G), the sum that these make.
-            profiles: expected of each type (S, K, G). sums: (S, G), of the cells generated so far,
-            each at its type's weight (S, K). unknown: UnknownShare. fit: a row for each sample.
-            is_shallow: mask (S) of counts too few for the fit to say anything.
-            expression: Expression, once estimated, and how: ``(calibrate, platform)``.
+            profiles: TypeProfiles, expected of each type (S, K, G). sums: (S, G), of the cells
+            generated so far, each at its type's weight (S, K). unknown: UnknownShare. fit: a row
+            for each sample. is_shallow: mask (S) of counts too few for the fit to say anything.
+            expression: Expression, once estimated, and how: ``(calibrate, platform)``. card: the
+            decoder's.
     """
 
     def __init__(self, bulk, where, models, mrna_content="auto", known=None):
@@ -647,7 +653,7 @@ class BulkSamples:
         n_read = np.isin(encoder_genes, np.array(genes)[self.measured]).sum()
         print(f"{where}: {n_read:,} of the {len(encoder_genes):,} genes the Bulk Encoder reads")
         answer = encode_samples(models, bulk, self.measured, self.names, where, mrna_content)
-        self.bulk, self.decoder = bulk.toarray(), decoder
+        self.bulk, self.decoder, self.card = bulk.toarray(), decoder, decoder_card
         self.proportions = sample_proportions(self.names, decoder_card["cell_types"], answer, known)
         cells = torch.from_numpy(self.proportions.cells).to(answer.cells)
         mixing = answer.mixing(cells)
@@ -655,7 +661,7 @@ class BulkSamples:
         self.weight = (mixing / cells.clamp(min=1e-12)).cpu().numpy()  # (S, K)
         self.encoded = [answer.mu, answer.var, cells]
         self.mixed = [answer.mu, answer.var, mixing]
-        self.profiles = type_profiles(decoder, answer.mu, answer.var)
+        self.profiles = TypeProfiles(decoder, answer.mu, answer.var)
         self.expected = expected_bulk(decoder, self.mixed, self.profiles)
         self.sums = np.zeros(self.bulk.shape)
         self.fit = pd.DataFrame(index=self.names)
@@ -663,7 +669,7 @@ class BulkSamples:
         self.fit["correlation"], self.fit["unexplained"] = correlation, unexplained
         reference = encoder_card.get("fit")
         self.fit["misfit"] = misfit(correlation, unexplained, reference) if reference else np.nan
-        own = type_profiles(decoder, decoder.mu[None], decoder.var[None])[0]  # (K, G), of no state
+        own = self.profiles.reference[0]  # (K, G), of no state
         self.expression = self.how = None
         self.unknown = unknown_share(self.bulk, self.measured, own, genes)
         self.fit["unknown"] = self.unknown.share
@@ -680,8 +686,9 @@ class BulkSamples:
     def to_bulks(self):
         """Bulks of these samples, for cells to be generated."""
         self.sums[:] = 0
-        factor = None if self.expression is None else self.expression.log_factor
-        return Bulks(self.names, [self.encoded], self.proportions, self, factor)
+        parts = parts_of(len(self.names))
+        encoded = [[part[rows] for part in self.encoded] for rows in parts]
+        return Bulks(self.names, encoded, self.proportions, self, self.expression)
 
     def add(self, cells, balanced=False):
         """Add generated Cells to the sums of their samples; balanced: as many of each type."""
@@ -701,3 +708,7 @@ class BulkSamples:
         return estimate_expression(
             self.decoder, self.mixed, *bulks, calibrate, platform, self.profiles
         )
+
+    def write_expression(self, path):
+        """:func:`expression.write_expression` of these samples, into an .h5ad."""
+        write_expression(path, self.names, self.proportions.cells, self.expression, self.card)

@@ -636,6 +636,11 @@ class scDecoder(CountDecoder):
         same = (torch.allclose(a, b, rtol=1e-4) for a, b in ((mu, self.mu), (var, self.var)))
         if all(same):
             return None
+        parts = [self.tilt_weights(part) for part in mu.split(256)]  # in float64, hence not all
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def tilt_weights(self, mu):
+        """As :meth:`tilt_shape`, of samples that may all have the types' own moments."""
         target = ((mu - self.mu) / self.var.sqrt()).double()  # (S, K, D)
         log_weight, m = self.shape_weight.double().log(), self.shape_mean.double()
         penalty = TILT_PENALTY * torch.eye(mu.shape[2], dtype=m.dtype, device=m.device)
@@ -955,9 +960,10 @@ class BulkEncoder(nn.Module):
         Returns:
             (S, K), rows summing to 1.
         """
-        weight = self.log_weight.exp() * present  # (G,)
         S = self.signature if signature is None else signature  # (K, G)
-        p = fractions + self.floor  # (S, G)
+        there = torch.nonzero(present).flatten()  # others would only be multiplied by 0
+        weight, S = self.log_weight[there].exp() * present[there], S[:, there]
+        p = fractions[:, there] + self.floor  # (S, G)
         even = torch.full_like(S[:, 0], 1 / len(S))  # (K)
         log_pi = (even if start is None else start).clamp(min=1e-6).log().expand(len(p), -1)
         n = self.config["n_iterations"] if n_iterations is None else n_iterations

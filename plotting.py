@@ -135,11 +135,12 @@ def draw_intervals(axis, proportions, part, rows, colors, n_ticks):
     is_known = np.zeros(len(rows), bool) if proportions.known is None else proportions.known[part]
     ends = [np.where(is_known, np.nan, end[part]) for end in (proportions.low, proportions.high)]
     layer = {"rasterized": rasterized(len(rows))}
-    axis.hlines(rows, *ends, color="0.25", lw=0.7 if dense else 1.6, zorder=2, **layer)
+    line = {"color": "0.75", "lw": 0.5} if dense else {"color": "0.25", "lw": 1.6}
+    axis.hlines(rows, *ends, zorder=2, **line, **layer)
     if not dense:  # an interval may be narrower than its point
         caps = {"s": 70, "c": "0.25", "marker": "|", "linewidths": 1.4, "clip_on": False}
         axis.scatter(ends, [rows, rows], **caps)
-    style = {"s": 5 if dense else 26, "edgecolors": "0.2", "linewidths": 0.3 if dense else 0.6}
+    style = {"s": 4 if dense else 26, "edgecolors": "0.2", "linewidths": 0 if dense else 0.6}
     style |= layer
     for marker, shown in (("o", ~is_known), ("D", is_known)):
         points = cells[shown], rows[shown]

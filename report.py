@@ -90,28 +90,33 @@ def data_uri(data, kind):
 
 
 def proportions_picture(proportions):
-    """A panel for each cell type: proportion and 90 % interval in each sample."""
+    """A panel for each cell type: proportion and 90 % interval in each sample.
+
+    Of more samples than LABELLED each panel has its own order, by the proportion: of a cohort, how
+    far a type spreads is more to see than noise in the order of the file.
+    """
     S, K = proportions.cells.shape
-    n_columns = min(K, 4)
+    n_columns, is_many = min(K, 4), S > LABELLED
     n_rows = -(-K // n_columns)
-    height = max(0.65 + min(0.17 * S, 5), 1.5)
+    height = 2.4 if is_many else max(0.65 + 0.17 * S, 1.5)
     grid = {"sharey": True, "squeeze": False, "figsize": (11, height * n_rows)}
     figure, axes = pyplot().subplots(n_rows, n_columns, **grid)
     colors, y = type_colors(proportions.cell_types), np.arange(S)
     for k, (axis, name) in enumerate(zip(axes.flat, proportions.cell_types, strict=False)):
-        mean = proportions.cells[:, k]
-        ends = proportions.low[:, k], proportions.high[:, k]
-        axis.hlines(y, *ends, color=colors[name], alpha=0.55, lw=2 if S <= LABELLED else 0.7)
-        axis.plot(mean, y, "o", ms=4 if S <= LABELLED else 1.5, color=colors[name], mec="none")
+        mean, low, high = (x[:, k] for x in (proportions.cells, proportions.low, proportions.high))
+        order = np.argsort(-mean, kind="stable") if is_many else y
+        style = {"color": colors[name], "alpha": 0.35 if is_many else 0.55}
+        axis.hlines(y, low[order], high[order], lw=max(100 / S, 0.2) if is_many else 2, **style)
+        axis.plot(mean[order], y, "o", ms=1.5 if is_many else 4, color=colors[name], mec="none")
         axis.set_title(plain_text(name), fontsize=9)
         axis.set(xlim=(0, None), ylim=(S - 0.4, -0.6), yticks=[])
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="#e7eaee")
         axis.set_axisbelow(True)
-        if S <= LABELLED:
+        if not is_many:
             axis.set_yticks(y, [plain_text(sample, 18) for sample in proportions.names])
-    for axis in axes[:, 0] if S > LABELLED else ():
-        axis.set_ylabel("samples, in order", fontsize=8)
+    for axis in axes[:, 0] if is_many else ():
+        axis.set_ylabel(f"{S:,} samples, sorted", fontsize=8)
     for axis in axes.flat[K:]:
         axis.set_visible(False)
     figure.supxlabel("fraction of the cells of a sample", fontsize=9)
@@ -269,8 +274,9 @@ def proportion_rows(proportions):
 
 
 def fit_rows(samples):
-    """Rows of the table of fit: one for each sample, those with something to be said first."""
-    rows = []
+    """Rows of the table of fit: those with something to be said first, then the worst misfit."""
+    rows, agreement = [], samples.fit.get("agreement", np.full(len(samples.fit), np.nan))
+    agreement = np.asarray(agreement)  # nan without cells
     for i, (name, row) in enumerate(samples.fit.iterrows()):
         remarks = []
         if samples.is_shallow[i]:
@@ -288,11 +294,13 @@ def fit_rows(samples):
                 "misfit": "" if np.isnan(row["misfit"]) else f"{row['misfit']:.1f}",
                 "unknown": f"{row['unknown']:.1%}",
                 "interval": f"{row['unknown_low']:.1%} to {row['unknown_high']:.1%}",
-                "agreement": f"{row['agreement']:.3f}",
+                "agreement": "" if np.isnan(agreement[i]) else f"{agreement[i]:.3f}",
                 "remark": "; ".join(remarks),
             }
         )
-    return sorted(rows, key=lambda row: not row["remark"])[:MOST_ROWS]
+    misfit = samples.fit["misfit"].fillna(-np.inf).to_numpy()
+    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["remark"], -misfit[i]))
+    return [rows[i] for i in order[:MOST_ROWS]]
 
 
 CALIBRATION = {
@@ -308,6 +316,34 @@ PLATFORM = {
     "remove": " The platform's part is left out: cells are as the reference's platform measures.",
     "none": " Nothing was taken for the platform's, as asked for.",
 }
+
+
+def describe_cells(samples, cells, shown, reference):
+    """What the page says of generated cells: tables, numbers and pictures."""
+    decoder, genes, names = samples.decoder, samples.genes, samples.names
+    cell_types = samples.proportions.cell_types
+    X, latent, codes, bulk = shown.all()
+    means = decoder.type_means().cpu().numpy()  # (K, G)
+    markers = find_markers(means / means.sum(axis=1, keepdims=True), genes)
+    background = draw_background(decoder, torch.Generator(decoder.mu.device).manual_seed(0))
+    pictures = {}
+    if len(codes) > 10:
+        pictures["clouds"] = cloud_picture(latent, codes, bulk, background, names, cell_types)
+        if reference is not None:
+            X_reference, present = reference
+            logs = [log_expression(part[:, present]) for part in (X, X_reference)]
+            pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
+        if any(markers) and (np.bincount(codes) >= FEWEST).any():
+            log = log_expression(X)
+            pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
+    return {
+        "counts": type_rows(cells, set(codes), codes, X, markers),
+        "n_cells": cells.n_obs,
+        "n_shown": len(codes),
+        "n_background": len(background),
+        "pictures": pictures,
+        "agreement": samples.fit["agreement"].median() if cells.n_obs else None,
+    }
 
 
 def draw_background(decoder, generator):
@@ -342,29 +378,18 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
 
     Args:
         path: of the page. run: dict with ``settings`` and ``provenance``. samples: BulkSamples.
-            cells: AnnData of all cells without counts. shown: ShownCells. said: lines that the run
+            cells: AnnData of all cells without counts, and shown: ShownCells; None of both if
+            there are none. said: lines that the run
             printed; the first n_read of them say what was read. reference: counts of some cells
             of the reference in the decoder's genes (M x G), CSR, and the mask of those that it has
             (G).
     """
-    proportions, decoder = samples.proportions, samples.decoder
+    proportions, pictures, of_cells = samples.proportions, {}, {}
     genes, cell_types = samples.genes, proportions.cell_types
-    X, latent, codes, bulk = shown.all()
-    means = decoder.type_means().cpu().numpy()  # (K, G)
-    markers = find_markers(means / means.sum(axis=1, keepdims=True), genes)
-    background = draw_background(decoder, torch.Generator(decoder.mu.device).manual_seed(0))
-    pictures = {"proportions": proportions_picture(proportions)}
-    if len(codes) > 10:
-        pictures["clouds"] = cloud_picture(
-            latent, codes, bulk, background, proportions.names, cell_types
-        )
-        if reference is not None:
-            X_reference, present = reference
-            logs = [log_expression(part[:, present]) for part in (X, X_reference)]
-            pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
-        if any(markers) and (np.bincount(codes) >= FEWEST).any():
-            log = log_expression(X)
-            pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
+    if cells is not None:
+        of_cells = describe_cells(samples, cells, shown, reference)
+        pictures = of_cells.pop("pictures")
+    pictures["proportions"] = proportions_picture(proportions)
     calibrate, platform = samples.how
     fit = fit_rows(samples)
     remarked = samples.unknown.is_flagged | samples.is_shallow | (samples.fit["misfit"] > MISFIT)
@@ -377,12 +402,9 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         said=[line for line in said[:n_read] if line not in warned],
         warnings=[line.removeprefix("warning: ") for line in warned],
         n_samples=len(samples.names),
-        n_cells=cells.n_obs,
         n_genes=len(genes),
         n_types=len(cell_types),
-        n_shown=len(codes),
         n_reference=0 if reference is None else reference[0].shape[0],
-        n_background=len(background),
         n_rows=len(samples.names) * len(cell_types),
         most_rows=MOST_ROWS,
         misfit=MISFIT,
@@ -390,10 +412,10 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         proportions=proportion_rows(proportions),
         fit=fit,
         n_remarks=f"{remarked.sum():,}",
-        counts=type_rows(cells, set(codes), codes, X, markers),
-        agreement=samples.fit["agreement"].median(),
         calibration=calibration,
         pictures=pictures,
+        has_cells=cells is not None,
+        **of_cells,
     )
     write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 

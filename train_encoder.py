@@ -175,7 +175,7 @@ def reference_fit(model, decoder, cells, genes, rng, n=200):
     X, present = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
     device = model.mu.device
     *encoded, _ = encode_bulks(model.eval(), X, present, device)
-    expected = expected_bulk(decoder.to(device), encoded, n=32)
+    expected = expected_bulk(decoder.to(device), encoded)
     measures = bulk_fit(bulk, expected, np.ones(bulk.shape[1], bool))
     if np.isnan(measures).all(axis=1).any():
         return {}

@@ -32,6 +32,8 @@ MOST_REPORTS = 3  # files, before what was said of one is not repeated for the n
 
 BARCODE = re.compile(r"(.*[^ACGT])?[ACGT]{12,}([-_.].*)?")
 
+LARGE = 20e6  # bytes of a file, from which reading it takes seconds
+
 FEWEST_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
 
 
@@ -76,6 +78,8 @@ def read_file(path, finder, genes, gene_ids, options, said=None):
 
     said: notes on the files before, which are not repeated; None to print all.
     """
+    if not in_memory(path) and Path(path).is_file() and Path(path).stat().st_size > LARGE:
+        print(f"{path}: {Path(path).stat().st_size / 1e6:,.0f} MB to read", flush=True)
     source = source_of_memory(path) if in_memory(path) else read_any_table(Path(path))
     path = source.path
     bulk = find_samples(source, finder, genes, gene_ids, options)

@@ -7,6 +7,7 @@ drawn, threads compress the one before.
 import contextlib
 import gzip
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,46 @@ def open_cells(path, genes, gene_ids=None, n_cells=None):
     writer = H5adWriter if path.suffix == ".h5ad" else TenxWriter
     with open_hdf5(path) as (file, sink, signals), CompressionQueue() as queue:
         yield writer(path, n_cells, queue, genes, gene_ids, file, sink, signals)
+
+
+@contextlib.contextmanager
+def open_tables(path, table, names, rows):
+    """Yield a function that writes the next rows of dense float32 tables into an .h5ad.
+
+    Args:
+        path: of the file, which appears whole or not at all. table: AnnData (N x G) without X.
+            names: of the tables in the file: ``X``, ``layers/...``. rows: of a chunk; as many, or a
+            multiple, are to be written at a time.
+    """
+    from runtime.compression import CompressionQueue, packed_floats
+
+    shape, chunk = table.shape, (rows, table.n_vars)
+    with open_hdf5(path) as (file, sink, signals), CompressionQueue() as queue:
+        write_anndata(file, table, compression="gzip")
+        file.pop("X", None)
+        options = COMPRESSION | {"dtype": np.float32, "chunks": chunk}
+        tables = [file.create_dataset(name, shape, **options) for name in names]
+        for dataset in tables:
+            dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
+        first = 0
+
+        def write(values):
+            nonlocal first
+            n_before = len(queue)
+            for start in range(0, len(values[0]), rows):
+                for dataset, x in zip(tables, values, strict=True):
+                    add = partial(dataset.id.write_direct_chunk, (first + start, 0))
+                    x = np.ascontiguousarray(x[start : start + rows], np.float32).ravel()
+                    queue.add(add, packed_floats, x, rows * shape[1])
+            first += len(values[0])
+            queue.write(n_before)  # the part before, while threads compress this one
+            sink.check()
+            if signals:
+                raise Stopped(signals[0])
+
+        yield write
+        queue.write(len(queue))
+        sink.check()
 
 
 @contextlib.contextmanager

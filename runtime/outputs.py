@@ -23,7 +23,7 @@ OWN_ENTRIES = {
 }
 OWN_LINES = {
     "proportions.csv": "sample,cell_type,proportion,low,high,rna_fraction",
-    "fit.csv": "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high,agreement",
+    "fit.csv": "sample,correlation,unexplained,misfit,unknown,unknown_low,unknown_high",
     "cells.csv": "cell,sample,cell_type,",
     "evaluation.csv": "metric,best,cell_type,method,mean,std,n",
     "report.html": "<!doctype html><!-- bulk2sc",
@@ -39,10 +39,12 @@ class Outputs:
             which of these is the picture of proportions.
     """
 
-    def __init__(self, path, of_samples=False, of_bulks=False, picture="png", report=True):
+    def __init__(
+        self, path, of_samples=False, of_bulks=False, picture="png", report=True, cells=True
+    ):
         """Args:
         path: --out. of_samples, of_bulks: whether there are samples, and bulks of them. picture:
-            the format of pictures. report: whether there is one of bulks.
+            the format of pictures. report: whether there is one of bulks. cells: whether there are.
 
         Raises:
             InputError: the path ends in something else.
@@ -53,13 +55,14 @@ class Outputs:
                 f"--out {path}: expected a name that ends in .h5ad or .h5 (10x), or one without an "
                 "ending for a 10x folder"
             )
+        of_cells = OF_10X * (cells and self.kind != "h5ad")
         of_samples = (*OF_SAMPLES, f"proportions.{picture}") * of_samples
         page = ("report.html",) * (of_bulks and report)
-        self.beside = [*of_samples, *page, *OF_BULKS * of_bulks, *OF_10X * (self.kind != "h5ad")]
+        self.beside = [*of_samples, *page, *OF_BULKS * of_bulks, *of_cells]
         self.picture = f"proportions.{picture}"
-        self.cells = [self.path]
+        self.cells = [self.path] * cells
         if self.kind == "folder":
-            self.cells = [self.path / name for name in FOLDER_FILES]
+            self.cells = [self.path / name for name in FOLDER_FILES * cells]
 
     def __getitem__(self, name):
         """The path of a file beside the cells: ``x.fit.csv``, or ``fit.csv`` in a folder."""

@@ -63,6 +63,27 @@ def test_genes_that_were_not_measured_are_not_read(cells, bulks):
     assert found == pytest.approx(true, abs=1e-3)
 
 
+def test_problems_are_solved_together_as_one_by_one():
+    """Whatever was guessed of which are 0."""
+    rng = np.random.default_rng(0)
+    A, target = rng.gamma(1, 1, (40, 30, 6)), rng.normal(1, 3, (40, 6))
+    gram = A.transpose(0, 2, 1) @ A
+    expected = np.stack([dwls.solve_nonnegative(*each) for each in zip(gram, target, strict=True)])
+    for free in (np.ones((40, 6), bool), expected > 0, rng.random((40, 6)) < 0.5):
+        found = dwls.solve_all_nonnegative(gram, target, free)
+        np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_the_answer_of_a_bulk_does_not_depend_on_those_after_it():
+    rng = np.random.default_rng(0)
+    S = rng.gamma(0.5, 1, (80, 4)) + 1e-3
+    bulk = rng.poisson(rng.dirichlet(np.ones(4), 9) @ S.T * 50)
+    bulk[4] = 0
+    every = dwls.dwls(bulk, S)
+    np.testing.assert_allclose(dwls.dwls(bulk[:6], S), every[:6], atol=1e-9)
+    np.testing.assert_array_equal(every[4], 0.25)  # of a bulk without counts
+
+
 def test_no_second_estimate_without_genes_of_every_type(cells, bulks):
     signature = make(cells)
     of_one = [name for name, c in zip(signature.genes, signature.change[1], strict=True) if c > 0]

@@ -18,7 +18,15 @@ from conftest import (
     make_sample_cells,
     run_inside,
 )
-from expression import SHARED, allot, calibration, expected_bulk, type_profiles
+from expression import (
+    SHARED,
+    Allotment,
+    TypeProfiles,
+    calibration,
+    estimate_expression,
+    expected_bulk,
+    mean_fractions,
+)
 from generation import generate_cells, load_models
 from models import scDecoder, shrink_means
 
@@ -188,6 +196,12 @@ def simulate_bulks(platform=0.0, depth=1e6, seed=0):
     return bulk, weight, np.broadcast_to(profile, change.shape)
 
 
+def allot(*parts, **options):
+    """Mean and sd of what is allotted to each type of all samples (S, K, G), and the platform."""
+    allotment = Allotment(*parts, **options)
+    return *allotment.changes(slice(None)), allotment.P
+
+
 @pytest.mark.parametrize("platform", [0.0, 1.0])
 def test_a_change_of_one_types_own_genes_lands_in_that_type(platform):
     """Others follow a little, as types often change together, but express hardly any of it."""
@@ -325,15 +339,14 @@ def test_what_a_state_underestimates_goes_to_the_type_that_it_moves():
     """Genes of all types, which the state raises in one; their bulks show more of it."""
     bulk, weight, profiles = simulate_prior(0.02)[:3]
     genes = np.arange(0, bulk.shape[1], 20)
-    raised, moved = profiles.copy(), np.zeros(profiles.shape)
+    raised, state = profiles.copy(), profiles.copy()
     raised[::2, 1, genes] *= 3
-    moved[::2, 1, genes] = np.log(2)
+    state[::2, 1, genes] *= 2
     bulk = np.random.default_rng(0).poisson(np.einsum("sk,skg->sg", weight, raised) * 1e7)
-    state = profiles * np.exp(moved)
     measured = np.ones(bulk.shape[1], bool)
     change, blind = (
         allot(bulk, weight, state, measured, "none", m)[0][::2][:, :, genes].mean(axis=(0, 2))
-        for m in (moved, None)
+        for m in (profiles[:1], None)
     )  # (K)
     assert 0 < change[1] < np.log(1.5)
     beyond, beyond_blind = (part[1] - max(part[0], part[2]) for part in (change, blind))
@@ -401,7 +414,7 @@ def test_profiles_of_types_are_those_of_their_generated_cells(trained_samples):
     """And the expected sum is theirs, in the proportions of the bulk."""
     _, _, decoder, _ = load_models(trained_samples, "cpu")
     mu, var = decoder.mu[None], decoder.var[None]
-    profiles = type_profiles(decoder, mu, var, n=2000)
+    profiles = TypeProfiles(decoder, mu, var)[:]
     np.testing.assert_allclose(profiles.sum(axis=2), 1, rtol=1e-5)
     codes = torch.arange(3).repeat_interleave(2000)
     generator = torch.Generator().manual_seed(1)
@@ -420,6 +433,67 @@ def test_profiles_of_types_are_those_of_their_generated_cells(trained_samples):
         expected_bulk(decoder, (mu, var, pi))[0],
         rtol=0.25,
     )
+
+
+def drawn_profiles(decoder, mu, var, n):
+    """Means over n draws of z in each type of each sample (S, K, G), the same noise in each."""
+    tilt, profiles = decoder.tilt_shape(mu, var), np.zeros((*mu.shape[:2], 60))
+    for s, k in np.ndindex(*mu.shape[:2]):
+        rows, codes = torch.full((n,), s), torch.full((n,), k)
+        generator = torch.Generator().manual_seed(k)
+        z = decoder.sample_latent(mu[rows, k], var[rows, k], codes, generator, tilt, rows)
+        profiles[s, k] = mean_fractions(decoder, k, z).mean(dim=0)
+    return profiles / profiles.sum(axis=2, keepdims=True)
+
+
+def test_profiles_of_states_are_nearer_to_long_draws_than_short_ones(trained_samples):
+    """In clouds that are moved a little and far, with another variance, and not at all."""
+    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    steps = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
+    size = torch.tensor([0.0, 0.05, 0.2, 0.5, 1.0, 1.0])[:, None, None]
+    mu = decoder.mu + size * decoder.var.sqrt() * steps
+    var = decoder.var * torch.tensor([1.0, 1.0, 1.1, 0.8, 1.0, 1.2])[:, None, None]
+    profiles, floor = TypeProfiles(decoder, mu, var), 2e-4
+    with torch.inference_mode():
+        truth, short = (drawn_profiles(decoder, mu, var, n) for n in (8000, 128))
+
+    def error(found):
+        return np.sqrt(np.mean(np.log((found + floor) / (truth + floor)) ** 2, axis=(1, 2)))
+
+    found = profiles[:]
+    np.testing.assert_allclose(found.sum(axis=2), 1, rtol=1e-5)
+    assert (error(found) < error(short)).all()
+    np.testing.assert_allclose(profiles[2:4], found[2:4], rtol=1e-5)  # whatever else is asked for
+
+
+def test_expression_of_some_samples_is_that_of_all(trained_samples, monkeypatch):
+    """The same whether all bulks fit into memory or not."""
+    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    rng = np.random.default_rng(0)
+    step = torch.from_numpy(rng.standard_normal((5, 1, 1))).float()
+    encoded = decoder.mu + 0.3 * step, decoder.var.expand(5, -1, -1), torch.full((5, 3), 1 / 3)
+    bulk = rng.poisson(expected_bulk(decoder, encoded) * 100).astype(float)
+    for calibrate in ("none", "uniform", "types"):
+        whole = estimate_expression(decoder, encoded, bulk, ALL_GENES[:60], calibrate)
+        monkeypatch.setattr(expression, "SAMPLES_AT_A_TIME", 2)
+        for name in ("profiles", "log_fold_change", "sd", "log_factor"):
+            expected = getattr(whole.part(slice(0, 5)), name)
+            found = getattr(whole, name)
+            assert (found is None) == (expected is None)
+            if found is not None:
+                assert found.shape[0] == 5
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_platform_is_read_from_some_of_many_bulks(monkeypatch):
+    bulk, weight, profiles, _ = simulate_prior(0.1, 0.7, n_samples=60)
+    measured = np.ones(bulk.shape[1], bool)
+    every = allot(bulk, weight, profiles, measured)
+    monkeypatch.setattr(expression, "N_PLATFORM_BULKS", 20)
+    some = allot(bulk, weight, profiles, measured)
+    assert some[0].shape == every[0].shape
+    assert np.sqrt(np.mean((some[0] - every[0]) ** 2)) < 0.3 * np.sqrt(np.mean(every[0] ** 2))
+    assert np.sqrt(np.mean((some[2] - every[2]) ** 2)) < 0.3 * np.sqrt(np.mean(every[2] ** 2))
 
 
 def test_each_cell_takes_the_factors_of_its_own_type_and_sample(trained_samples):

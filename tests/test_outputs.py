@@ -18,8 +18,8 @@ import pytest
 import scipy.sparse as sp
 
 from conftest import ROOT, assert_one_line_error, make_cells, run_inside
-from runtime import cell_writers
-from runtime.cell_writers import check_space, open_cells
+from runtime import cell_writers, progress
+from runtime.cell_writers import check_space, open_cells, open_tables
 from runtime.errors import InputError
 from runtime.script import expand_home, plain_settings
 from runtime.writing import PatientFile, write_h5ad
@@ -413,3 +413,31 @@ def test_ignored_ctrl_c_stays_ignored(tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, stderr = finish(process)
     assert code == 1 and stderr.startswith("error: ") and "none" in stderr
+
+
+def test_tables_are_written_block_by_block_and_rounded(tmp_path):
+    """Four digits stay; whole blocks are read by anndata as they were given."""
+    rng = np.random.default_rng(0)
+    tables = [rng.normal(0, 10.0 ** rng.integers(-6, 6, (12, 50))).astype(np.float32) for _ in "ab"]
+    tables[0][:, :5], tables[1][3, 7] = 0, -np.float32(1) + np.float32(1e-7)
+    obs, var = (pd.DataFrame(index=[f"{i}" for i in range(n)]) for n in (12, 50))
+    names = ("X", "layers/a")
+    path = tmp_path / "x.h5ad"
+    with open_tables(path, anndata.AnnData(obs=obs, var=var), names, rows=3) as write:
+        for rows in (slice(0, 6), slice(6, 9), slice(9, 12)):
+            write([table[rows] for table in tables])
+    found = anndata.read_h5ad(path)
+    for given, read in zip(tables, (found.X, found.layers["a"]), strict=True):
+        assert read.dtype == np.float32
+        np.testing.assert_allclose(read, given, rtol=2**-13)
+        assert np.unique(read).size > 0.9 * np.unique(given).size
+    assert list(found.obs_names) == list(obs.index)
+
+
+def test_progress_is_shown_of_what_takes_long_alone(capsys, monkeypatch):
+    assert list(progress.progress(range(3), "work", "step")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "DELAY", 0.01)
+    for _ in progress.progress(range(3), "work", "step"):
+        time.sleep(0.15)
+    assert "work" in capsys.readouterr().err

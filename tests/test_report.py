@@ -2,7 +2,9 @@
 
 import html
 import re
+import warnings
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 import report
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
+from proportions import Proportions
 from runtime.outputs import OWN_LINES
 
 
@@ -97,7 +100,8 @@ def test_report_has_the_numbers_of_the_tables(made, tmp_path):
         assert row[5] == f"{expected.rna_fraction:.1%}"
     fit = pd.read_csv(tmp_path / "g.fit.csv")
     shown = [row for row in rows if len(row) == 7 and row[0] != "sample"]
-    assert [row[5] for row in shown] == [f"{x:.3f}" for x in fit["agreement"]]
+    expected = {row.sample: f"{row.agreement:.3f}" for row in fit.itertuples()}
+    assert {row[0]: row[5] for row in shown} == expected and len(shown) == len(fit)
     number = cells.obs["cell_type"].value_counts()
     counted = {row[0]: row[1] for row in rows if len(row) == 5 and row[0] in CELL_TYPES}
     assert counted == {name: f"{number[name]:,}" for name in CELL_TYPES}
@@ -130,10 +134,69 @@ def test_reference_is_drawn_beside_the_cells_if_data_is_given(trained, bulk, h5a
 
 def test_report_of_no_cells_is_written(trained, bulk, tmp_path):
     flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 0]
-    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # NumPy's, of means over nothing
+        done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
     assert done.returncode == 0 and "could not be drawn" not in done.stderr, done.stderr
     page = Page((tmp_path / "g.report.html").read_text())
     assert "0 generated cells" in page.text and len(page.sources) == 1  # proportions alone
+    assert not [row for row in page.rows if "nan" in row] and anndata.read_h5ad(
+        tmp_path / "g.h5ad"
+    ).shape == (0, 60)
+
+
+def test_tables_alone_are_those_of_a_run_with_cells(made, trained, bulk, tmp_path):
+    """All that --tables-only leaves out is cells, and what is read from them."""
+    out = tmp_path / "tables" / "g.h5ad"
+    flags = ["--report", "--weights", trained, "--bulk", bulk, "--tables-only"]
+    done = run_inside("bulk2sc.py", *flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "no cells, as --tables-only asks for; so fit.csv has no agreement" in done.stdout
+    names = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html"]
+    assert {path.name for path in out.parent.iterdir()} == {f"g.{name}" for name in names}
+    ours, theirs = (folder / "g.proportions.csv" for folder in (out.parent, tmp_path))
+    assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (pd.read_csv(folder / "g.fit.csv") for folder in (out.parent, tmp_path))
+    pd.testing.assert_frame_equal(ours, theirs.drop(columns="agreement"))
+    ours, theirs = (
+        anndata.read_h5ad(folder / "g.expression.h5ad") for folder in (out.parent, tmp_path)
+    )
+    np.testing.assert_array_equal(ours.X, theirs.X)
+    page = Page((out.parent / "g.report.html").read_text())
+    assert "No cells were generated" in page.text and len(page.sources) == 1
+    assert "Agreement" not in page.text and "What not to do" not in page.text
+    again = run_inside("bulk2sc.py", *flags, "--out", out)  # they are known for its own
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--bulk", "x.csv", "--cells-per-type", "5"]])
+def test_tables_alone_need_bulks_and_no_cells(tmp_path, flags):
+    done = run_inside("bulk2sc.py", "--tables-only", *flags, "--out", tmp_path / "g.h5ad")
+    assert_one_line_error(done, "--tables-only")
+
+
+def many_proportions(n, n_types=12):
+    """Proportions of n samples and types, with intervals."""
+    pi = np.random.default_rng(0).dirichlet(np.ones(n_types), n)
+    names, types = [f"sample {i}" for i in range(n)], [f"type {k}" for k in range(n_types)]
+    return Proportions(names, types, pi, pi / 2, np.minimum(1.5 * pi, 1), pi)
+
+
+def test_pictures_of_a_cohort_are_no_larger_than_of_a_few():
+    few, many = (report.proportions_picture(many_proportions(n)) for n in (30, 1000))
+    assert many.startswith("data:image/png") and len(many) < 5e5
+    assert len(few) < 5e5
+
+
+def test_samples_that_fit_worst_come_first():
+    n = report.MOST_ROWS + 100
+    misfit = np.random.default_rng(0).permutation(n) / n
+    columns = dict.fromkeys(["correlation", "unknown", "unknown_low", "unknown_high"], 0.0)
+    fit = pd.DataFrame(columns, index=[f"s{i}" for i in range(n)]).assign(misfit=misfit)
+    unknown = SimpleNamespace(is_flagged=np.arange(n) == 7, describe=lambda i: "Neutrophils")
+    rows = report.fit_rows(SimpleNamespace(fit=fit, unknown=unknown))
+    expected = [i for i in np.argsort(-misfit) if i != 7]
+    assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MOST_ROWS]
 
 
 def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
