@@ -16,8 +16,8 @@ def plain(text):
 
 def some(names, limit=3):
     """The first few of many names, for a message."""
-    names = [plain(n) for n in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    names = list(names)
+    return ", ".join(map(plain, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def one_line(error):

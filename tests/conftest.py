@@ -1,6 +1,7 @@
 """Synthetic cells that train in seconds, and helpers that run the real scripts."""
 
 import contextlib
+import functools
 import gzip
 import importlib
 import io
@@ -19,6 +20,7 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 # One thread per pytest worker; torch reads this when it is imported. Numba is limited as well: its
 # first parallel loop (in scanpy's neighbours) sets OpenMP's number of threads, and so torch's.
@@ -141,10 +143,14 @@ def run(script, *arguments, cwd=ROOT, check=True):
     return done
 
 
-def run_inside(script, *arguments, cwd=ROOT):
-    """As :func:`run`, but within this process, which saves the start-up time."""
-    arguments = without_report(script, arguments)
-    module = importlib.import_module(script.removesuffix(".py"))
+def run_inside(script, *arguments, cwd=ROOT, as_written=False):
+    """As :func:`run`, but within this process, which saves the start-up time.
+
+    as_written: leaves a report to the script's own default.
+    """
+    arguments = arguments if as_written else without_report(script, arguments)
+    with mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]):
+        module = importlib.import_module(Path(script).stem)
     stdout, stderr, old_folder = io.StringIO(), io.StringIO(), os.getcwd()
     code = 0
     with (
@@ -162,6 +168,31 @@ def run_inside(script, *arguments, cwd=ROOT):
     if isinstance(code, str):  # sys.exit("message") prints it and exits with 1
         code, stderr = 1, io.StringIO(stderr.getvalue() + code + "\n")
     return subprocess.CompletedProcess(script, code or 0, stdout.getvalue(), stderr.getvalue())
+
+
+@contextlib.contextmanager
+def without_umap():
+    """Draw clusters by two PCs: UMAP takes ten seconds to compile. test_annotate.py draws it."""
+    import scanpy as sc
+
+    def two_pcs(cells, **_):
+        cells.obsm["X_umap"] = cells.obsm["X_pca"][:, :2]
+
+    with (
+        mock.patch.object(sc.pp, "neighbors", lambda cells, **_: None),
+        mock.patch.object(sc.tl, "umap", two_pcs),
+    ):
+        yield
+
+
+@functools.cache
+def r_has(*packages):
+    """Whether R and these of its packages are installed; none is loaded, which takes seconds."""
+    if shutil.which("Rscript") is None:
+        return False
+    names = ", ".join(f'"{name}"' for name in packages)
+    code = f"quit(status = !all(nzchar(sapply(c({names}), \\(p) system.file(package = p)))))"
+    return subprocess.run(["Rscript", "-e", code], capture_output=True).returncode == 0
 
 
 def assert_one_line_error(done, *words):
@@ -209,6 +240,25 @@ def train(*common_flags, settings=TINY, **extra):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
+# Files that take longest come first, so that the two processes of the tests end together.
+LONGEST = ["test_readme", "test_evaluate", "test_bulk_files", "test_scripts", "test_annotate"]
+
+
+def pytest_collection_modifyitems(items):
+    names = [*LONGEST, ""]
+    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in LONGEST else ""))
+
+
+def train_apart(*common_flags, stages=tuple(TINY)):
+    """Run :func:`train` in one new process, without what other tests have loaded into this one."""
+    chosen = {stage: TINY[stage] for stage in stages}
+    code = f"import sys; from conftest import train; train(*sys.argv[1:], settings={chosen})"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, *map(str, common_flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture(autouse=True)
 def hdf5_in_this_process(request, monkeypatch):
     """Check HDF5 files within this process, half a second faster each.
@@ -218,6 +268,18 @@ def hdf5_in_this_process(request, monkeypatch):
     if request.path.stem != "test_untrusted":
         for module in (counts, bulk_files, backed):
             monkeypatch.setattr(module, "check_hdf5", hdf5_probe.look_through)
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Pictures are files of one blank figure, half the time of a short training, or drawn.
+
+    The mark ``draws`` has those of a test or a file drawn.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        save = Figure.savefig
+        blank = lambda figure, target, **given: save(Figure((1, 1)), target, **given | {"dpi": 9})  # noqa: E731
+        monkeypatch.setattr(Figure, "savefig", blank)
 
 
 @pytest.fixture
@@ -249,11 +311,10 @@ def train_once(name, tmp_path_factory, worker_id, train_into):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, h5ad, worker_id):
-    """A weights folder, trained by the three real scripts with tiny settings."""
+    """A weights folder, trained by the three real scripts with tiny settings, in a new process."""
 
     def train_into(folder):
-        for script, settings in TINY.items():
-            run(script, "--data", h5ad, "--weights", folder, *settings)
+        train_apart("--data", h5ad, "--weights", folder)
 
     return train_once("trained", tmp_path_factory, worker_id, train_into)
 

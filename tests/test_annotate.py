@@ -1,6 +1,5 @@
 """annotate.py and scType.R: each against the formula of ScType, and against one another."""
 
-import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -25,8 +24,9 @@ from conftest import (
     ROOT,
     assert_one_line_error,
     make_cells,
-    run,
+    r_has,
     run_inside,
+    without_umap,
     write_10x,
     write_10x_h5,
 )
@@ -38,17 +38,8 @@ PBMC1K = SHARED / "pbmc1k_v3"
 SCTYPE = SHARED / "sctype" / "ScTypeDB_full.xlsx"
 needs_pbmc = pytest.mark.skipif(not SCTYPE.is_file(), reason="needs ../shared/data")
 R_PACKAGES = "r-base-core r-cran-seurat r-cran-openxlsx r-cran-dplyr"
-
-
-def r_is_there():
-    if shutil.which("Rscript") is None:
-        return False
-    test = 'quit(status = !all(sapply(c("Seurat", "openxlsx"), requireNamespace, quietly = TRUE)))'
-    return subprocess.run(["Rscript", "-e", test], capture_output=True).returncode == 0
-
-
 needs_r = pytest.mark.skipif(
-    not r_is_there(), reason=f"needs R with Seurat (apt-get install {R_PACKAGES})"
+    not r_has("Seurat", "openxlsx"), reason=f"needs R with Seurat (apt-get install {R_PACKAGES})"
 )
 
 
@@ -237,6 +228,7 @@ def check_run(done, out, cells):
     return labels
 
 
+@pytest.mark.draws
 def test_annotate_names_the_cells(tmp_path, blocks, folder, table):
     arguments = ["--data", folder, "--db", table, "--tissue", "T", "--out", tmp_path / "out"]
     done = run_inside("annotate.py", *arguments)
@@ -266,7 +258,7 @@ def test_scanpy_reads_the_neighbours_of_large_data(blocks):
 def test_annotate_does_not_overwrite_cell_types_unasked(tmp_path, blocks, table):
     folder = write_10x(tmp_path / "cells", blocks)
     (folder / "barcode_to_celltype.csv").write_text("by hand")
-    for run_it in [run_inside] + [lambda _, *a: run_r(*a)] * r_is_there():
+    for run_it in [run_inside] + [lambda _, *a: run_r(*a)] * r_has("Seurat", "openxlsx"):
         done = run_it("annotate.py", "--data", folder, "--db", table, "--tissue", "T")
         assert_one_line_error(done, "barcode_to_celltype.csv", "--out")
     assert (folder / "barcode_to_celltype.csv").read_text() == "by hand"
@@ -287,7 +279,8 @@ def test_symbols_may_be_the_second_name_of_a_gene(tmp_path, blocks, table):
     cells.var = pd.DataFrame({"feature_name": cells.var_names}, index=list(cells.var["gene_ids"]))
     cells.write_h5ad(tmp_path / "ids.h5ad")
     arguments = ["--data", tmp_path / "ids.h5ad", "--db", table, "--tissue", "T"]
-    done = run_inside("annotate.py", *arguments, "--out", tmp_path / "out")
+    with without_umap():
+        done = run_inside("annotate.py", *arguments, "--out", tmp_path / "out")
     check_run(done, tmp_path / "out", blocks)
     export_10x(read_counts(tmp_path / "ids.h5ad"), tmp_path / "10x")
     exported = read_counts(tmp_path / "10x")  # as scType.R would read it
@@ -296,7 +289,7 @@ def test_symbols_may_be_the_second_name_of_a_gene(tmp_path, blocks, table):
 
 
 def test_exported_folder_holds_the_same_counts(tmp_path, h5ad, blocks):
-    done = run("annotate.py", "--data", h5ad, "--export", tmp_path / "10x")  # in a new process
+    done = run_inside("annotate.py", "--data", h5ad, "--export", tmp_path / "10x")
     assert done.returncode == 0, done.stderr
     a, b = read_counts(h5ad), read_counts(tmp_path / "10x")
     assert list(a.obs_names) == list(b.obs_names) and list(a.var_names) == list(b.var_names)
@@ -325,7 +318,7 @@ def test_r_reads_h5(tmp_path, blocks, table):
     write_10x_h5(tmp_path / "cells.h5", blocks)
     arguments = ["--data", tmp_path / "cells.h5", "--db", table, "--tissue", "T"]
     done = run_r(*arguments, "--out", tmp_path / "out")
-    if subprocess.run(["Rscript", "-e", "library(hdf5r)"], capture_output=True).returncode:
+    if not r_has("hdf5r"):
         assert_one_line_error(done, "hdf5r", "install.packages", "apt-get install r-cran-hdf5r")
     else:
         check_run(done, tmp_path / "out", blocks)
@@ -477,7 +470,8 @@ def pbmc(tmp_path_factory):
             if script == "scType.R":
                 done = run_r(*arguments)
             else:
-                done = run_inside(script, *arguments, "--method", "sctype")
+                with without_umap():
+                    done = run_inside(script, *arguments, "--method", "sctype")
             assert done.returncode == 0, done.stderr
             known[script, db] = labels_of(out / "barcode_to_celltype.csv")
         return known[script, db]
@@ -487,7 +481,6 @@ def pbmc(tmp_path_factory):
 
 @needs_pbmc
 @needs_r
-@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     from sklearn.metrics import adjusted_rand_score
 
@@ -502,13 +495,11 @@ def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
 @needs_pbmc
 @needs_r
 @pytest.mark.parametrize("db", [ROOT / "markers.csv", SCTYPE], ids=["markers.csv", "sctype"])
-@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_python_agrees_with_r_on_pbmc1k(pbmc, db):
     assert agreement(pbmc("annotate.py", db), pbmc("scType.R", db), lineage) >= 0.95
 
 
 @needs_pbmc
-@pytest.mark.xdist_group("pbmc")  # one process for all, so that `pbmc` is computed once
 def test_python_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     given = labels_of(PBMC1K / "barcode_to_celltype.csv")
     assert agreement(pbmc("annotate.py", SCTYPE), given, lineage) >= 0.95

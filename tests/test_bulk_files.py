@@ -5,17 +5,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bulk_cases import all_cases, judge
+from bulk_cases import KINDS, cases_of, judge, model
 from conftest import assert_one_line_error, make_cells, refused, run_inside
+from readers import bulk
 from readers.bulk import read_bulk
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
-def test_bulk_file(case, tmp_path):
-    verdict, detail = judge(case, tmp_path)
-    assert verdict == ("right" if case.right is not None else "refused clearly"), detail
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.removeprefix("add_"))
+def test_bulk_files(kind, tmp_path, monkeypatch):
+    finder = bulk.GeneFinder(*model())  # once for all files
+    monkeypatch.setattr(bulk, "GeneFinder", lambda *_: finder)
+    wrong = {}
+    for n, case in enumerate(cases_of(kind)):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        verdict, detail = judge(case, folder)
+        if verdict != ("right" if case.right is not None else "refused clearly"):
+            wrong[case.name] = verdict, detail
+    assert not wrong
 
 
 @pytest.fixture

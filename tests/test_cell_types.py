@@ -12,7 +12,7 @@ import annotate
 import cell_types
 from annotate import COLUMNS, read_markers
 from cell_types import agreement, is_doublet, read_cell_types, type_cells
-from conftest import ROOT, assert_one_line_error, run_inside
+from conftest import ROOT, assert_one_line_error, run_inside, without_umap
 from data import log_normalise
 from readers.labels import read_label_csv
 from runtime.errors import InputError
@@ -93,6 +93,12 @@ def typed(cells, types=TYPES):
 
 def read_result(out):
     return pd.read_csv(out / "barcode_to_celltype.csv", index_col="barcode", keep_default_na=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_picture():
+    with without_umap():
+        yield
 
 
 def lineage_of(kind):

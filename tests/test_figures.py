@@ -36,6 +36,7 @@ from make_figures import (
 from models import scGMVAE
 from runtime.weights import load_model
 
+pytestmark = pytest.mark.draws
 PICTURES = {
     *("pbmc1k", "Latent", "reconstructed", "generated", "labels", "joint", "markers"),
     *("proportions", "sums", "losses", "schematic"),

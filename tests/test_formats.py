@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import io
-import shutil
 import subprocess
 import time
 import zlib
@@ -18,7 +17,7 @@ import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 
-from conftest import CELL_TYPES, ROOT, assert_one_line_error, make_cells, run, run_inside
+from conftest import CELL_TYPES, ROOT, assert_one_line_error, make_cells, r_has, run_inside
 from readers.counts import read_counts
 from runtime import cell_writers, compression, matrix_market
 from runtime.cell_writers import open_cells
@@ -478,16 +477,9 @@ def test_cells_per_type_has_to_be_positive():
 # ------------------------------------------------------------------------------------------ Seurat
 
 
-def has_seurat():
-    """Whether R has Seurat; asked in the test alone, as its start takes seconds."""
-    if shutil.which("Rscript") is None:
-        return False
-    return subprocess.run(["Rscript", "-e", "library(Seurat)"], capture_output=True).returncode == 0
-
-
 def test_seurat_takes_an_output_to_a_umap(trained, bulk, tmp_path):
     """The snippet of docs/your-data.md as it stands there."""
-    if not has_seurat():
+    if not r_has("Seurat"):
         pytest.skip("needs R with Seurat")
     generate(trained, bulk, tmp_path / "generated", n_cells=60)
     text = (ROOT / "docs" / "your-data.md").read_text()
@@ -515,7 +507,7 @@ def test_cellxgene_example_has_what_the_schema_asks_for(tmp_path):
     cells.write_h5ad(tmp_path / "g.h5ad")
     (tmp_path / "retired.txt").write_text("ENSG00000000007\n")
     flags = ["--cells", tmp_path / "g.h5ad", "--out", tmp_path / "x.h5ad"]
-    done = run("examples/cellxgene.py", *flags, "--retired", tmp_path / "retired.txt")
+    done = run_inside("examples/cellxgene.py", *flags, "--retired", tmp_path / "retired.txt")
     assert done.returncode == 0, done.stderr
     made = anndata.read_h5ad(tmp_path / "x.h5ad")
     assert made.var_names.str.fullmatch(r"ENSG\d{11}").all() and made.var_names.is_unique
@@ -529,5 +521,5 @@ def test_cellxgene_example_has_what_the_schema_asks_for(tmp_path):
         assert f"{name}_ontology_term_id" in made.obs
     cells.obs["cell_type"] = cells.obs["cell_type"].cat.rename_categories({"Platelets": "Blobs"})
     cells.write_h5ad(tmp_path / "g.h5ad")
-    done = run("examples/cellxgene.py", *flags, check=False)
+    done = run_inside("examples/cellxgene.py", *flags)
     assert_one_line_error(done, "without a term", "Blobs")

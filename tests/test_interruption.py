@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import training
-from conftest import ROOT, TINY, assert_one_line_error, run, run_inside, train
+from conftest import QUICK, ROOT, TINY, assert_one_line_error, run, run_inside, train
 from models import BulkEncoder, scDecoder, scGMVAE
 from runtime import writing
 from runtime.errors import InputError
@@ -61,8 +61,8 @@ def same_weights(folder, other, script):
     return same
 
 
-def arguments(script, h5ad, weights):
-    return ["--data", h5ad, "--weights", weights, *TINY[script]]
+def arguments(script, h5ad, weights, settings=QUICK):
+    return ["--data", h5ad, "--weights", weights, *settings[script]]
 
 
 def left_behind(weights):
@@ -78,7 +78,7 @@ def uninterrupted(tmp_path_factory, h5ad):
     separate processes are compared with :func:`trained` instead.
     """
     weights = tmp_path_factory.mktemp("uninterrupted")
-    train("--data", h5ad, "--weights", weights)
+    train("--data", h5ad, "--weights", weights, settings=QUICK)
     return weights
 
 
@@ -102,11 +102,11 @@ def stop_at(monkeypatch, number, n):
 @pytest.mark.parametrize(
     "script, number, steps",
     [
-        # 9 steps an epoch: within one, at its end, around the fit of the mixture (180), at the end.
-        ("train_gmvae.py", signal.SIGINT, (4, 9, 172, 187)),
-        ("train_gmvae.py", signal.SIGTERM, (540,)),
-        ("train_decoder.py", signal.SIGTERM, (1, 13, 300)),
-        ("train_encoder.py", signal.SIGHUP, (25, 200)),
+        # 9 steps an epoch: within one, at its end, around the fit of the mixture (18), at the end.
+        ("train_gmvae.py", signal.SIGINT, (4, 9, 16, 21)),
+        ("train_gmvae.py", signal.SIGTERM, (54,)),
+        ("train_decoder.py", signal.SIGTERM, (1, 13, 30)),
+        ("train_encoder.py", signal.SIGHUP, (7, 20)),
     ],
 )
 def test_stopped_run_resumes_to_the_same_weights(
@@ -132,20 +132,21 @@ def test_stopped_run_resumes_to_the_same_weights(
     assert left_behind(weights) == []
 
 
-@pytest.mark.parametrize("step", [3, 31, 100])
-def test_run_without_labels_resumes(h5ad, tmp_path, monkeypatch, step):
+def test_run_without_labels_resumes(h5ad, tmp_path, monkeypatch):
     """The checkpoint includes the cell types found so far."""
     flags = ["--data", h5ad, *TINY["train_gmvae.py"], "--epochs", 12, "--vae-epochs", 3]
     flags += ["--n-types", 3]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
     assert run_inside("train_gmvae.py", *flags, "--weights", whole).returncode == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, signal.SIGTERM, step)
-        assert run_inside("train_gmvae.py", *flags, "--weights", broken).returncode == 143
-    assert run_inside("train_gmvae.py", *flags, "--weights", broken, "--resume").returncode == 0
-    assert same_weights(broken, whole, "train_gmvae.py")
-    tables = [(folder / "found_celltypes.csv").read_text() for folder in (whole, broken)]
-    assert tables[0] == tables[1]
+    for step in (3, 31, 100):
+        broken = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            stop_at(patch, signal.SIGTERM, step)
+            assert run_inside("train_gmvae.py", *flags, "--weights", broken).returncode == 143
+        assert run_inside("train_gmvae.py", *flags, "--weights", broken, "--resume").returncode == 0
+        assert same_weights(broken, whole, "train_gmvae.py"), step
+        tables = [(folder / "found_celltypes.csv").read_text() for folder in (whole, broken)]
+        assert tables[0] == tables[1], step
 
 
 def test_signal_while_results_are_written_loses_nothing(uninterrupted, h5ad, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_signal_while_results_are_written_loses_nothing(uninterrupted, h5ad, tmp
 def test_resume_of_a_run_that_ended_leaves_it_alone(trained, h5ad):
     for script in TINY:
         before = (trained / f"{FILE[script][0]}_model.pt").stat().st_mtime_ns
-        done = run_inside(script, *arguments(script, h5ad, trained), "--resume")
+        done = run_inside(script, *arguments(script, h5ad, trained, TINY), "--resume")
         assert done.returncode == 0 and "nothing left to do" in done.stdout
         assert (trained / f"{FILE[script][0]}_model.pt").stat().st_mtime_ns == before
 
@@ -246,7 +247,8 @@ def kill_and_resume(script, h5ad, weights, n_kills, rng):
     Returns:
         int: kills that hit a running process.
     """
-    command = [sys.executable, str(ROOT / script), *map(str, arguments(script, h5ad, weights))]
+    flags = arguments(script, h5ad, weights, TINY)
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
     command += ["--resume", "--checkpoint-every", "0.2"]
     kills = 0
     while kills < n_kills:
@@ -318,17 +320,17 @@ def test_signal_ends_generation_and_leaves_no_file(trained, h5ad, tmp_path):
 def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
     uninterrupted, h5ad, tmp_path, monkeypatch, script
 ):
-    """The loss is nan from step 40 on; resuming from the checkpoint gives the same weights."""
+    """The loss is nan from step 15 on; resuming from the checkpoint gives the same weights."""
     weights, calls = start_folder(tmp_path, uninterrupted, script), []
     flags = [*arguments(script, h5ad, weights), "--checkpoint-every", 0]
     check_loss = training.TrainingRun.check_loss
 
-    def nan_from_step_40(self, loss):
+    def nan_from_step_15(self, loss):
         calls.append(1)
-        check_loss(self, loss * torch.nan if len(calls) >= 40 else loss)
+        check_loss(self, loss * torch.nan if len(calls) >= 15 else loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainingRun, "check_loss", nan_from_step_40)
+        patch.setattr(training.TrainingRun, "check_loss", nan_from_step_15)
         done = run_inside(script, *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last_line = done.stderr.strip().splitlines()[-1]
@@ -484,7 +486,8 @@ def test_full_disk_is_an_error_and_the_old_file_stays(trained, h5ad, tmp_path, s
     flags = arguments(script, h5ad, weights) if script in TINY else []
     if script == "bulk2sc.py":
         out = tmp_path / "cells.h5ad"
-        flags = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--out", out, "--force"]
+        flags = ["--data", h5ad, "--weights", trained, "--batch-size", 20, "--n-cells", 100]
+        flags += ["--out", out, "--force"]
     out.write_bytes(b"old")
     before = sorted(p.name for p in out.parent.iterdir())
     done = limited([sys.executable, ROOT / script, *flags], 8192)

@@ -1,6 +1,7 @@
 """Which layer may import which, and that --help answers before the slow imports."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -85,7 +86,10 @@ def test_scripts_take_no_helper_from_a_script():
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "benchmarks/benchmark", "examples/simulate_bulk"])
 def test_help_answers_before_the_slow_imports(script):
-    """--help also shows an example and the choices of settings."""
+    """--help also shows an example and the choices of settings.
+
+    PYTHONSAFEPATH keeps the script's folder out of the path. Regression: a traceback.
+    """
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['{script}.py', '--help']\n"
@@ -97,7 +101,12 @@ def test_help_answers_before_the_slow_imports(script):
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert f"python {script}.py" in done.stdout

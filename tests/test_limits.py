@@ -43,9 +43,8 @@ def test_few_cells_or_types(tmp_path, n_per_type):
     assert set(generated.obs["cell_type"]) <= set(cells.obs["cell_type"])
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_few_genes(tmp_path, n):
-    train_and_generate(tmp_path, make_cells()[:, :n].copy())
+def test_one_gene(tmp_path):
+    train_and_generate(tmp_path, make_cells()[:, :1].copy())
 
 
 def test_nearly_all_cells_held_out(tmp_path):

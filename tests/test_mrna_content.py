@@ -106,7 +106,7 @@ def models():
     return load_models(ROOT / "weights" / "pbmc1k", "cpu")
 
 
-def mix(models, reads, seed=0, S=6):
+def mix(models, reads, seed=0, S=3):
     """Bulks of the model's own types (S, G), as single cells or as whole transcripts count them."""
     decoder, genes = models[2], models[3]["genes"]
     pi = np.random.default_rng(seed).dirichlet(np.ones(len(decoder.mu)), S)

@@ -435,6 +435,7 @@ def test_shipped_truth_is_a_table_of_known_proportions(capsys):
 # --------------------------------------------------------------------------------- the picture
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("n", [1, 4, 5, 60, 61])
 def test_picture_shows_every_proportion_and_its_interval(tmp_path, monkeypatch, n):
     """Widths of the bars, points and lines as drawn; names may hold TeX markup."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import runpy
 import shlex
@@ -17,8 +16,9 @@ import pandas as pd
 import pytest
 
 from annotate import export_10x
-from conftest import ROOT, run_inside
+from conftest import ROOT, run_inside, without_umap
 from readers.counts import read_counts
+from test_benchmark import benchmark
 
 # Pages with commands, in the order in which they run.
 GUIDES = [
@@ -62,7 +62,7 @@ SMALL = {
     "make_figures.py": "--max-cells 40",
     "annotate.py": "",
     "simulate_bulks.py": "--n-bulks 6",
-    "benchmarks/benchmark.py": """--only '["bulk2sc, in memory", 50, 20]' """,
+    "benchmarks/benchmark.py": "",  # only its flags; it runs in test_benchmark.py
     "examples/simulate_bulk.py": "",
 }
 # Shown, but their data cannot be had here, or they run in another test.
@@ -108,8 +108,8 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run_command(command, folder, ran):
-    """Run one command as written, but small; a script's second run needs no new process."""
+def run_command(command, folder):
+    """Run one command as written, but small, and Python within this process."""
     words = shlex.split(command)
     if words[:3] == ["python3", "-m", "venv"] or words[0].endswith("/pip"):
         return  # the environment is this one
@@ -123,12 +123,11 @@ def run_command(command, folder, ran):
         for name in {"w1", "w2"} & set(words):  # "for each seed 0, 1, 2"
             shutil.copytree(folder / "w0", folder / name, dirs_exist_ok=True)
         words = ["markers.csv" if word.startswith("https://") else word for word in words]
-        words = [sys.executable, *words[1:], *shlex.split(SMALL[words[1]])]
+        words += shlex.split(SMALL[words[1]])
+        with mock.patch.object(benchmark, "main", lambda cfg: None), without_umap():
+            done = run_inside(*words[1:], cwd=folder, as_written="cohort.h5ad" in words)
     else:
         assert words[0] in ("tar", "mv"), f"the pages run {words[0]}, unknown to this test"
-    if any(words[1] in other.split() for other in ran) and words[1] in os.listdir(folder):
-        done = run_inside(*words[1:], cwd=folder)
-    else:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{command}\n{done.stderr[-1500:]}"
     if words[1:2] == ["annotate.py"]:  # from here on lineages of its cell types are needed
@@ -139,12 +138,12 @@ def run_command(command, folder, ran):
 
 
 def run_python(text, folder):
-    """Run a block of Python."""
-    environment = os.environ | {"MPLBACKEND": "Agg"}
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-1500:]
-    return done.stdout
+    """Run a block of Python within this process; returns what it prints."""
+    text = text.replace("epochs=(15, 15, 60)", "epochs=(2, 2, 4)")
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        exec(text, {"__name__": "__main__"})
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -153,7 +152,7 @@ def test_page_runs_alone(clone, name):
     for language, text in blocks_of(name):
         if language == "bash":
             for command in commands(text):
-                run_command(command, clone, [])
+                run_command(command, clone)
         elif language == "python":
             printed += run_python(text, clone)
         else:
@@ -170,7 +169,7 @@ def test_code_blocks_run_in_order(clone):
     for language, text in BLOCKS:
         if language == "bash":
             for command in commands(text):
-                run_command(command, clone, ran)
+                run_command(command, clone)
                 ran.append(command)
         elif language == "python":
             run_python(text, clone)

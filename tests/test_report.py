@@ -49,29 +49,30 @@ class Page(HTMLParser):
             self.rows[-1][-1] = (self.rows[-1][-1] + data).strip()
 
 
-@pytest.fixture
-def bulk(tmp_path):
+@pytest.fixture(scope="module")
+def bulk(tmp_path_factory):
     """Two bulks, one of them with a name that would be markup."""
     X = make_cells().X
     table = {"a<b>&": X[:40].sum(axis=0).A1, "second": X[40:].sum(axis=0).A1}
-    path = tmp_path / "bulk.csv"
+    path = tmp_path_factory.mktemp("bulk") / "bulk.csv"
     pd.DataFrame(table, index=[f"GENE{i}" for i in range(60)]).assign(Length=9).to_csv(path)
     return path
 
 
-@pytest.fixture
-def made(trained, bulk, tmp_path):
-    """A page, and the cells that it is about."""
-    out = tmp_path / "g.h5ad"
+@pytest.fixture(scope="module")
+def made(trained, bulk, tmp_path_factory):
+    """A page, the cells that it is about, what was printed, and the folder of all."""
+    out = tmp_path_factory.mktemp("made") / "g.h5ad"
     flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 40]
     done = run_inside("bulk2sc.py", *flags, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert f"wrote {tmp_path / 'g.report.html'}" in done.stdout
-    return (tmp_path / "g.report.html").read_text(), anndata.read_h5ad(out), done
+    page = out.with_name("g.report.html")
+    assert f"wrote {page}" in done.stdout
+    return page.read_text(), anndata.read_h5ad(out), done, out.parent
 
 
 def test_report_says_what_was_read_and_made(made, trained, bulk):
-    text, cells, done = made
+    text, cells, done, _ = made
     page = Page(text)
     assert "Single cells from 2 bulk samples" in page.text and "80 generated cells" in page.text
     for line in done.stdout.splitlines():
@@ -87,10 +88,10 @@ def test_report_says_what_was_read_and_made(made, trained, bulk):
     assert str(trained / "scDecoder_model.pt") in files
 
 
-def test_report_has_the_numbers_of_the_tables(made, tmp_path):
-    text, cells, _ = made
+def test_report_has_the_numbers_of_the_tables(made):
+    text, cells, _, folder = made
     rows = Page(text).rows
-    proportions = pd.read_csv(tmp_path / "g.proportions.csv")
+    proportions = pd.read_csv(folder / "g.proportions.csv")
     shown = [row for row in rows if len(row) == 6 and row[1] in CELL_TYPES]
     assert len(shown) == len(proportions) == 2 * len(CELL_TYPES)
     for row, expected in zip(shown, proportions.itertuples(), strict=True):
@@ -98,7 +99,7 @@ def test_report_has_the_numbers_of_the_tables(made, tmp_path):
         assert row[2] == f"{expected.proportion:.1%}"
         assert row[4] == f"{expected.low:.1%} to {expected.high:.1%}"
         assert row[5] == f"{expected.rna_fraction:.1%}"
-    fit = pd.read_csv(tmp_path / "g.fit.csv")
+    fit = pd.read_csv(folder / "g.fit.csv")
     shown = [row for row in rows if len(row) == 7 and row[0] != "sample"]
     expected = {row.sample: f"{row.agreement:.3f}" for row in fit.itertuples()}
     assert {row[0]: row[5] for row in shown} == expected and len(shown) == len(fit)
@@ -108,7 +109,7 @@ def test_report_has_the_numbers_of_the_tables(made, tmp_path):
 
 
 def test_report_needs_no_network_and_no_script(made):
-    text, _, _ = made
+    text, *_ = made
     page = Page(text)
     assert page.sources and all(source.startswith("data:image/") for source in page.sources)
     assert "<script" not in text and not re.findall(r'(?:src|href)="http', text)

@@ -56,7 +56,7 @@ def decoder_inputs(n_cells=300, n_genes=1001, n_types=3, n_hidden=16, seed=0):
 
 def test_distribution_over_means_and_dispersions():
     mean, theta = (v.ravel() for v in np.meshgrid(MEANS, THETAS))
-    copies, n_cells = 1000, 100
+    copies, n_cells = 400, 100
     X = draw(np.repeat(mean, copies), np.repeat(theta, copies), n_cells).tocsc()
     p = []
     for i in range(len(mean)):

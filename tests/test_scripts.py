@@ -21,6 +21,7 @@ from conftest import (
     run,
     run_inside,
     train,
+    train_apart,
     write_10x,
     write_labels,
 )
@@ -103,8 +104,8 @@ def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
     """Two processes with the same weights and seed generate identical cells."""
     a, b, c = (
         generate(tmp_path / f"{i}.h5ad", "--data", h5ad, "--weights", trained, "--n-cells", 40,
-                 "--batch-size", 30, "--seed", seed, call=run)
-        for i, seed in enumerate((1, 1, 2))
+                 "--batch-size", 30, "--seed", seed, call=call)
+        for i, (seed, call) in enumerate(((1, run), (1, run), (2, run_inside)))
     )  # fmt: skip
     assert (a.X != b.X).nnz == 0 and (a.obsm["X_latent"] == b.obsm["X_latent"]).all()
     assert list(a.obs["cell_type"]) == list(b.obs["cell_type"])
@@ -112,10 +113,15 @@ def test_same_seed_same_cells_and_another_seed_others(trained, h5ad, tmp_path):
 
 
 def test_training_repeats_to_the_bit(h5ad, trained, tmp_path):
-    for script, flags in TINY.items():
-        run(script, "--data", h5ad, "--weights", tmp_path, *flags)
-    for model in ("scGMVAE", "scDecoder", "bulkEncoder"):
-        first, second = card(trained, model)["state"], card(tmp_path, model)["state"]
+    """Stages 2 and 3 in a new process; test_interruption.py has stage 1."""
+    weights = tmp_path / "w"
+    shutil.copytree(trained, weights)
+    models = ("scDecoder", "bulkEncoder")
+    for model in models:
+        (weights / f"{model}_model.pt").unlink()
+    train_apart("--data", h5ad, "--weights", weights, stages=tuple(TRAININGS[1:]))
+    for model in models:
+        first, second = card(trained, model)["state"], card(weights, model)["state"]
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -186,6 +192,7 @@ def test_cells_that_come_in_chunks_keep_their_bulk_and_type(trained, tmp_path, m
     out.file.close()
 
 
+@pytest.mark.draws
 def test_proportions_beside_the_cells(trained, h5ad, tmp_path):
     """Tables and picture of the samples are written with --bulk, and agree with the cells' file."""
     table = pd.DataFrame({"007": make_cells()[:40].X.sum(axis=0).A1, "b$1": 1}, index=GENES)
@@ -266,7 +273,7 @@ def test_bulks_that_do_not_belong_are_warned_of(trained, tmp_path):
     table = pd.DataFrame(sums, index=cells.var_names)
     table["strange 1"], table["strange 2"] = (rng.permutation(table["own 0"]) for _ in range(2))
     table.to_csv(tmp_path / "bulk.csv")
-    done = run(
+    done = run_inside(
         "bulk2sc.py", "--bulk", tmp_path / "bulk.csv", "--weights", trained,
         "--n-cells", 2, "--out", tmp_path / "g.h5ad",
     )  # fmt: skip
@@ -345,9 +352,10 @@ def test_10x_folder_with_label_csv_from_end_to_end(tmp_path):
     out = generate(tmp_path / "g.h5ad", "--data", folder, "--weights", tmp_path / "w",
                    "--n-cells", 5, "--batch-size", 20)  # fmt: skip
     assert out.n_obs == 5
-    done = run("evaluate.py", "--data", folder, "--labels", labels, "--weights", tmp_path / "w",
-               "--n-draws", 2, "--n-pseudobulks", 5, "--n-trees", 5,
-               "--out", tmp_path / "e")  # fmt: skip
+    where = ["--data", folder, "--labels", labels, "--weights", tmp_path / "w"]
+    small = ["--n-draws", 2, "--n-pseudobulks", 5, "--n-trees", 5, "--out", tmp_path / "e"]
+    done = run_inside("evaluate.py", *where, *small)
+    assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "e" / "evaluation.csv")
     assert "within-type variance ratio" in done.stdout
     assert set(table["method"]) >= {"bulk2sc", "perfect model", "cell-type NB", "NNLS"}
@@ -419,7 +427,7 @@ def broken(tmp_path, cells, kind):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_missing_data_is_a_one_line_error(script, trained, tmp_path):
-    done = run(script, "--data", tmp_path / "nowhere", "--weights", trained, check=False)
+    done = run_inside(script, "--data", tmp_path / "nowhere", "--weights", trained)
     assert_one_line_error(done, tmp_path / "nowhere", "no such file")
 
 
@@ -497,7 +505,7 @@ def test_weights_of_another_dataset(trained, h5ad, tmp_path):
         assert_one_line_error(done, "_model.pt", "expected weights of this dataset")
     shutil.copytree(trained, tmp_path / "w")
     for script, seed in (("train_gmvae.py", 9), ("train_decoder.py", 0)):
-        given = ["--data", h5ad, "--weights", tmp_path / "w", *TINY[script], "--seed", seed]
+        given = ["--data", h5ad, "--weights", tmp_path / "w", *QUICK[script], "--seed", seed]
         done = run_inside(script, *given)
         assert done.returncode == 0, done.stderr
     done = run_inside("bulk2sc.py", "--data", h5ad, "--weights", tmp_path / "w", cwd=tmp_path)
@@ -570,7 +578,7 @@ def test_choices_hold_for_edited_settings_too(script, name):
 def test_unknown_flag_is_an_error_and_help_lists_all(script):
     done = run_inside(script, "--no-such-flag", 1)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    help_text = run(script, "--help").stdout
+    help_text = run_inside(script, "--help").stdout
     for name in ("--data", "--labels", "--weights", "--seed", "--device"):
         assert name in help_text
 

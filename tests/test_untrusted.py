@@ -291,6 +291,7 @@ NAMES = ["=1+1", "+cmd|' /C calc'!A0", "@SUM(A1)", "two\nlines", "tab\there", 'q
 NAMES += ["\x1b[31mred", "../../etc/passwd", "$x_1$", "Ünïcødé", "a,b;c", "%s{0}", "\u2028"]
 
 
+@pytest.mark.draws
 def test_odd_names_are_read_as_text_and_written_as_they_are(tmp_path, cells, trained, capsys):
     """Genes, samples and cell types; messages escape what a terminal would not show."""
     types = dict(zip(sorted(set(cells.obs["cell_type"])), NAMES, strict=False))
