@@ -17,7 +17,7 @@ from runtime.progress import progress
 N_DRAWS = 384  # of z, for the profiles of the parts of a type's cloud
 # Beyond these a cloud is far: in sd of the type, and as a factor of the sd of its parts.
 FAR, WIDER = 0.25, 1.15
-N_FAR_DRAWS, LEAST_WEIGHT = 8, 1e-3  # draws of a part of such a cloud, and its weight
+N_FAR_DRAWS, LEAST_WEIGHT = 12, 1e-3  # draws of a part of such a cloud, and its weight
 # Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
 # of which the bulks choose one. Full-length RNA-seq differs from 3' counts by 1.5.
 SAMPLE_SD, PLATFORM_SDS = 0.3, (0.3, 0.7, 1.5)
