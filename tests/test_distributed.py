@@ -27,7 +27,7 @@ from test_interruption import FILE, left_behind, same_weights, start_folder
 # Batches that do not split evenly, and batches of one cell, of which one process gets none.
 SHORT = {
     "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--batch-size", 7],
-    "train_decoder.py": ["--epochs", 3, "--batch-size", 1],
+    "train_decoder.py": ["--epochs", 1, "--batch-size", 1],
     "train_encoder.py": ["--epochs", 26, "--batch-size", 5],
 }
 

@@ -617,7 +617,8 @@ def test_a_platform_is_refused_where_it_would_be_ignored(trained, tmp_path):
 
 def test_shipped_weights_generate_from_the_default(tmp_path):
     """README's first command."""
-    done = run("bulk2sc.py", "--out", tmp_path / "generated.h5ad")
+    done = run_inside("bulk2sc.py", "--out", tmp_path / "generated.h5ad")
+    assert done.returncode == 0, done.stderr
     out = anndata.read_h5ad(tmp_path / "generated.h5ad")
     assert out.shape == (1000, 765)
     assert "1,000 cells x 765 genes" in done.stdout
