@@ -241,7 +241,10 @@ def train(*common_flags, settings=TINY, **extra):
 
 
 # Files that take longest come first, so that the two processes of the tests end together.
-LONGEST = ["test_readme", "test_evaluate", "test_bulk_files", "test_scripts", "test_annotate"]
+LONGEST = [
+    *("test_readme", "test_evaluate", "test_scripts", "test_annotate", "test_outputs"),
+    *("test_interruption", "test_distributed", "test_formats", "test_samples"),
+]
 
 
 def pytest_collection_modifyitems(items):
