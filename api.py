@@ -97,7 +97,7 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
     each = epochs if isinstance(epochs, (tuple, list)) else (epochs,) * 3
     if len(each) != 3:
         raise InputError(f"epochs: found {len(each)} numbers, expected one for each of 3 trainings")
-    each = [n if n is None else check_number("epochs", n, 1) for n in each]
+    each = [n if n is None else check_number("--epochs", n, 1) for n in each]
     check_writable(weights, "--weights")
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, anndata.AnnData):

@@ -102,7 +102,7 @@ class Outputs:
             raise InputError(
                 f"{self.path}: found a file, expected a folder or nothing of this name"
             )
-        check_writable(self.cells[0].parent)
+        check_writable(self["proportions.csv"].parent)
         # Then what is beside them is ours as well; a picture cannot tell.
         of_own_cells = self.has_own_cells()
         of_own_table = is_own(self["proportions.csv"], "proportions.csv")

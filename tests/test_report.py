@@ -155,12 +155,12 @@ def test_tables_alone_are_those_of_a_run_with_cells(made, trained, bulk, tmp_pat
     assert "no cells, as --tables-only asks for; so fit.csv has no agreement" in done.stdout
     names = ["proportions.csv", "proportions.png", "fit.csv", "expression.h5ad", "report.html"]
     assert {path.name for path in out.parent.iterdir()} == {f"g.{name}" for name in names}
-    ours, theirs = (folder / "g.proportions.csv" for folder in (out.parent, tmp_path))
+    ours, theirs = (folder / "g.proportions.csv" for folder in (out.parent, made[3]))
     assert ours.read_bytes() == theirs.read_bytes()
-    ours, theirs = (pd.read_csv(folder / "g.fit.csv") for folder in (out.parent, tmp_path))
+    ours, theirs = (pd.read_csv(folder / "g.fit.csv") for folder in (out.parent, made[3]))
     pd.testing.assert_frame_equal(ours, theirs.drop(columns="agreement"))
     ours, theirs = (
-        anndata.read_h5ad(folder / "g.expression.h5ad") for folder in (out.parent, tmp_path)
+        anndata.read_h5ad(folder / "g.expression.h5ad") for folder in (out.parent, made[3])
     )
     np.testing.assert_array_equal(ours.X, theirs.X)
     page = Page((out.parent / "g.report.html").read_text())
@@ -195,7 +195,8 @@ def test_samples_that_fit_worst_come_first():
     columns = dict.fromkeys(["correlation", "unknown", "unknown_low", "unknown_high"], 0.0)
     fit = pd.DataFrame(columns, index=[f"s{i}" for i in range(n)]).assign(misfit=misfit)
     unknown = SimpleNamespace(is_flagged=np.arange(n) == 7, describe=lambda i: "Neutrophils")
-    rows = report.fit_rows(SimpleNamespace(fit=fit, unknown=unknown))
+    samples = SimpleNamespace(fit=fit, unknown=unknown, is_shallow=np.zeros(n, bool))
+    rows = report.fit_rows(samples)
     expected = [i for i in np.argsort(-misfit) if i != 7]
     assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MOST_ROWS]
 
