@@ -527,6 +527,7 @@ def means(table):
     return table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
 
 
+@pytest.mark.draws
 def test_by_default_cells_and_proportions_beside_their_ceilings(trained, h5ad, tmp_path):
     """What to conclude comes first. Nothing is written to the weights, and twice to evaluation/."""
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
