@@ -5,8 +5,9 @@
 
 Names clusters as scType.R does, by the same score on the same kind of clusters (Ianevski, Giri and
 Aittokallio, Nature Communications 2022). Then it checks every cell by the transcripts of the
-lineages (see cell_types.py), if cell_types.csv knows the tissue's types; ``--method sctype`` keeps
-ScType's names. Writes barcode_to_celltype.csv, clusters.csv and clusters.png to --out.
+lineages (see annotation/cell_types.py), if tables/cell_types.csv knows the tissue's types;
+``--method sctype`` keeps ScType's names. Writes barcode_to_celltype.csv, clusters.csv and
+clusters.png to --out.
 """
 
 import sys
@@ -32,14 +33,14 @@ class Settings:
     """Cells: a 10x folder (matrix.mtx), a 10x .h5 or an .h5ad with raw counts."""
     tissue: str = "Immune system"
     """One of the marker table's tissues."""
-    db: str = "markers.csv"
+    db: str = "tables/markers.csv"
     """Marker table: a csv, ScType's xlsx, or the address of one.
     An address is downloaded once and kept in the current folder."""
     method: Literal["refined", "sctype"] = "refined"
     """refined: check each cell after ScType's clusters. sctype: the clusters' names as they are."""
     types: Path | None = None
     """Lineages, Cell Ontology terms and markers of the cell types, for --method refined.
-    Default: cell_types.csv beside this script."""
+    Default: tables/cell_types.csv."""
     min_confidence: float = 0.8
     """Cells whose lineage is less probable than this are Unknown, for --method refined."""
     min_cells: int = 10
@@ -89,9 +90,9 @@ import scipy.io
 import scipy.sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
-from cell_types import UNKNOWN, read_cell_types, scale_genes, type_cells
-from data import choose_genes, library_size, log_normalise, shipped
-from plotting import write_clusters
+from annotation.cell_types import UNKNOWN, read_cell_types, scale_genes, type_cells
+from data import TABLES, choose_genes, library_size, log_normalise, shipped
+from plots.cells import write_clusters
 from readers.bounded import read_table
 from readers.gene_names import bare_id
 from readers.labels import LABEL_FILE
@@ -383,7 +384,7 @@ def types_to_refine(cfg, markers):
     """The tree of cell types, or None if ScType's names are to stay; says so if they must."""
     if cfg.method == "sctype":
         return None
-    path = cfg.types or Path(__file__).with_name("cell_types.csv")
+    path = cfg.types or TABLES / "cell_types.csv"
     types = read_cell_types(path, cfg.tissue)
     if missing := [name for name in markers if name not in types]:
         print(
@@ -399,7 +400,7 @@ def refine_labels(cells, clustered, labels, genes, types, cfg):
 
     Args:
         cells, clustered: counts and what :func:`cluster_cells` made of them. labels: by cluster.
-        genes: names in capitals (G). types: of :func:`cell_types.read_cell_types`.
+        genes: names in capitals (G). types: of :func:`annotation.cell_types.read_cell_types`.
 
     Returns:
         ``labels`` with the new cell_type and the columns confidence, lineage, ontology_id,

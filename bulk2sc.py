@@ -131,16 +131,15 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from api import deconvolve, generate, mixtures
-from cell_tables import named_apart
+from api import deconvolve, generate, mixtures, named_apart
 from data import align_genes, load_cells, shipped
 from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
-from plotting import write_proportions
+from plots.cells import write_proportions
+from plots.report import N_SHOWN, ShownCells, write_report
 from readers.bulk import read_bulk
 from readers.bulk_files import read_sample_metadata
 from readers.counts import EMBEDDED
 from readers.fingerprint import digest
-from report import N_SHOWN, ShownCells, write_report
 from runtime.device import pick_device, seed_everything
 from runtime.errors import one_line, plain, some
 from runtime.provenance import command_of, files_read, run_name, typed

@@ -26,6 +26,7 @@ MOST_DENSE = 1 << 27  # counts of a reference that is summed as a dense matrix, 
 # Shares of the genes that a point of the mean-variance trend is fitted to: scanpy's, and wider ones
 # for few cells, where a third of the genes has one and the same mean (a single count).
 SPANS = (0.3, 0.5, 0.7, 0.9)
+TABLES = Path(__file__).with_name("tables")  # of published data
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
 
@@ -114,9 +115,6 @@ def shipped(path):
     path = Path(path)
     beside = Path(__file__).resolve().parent / path
     return beside if not path.exists() and beside.exists() else path
-
-
-# ---------------------------------------------------------------------------- reading counts
 
 
 # ------------------------------------------------------------------------------------ labels

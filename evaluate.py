@@ -34,7 +34,8 @@ real bulks whose proportions were measured. Methods:
 
 - bulk2sc, and NNLS (non-negative least squares) on the genes that the Bulk Encoder reads
 - constant answer: the mean truth of these very bulks
-- with --compare: DWLS, MuSiC, nu-SVR, BayesPrism and dtangle on all genes (deconvolution.py)
+- with --compare: DWLS, MuSiC, nu-SVR, BayesPrism and dtangle on all genes
+  (deconvolution/published.py)
 
 With --conditions, fold changes between two conditions inside cell types have a third table: of
 cells generated for the bulks of held-out donors, against the donors' own cells or --profiles. If
@@ -80,7 +81,7 @@ class Settings(DatasetSettings, BulkOptions):
     Example: python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     """
 
-    out: Path = Path("evaluation")
+    out: Path = Path("results")
     """Folder of the results, evaluation.csv and evaluation.png; those of an earlier run are
     replaced."""
     compare: bool = False
@@ -212,8 +213,6 @@ import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from baselines import ScDesign2, ScVI, draw_cell_type_nb, train_anew, train_published
-from contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from data import (
     align_genes,
     apply_split,
@@ -223,6 +222,16 @@ from data import (
     mean_counts,
     split_cells,
 )
+from evaluation.baselines import ScDesign2, ScVI, draw_cell_type_nb, train_anew, train_published
+from evaluation.contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
+from evaluation.metrics import (
+    CONTRAST_METRICS,
+    METRICS,
+    CellMetrics,
+    proportion_names,
+    setting_of,
+)
+from evaluation.proportions import Methods, measure_foreign, measure_pseudobulks, plan_proportions
 from generation import (
     add_to_sums,
     calibrate_to,
@@ -231,16 +240,8 @@ from generation import (
     new_cells,
     sum_agreement,
 )
-from metrics import (
-    CONTRAST_METRICS,
-    METRICS,
-    CellMetrics,
-    proportion_names,
-    setting_of,
-)
 from models import BulkEncoder, scDecoder
-from plotting import write_evaluation
-from proportion_tests import Methods, measure_foreign, measure_pseudobulks, plan_proportions
+from plots.training import write_evaluation
 from readers.counts import read_counts
 from runtime.device import pick_device, seed_everything
 from runtime.writing import check_writable, write_whole

@@ -30,8 +30,8 @@ from data import (
     samples_of,
     sum_by_type,
 )
-from dwls import Signature
-from expression import (
+from deconvolution.dwls import Signature
+from deconvolution.expression import (
     Expression,
     TypeProfiles,
     calibration,
@@ -41,19 +41,19 @@ from expression import (
     parts_of,
     write_expression,
 )
-from models import BulkEncoder, scDecoder
-from mrna_content import counts_reads, published_content
-from proportions import (
+from deconvolution.mrna_content import counts_reads, published_content
+from deconvolution.proportions import (
     Proportions,
     make_proportions,
     mixtures,
     normal_interval,
     reference_composition,
 )
+from deconvolution.unknown import unknown_share
+from models import BulkEncoder, scDecoder
 from runtime.errors import InputError, some
 from runtime.progress import progress
 from runtime.weights import check_cell_types, check_mixture, load_model
-from unknown import unknown_share
 
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
 # Of the estimate by dwls.py: 0.3 to 0.6 are best for bulks of other data sets, 0 to 0.1 for
@@ -161,7 +161,7 @@ def encode_bulks(
         second: another estimate of the proportions (S, K), which counts for ``SECOND_WEIGHT`` in
             the mean with the encoder's.
         scale: what fractions of cells are multiplied by (K), if the types' mRNA content in these
-            bulks is not that in the reference; see :mod:`mrna_content`.
+            bulks is not that in the reference; see :mod:`deconvolution.mrna_content`.
         start: proportions (S, K) that the bulks are near to, which saves most of the deconvolution.
 
     Returns:
@@ -280,9 +280,9 @@ class EncodedSamples:
 def encode_samples(models, bulk, measured, names, where, mrna_content="auto", n_halves=20):
     """Encode bulk samples, and find out by whose mRNA content their cells are to be counted.
 
-    Proportions are a weighted mean of the encoder's and of :func:`dwls.dwls`, which reads other
-    genes by other weights. Bulks of whole transcripts are also taken to be of one platform
-    (:meth:`BulkEncoder.deconvolve_cohort`).
+    Proportions are a weighted mean of the encoder's and of :func:`~deconvolution.dwls.dwls`, which
+    reads other genes by other weights. Bulks of whole transcripts are also taken to be of one
+    platform (:meth:`BulkEncoder.deconvolve_cohort`).
 
     Args:
         models: encoder, its card, decoder, its card. bulk: (S x G) in the decoder's genes, CSR or
@@ -317,10 +317,10 @@ def choose_content(mrna_content, cell_types, counts, reads, why, where):
     """mRNA content (K) of the cell types by which cells are counted; says which and why.
 
     Args:
-        mrna_content: ``reference``: counts; ``published``: :func:`mrna_content.published_content`;
-            ``auto``: published for bulks of whole transcripts, if types are known there.
+        mrna_content: ``reference``: counts; ``published``: :func:`published_content`; ``auto``:
+            published for bulks of whole transcripts, if types are known there.
         counts: mean counts of a cell of each type in the reference (K). reads, why: of
-            :func:`mrna_content.counts_reads`. where: what messages name.
+            :func:`deconvolution.mrna_content.counts_reads`. where: what messages name.
 
     Raises:
         InputError: ``published``, but fewer than two of the types are known there.
@@ -433,7 +433,7 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
     Args:
         encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them.
         per_bulk: cells of each bulk. generator: torch Generator on their device.
-        log_factor: (S, G) or (S, K, G), see :class:`expression.Expression`. first: index of the
+        log_factor: (S, G) or (S, K, G), see :class:`Expression`. first: index of the
             first bulk. codes: types of the cells of each bulk in place of a draw (per_bulk); of
             bulks that yield one cell, the types of all of these cells.
 
@@ -468,7 +468,7 @@ def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None, til
 
     Args:
         mu, var: (B, D). codes: cell types (B). generator: torch Generator on their device.
-        log_factor: (S, G) or (S, K, G), see :class:`expression.Expression`, with sample: the bulk
+        log_factor: (S, G) or (S, K, G), see :class:`Expression`, with sample: the bulk
             of each cell (B). tilt: see :meth:`models.scDecoder.tilt_shape`.
 
     Returns:
@@ -596,7 +596,7 @@ def sample_proportions(names, cell_types, answer, known=None):
 
     Args:
         names: (S). cell_types: (K). answer: EncodedSamples. known: see
-            :func:`proportions.make_proportions`.
+            :func:`deconvolution.proportions.make_proportions`.
     """
     pi, sd = (part.cpu().numpy().astype(np.float64) for part in (answer.cells, answer.sd))
     interval = normal_interval(pi, sd)
@@ -703,12 +703,12 @@ class BulkSamples:
         self.fit["agreement"] = sum_agreement(self.bulk, self.sums, self.measured)
 
     def estimate_expression(self, calibrate, platform):
-        """:func:`expression.estimate_expression` of these samples."""
+        """:func:`deconvolution.expression.estimate_expression` of these samples."""
         bulks = self.bulk, self.measured
         return estimate_expression(
             self.decoder, self.mixed, *bulks, calibrate, platform, self.profiles
         )
 
     def write_expression(self, path):
-        """:func:`expression.write_expression` of these samples, into an .h5ad."""
+        """:func:`deconvolution.expression.write_expression` of these samples, into an .h5ad."""
         write_expression(path, self.names, self.proportions.cells, self.expression, self.card)

@@ -96,7 +96,9 @@ from data import (
     log_normalise,
     mean_counts,
 )
-from deconvolution import nnls_proportions
+from deconvolution.proportions import normal_interval
+from deconvolution.published import nnls_proportions
+from evaluation.metrics import concordance
 from generation import (
     CHUNK,
     calibrate_to,
@@ -106,10 +108,8 @@ from generation import (
     log_cpm,
     new_cells,
 )
-from metrics import concordance
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
-from plotting import (
-    write_curves,
+from plots.cells import (
     write_joint,
     write_legend,
     write_markers,
@@ -119,11 +119,7 @@ from plotting import (
     write_schematic,
     write_state_genes,
 )
-from proportions import normal_interval
-from runtime.device import pick_device, seed_everything
-from runtime.weights import load_model
-from runtime.writing import check_writable
-from state_figures import (
+from plots.states import (
     FEWEST_CELLS,
     count_cells,
     describe_mixing,
@@ -133,6 +129,10 @@ from state_figures import (
     shown_types,
     state_table,
 )
+from plots.training import write_curves
+from runtime.device import pick_device, seed_everything
+from runtime.weights import load_model
+from runtime.writing import check_writable
 
 FEWEST_TO_COMPARE = 3  # cells of a type that markers of others are compared with
 FEWEST_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them

@@ -820,7 +820,7 @@ class BulkEncoder(nn.Module):
         π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
 
     A reference of several samples also teaches how their states show in a bulk: in how far genes
-    lie off what the first proportions explain (:mod:`states`). With R such directions,
+    lie off what the first proportions explain (:mod:`states.directions`). With R such directions,
 
         t = A (ln((p + ε) / (q + ε)) - c)
         μ̂_k = μ_k + σ_k Σ_r t_r M_rk,   ln σ̂_k² = ln σ_k² + Σ_r t_r V_rk

@@ -12,7 +12,7 @@
 # The constants below are the defaults of the flags of the same name (--data, --db, ...).
 
 DATA <- "pbmc1k_v3" # 10x folder (matrix.mtx, plain or .gz, both layouts) or 10x .h5
-DB <- "markers.csv" # marker table: csv, ScType's xlsx, or the address of one, downloaded once
+DB <- "tables/markers.csv" # marker table: csv, ScType's xlsx, or the address of one, downloaded once
 TISSUE <- "Immune system" # one of the table's tissues
 OUT <- "" # folder to write to; "" is where the data is, unless cell types are there already
 RESOLUTION <- 0.8 # of the clustering; more gives more and smaller clusters
@@ -22,7 +22,7 @@ SEED <- 0
 N_FEATURES <- 2000 # variable genes that the PCA reads
 N_NEIGHBORS <- 20 # of each cell in the graph that is clustered
 LABELS <- "barcode_to_celltype.csv"
-# Colours of the cell types, those of plotting.py: told apart by the colour-blind, too.
+# Colours of the cell types, those of plots/style.py: told apart by the colour-blind, too.
 COLORS <- c(
   "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4B1E00",
   "#000087", "#873C4B", "#0000FF", "#C3D2B4", "#5A87FF", "#003CB4", "#4B004B", "#B4D2FF"

@@ -11,11 +11,11 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("readers", "runtime")
+FOLDERS = [path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "package"]
 NOT_PACKED = {"setup"}
 # What generation needs of the shipped weights; the trainings make the other files.
 DATA = (
-    *("*.csv", "templates/*.html", "weights/*Encoder_model.pt", "weights/scDecoder_model.pt"),
+    *("tables/*.csv", "plots/*.html", "weights/*Encoder_model.pt", "weights/scDecoder_model.pt"),
     *("weights/pbmc/*Encoder_model.pt", "weights/pbmc/scDecoder_model.pt"),
 )
 

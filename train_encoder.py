@@ -10,7 +10,7 @@ the loss curves there.
     python train_encoder.py --samples sample --donors donor    # a reference of many samples
 
 With samples a pseudobulk comes from one sample or a mixture of two, and the encoder answers with
-the moments of that sample's cells (:mod:`moments`) instead of the cell type's.
+the moments of that sample's cells (:mod:`states.moments`) instead of the cell type's.
 """
 
 import sys
@@ -114,19 +114,10 @@ from data import (
     sample_names,
     samples_of,
 )
-from dwls import make_signature
-from expression import expected_bulk
+from deconvolution.dwls import make_signature
+from deconvolution.expression import expected_bulk
 from generation import bulk_fit, encode_bulks
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
-from moments import SampleMoments, read_samples_card, relative_to_batches, sample_moments
-from pseudobulks import (
-    BulkCells,
-    Bulks,
-    concatenate,
-    make_folds,
-    mean_of_types,
-    simulate_bulks,
-)
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
@@ -134,7 +125,16 @@ from runtime.device import pick_device, seed_everything
 from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
-from states import fit_states, group_bulks
+from states.directions import fit_states, group_bulks
+from states.moments import SampleMoments, read_samples_card, relative_to_batches, sample_moments
+from states.pseudobulks import (
+    BulkCells,
+    Bulks,
+    concatenate,
+    make_folds,
+    mean_of_types,
+    simulate_bulks,
+)
 from training import Plan, TrainingRun, two_rate_optimizer
 
 # Full-length RNA-seq differs from 3' counts of the same tissue by about this much: standard
@@ -301,7 +301,7 @@ def describe_types(cells, training, rows):
 
     Returns:
         dict: ``content``, mean counts of a cell of each type (K), of batches at one depth for all;
-        and ``signature``, the fields of :class:`dwls.Signature`.
+        and ``signature``, the fields of :class:`deconvolution.dwls.Signature`.
     """
     X = sp.csr_matrix(cells.X[rows])
     mean = mean_of_types(dataclasses.replace(training, X=X))  # (K, G)
@@ -332,10 +332,10 @@ def start_model(cells, of_types, mu, var, cfg, rng):
 
 @torch.no_grad()
 def add_states(model, folds, donor, cfg, rng):
-    """The same model with what the samples teach of states (:mod:`states`), if it can be told.
+    """The same model with what the samples teach of states, if it can be told.
 
     Args:
-        folds: of :func:`pseudobulks.make_folds`; those within a batch, as what other batches differ
+        folds: of :func:`make_folds`; those within a batch, as what other batches differ
             by is no state. donor: code of each sample's donor (S).
     """
     folds = [fold for fold in folds if not fold.other_batches]
@@ -437,7 +437,7 @@ def train_model(run, optimizer, schedule, folds, test, rng):
     """The training loop: a fresh batch of pseudobulks at every epoch, of each fold in turn.
 
     Args:
-        folds: as :func:`pseudobulks.make_folds` gives them. test: HeldOutBulks, or None. rng: NumPy
+        folds: as :func:`make_folds` gives them. test: HeldOutBulks, or None. rng: NumPy
             generator.
     """
     cfg, model = run.cfg, run.model

@@ -105,7 +105,6 @@ from data import (
     samples_of,
 )
 from models import encode_cells, mean_profile, scGMVAE
-from moments import describe_samples, sample_moments, shrink_moments
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels
@@ -114,6 +113,7 @@ from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.processes import distributed
 from runtime.weights import save_mixture
 from runtime.writing import check_writable, write_whole
+from states.moments import describe_samples, sample_moments, shrink_moments
 from training import (
     TrainingRun,
     cells_of_curve,
@@ -396,7 +396,7 @@ def moments_of_samples(cells, codes, train, posterior, model):
         posterior: mean and variance of their z (n, D). model: scGMVAE with the final mixture.
 
     Returns:
-        dict with ``samples`` (:func:`moments.describe_samples`); empty without samples.
+        dict with ``samples`` (:func:`states.moments.describe_samples`); empty without samples.
     """
     if "sample" not in cells.obs:
         return {}

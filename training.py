@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import split_cells
 from models import Dropout
-from plotting import write_losses
+from plots.training import write_losses
 from readers.backed import BackedCounts
 from runtime.resumable import ResumableRun
 from runtime.weights import save_model

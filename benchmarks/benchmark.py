@@ -460,7 +460,7 @@ def slope(table):
 
 def draw(path, table):
     """Plot seconds against cells, log-log, one panel per number of genes; the limit is dashed."""
-    from plotting import pyplot, write_whole_figure
+    from plots.style import pyplot, write_whole_figure
 
     colors = ["#D55E00", "#E69F00", "#000000", "#0072B2", "#CC79A7"]
     colors = dict(zip(GENERATION, colors, strict=True))

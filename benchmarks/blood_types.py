@@ -16,8 +16,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from deconvolution.unknown import LINEAGES, NOT_COUNTED, TABLE, platform_factor  # noqa: E402
 from readers.counts import read_counts  # noqa: E402
-from unknown import LINEAGES, NOT_COUNTED, TABLE, platform_factor  # noqa: E402
 
 SETS = {"pbmc1k_v3": None, "pbmc3k": "pbmc3k.h5ad", "kang_ifnb": "kang_ifnb.h5ad"}
 SETS["zheng_facs"] = "zheng_facs.h5ad"

@@ -46,7 +46,7 @@ import anndata
 import pandas as pd
 import scanpy as sc
 
-from data import shipped
+from data import TABLES
 from runtime.errors import InputError, some
 from runtime.writing import write_h5ad
 
@@ -76,7 +76,7 @@ def describe(cells, cfg):
     Raises:
         InputError: a cell type has no term in cell_types.csv.
     """
-    terms = pd.read_csv(shipped("cell_types.csv")).drop_duplicates("cellName")
+    terms = pd.read_csv(TABLES / "cell_types.csv").drop_duplicates("cellName")
     terms = terms.set_index("cellName")["ontologyId"]
     types = cells.obs["cell_type"].cat.remove_unused_categories()
     unknown = [name for name in types.cat.categories if name not in terms]

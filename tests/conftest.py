@@ -29,6 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of modules; package/ has what is in the wheel alone.
+FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"package"}
 sys.path.insert(0, str(ROOT))
 
 

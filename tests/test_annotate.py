@@ -180,9 +180,9 @@ def test_marker_table_is_downloaded_once(tmp_path, table, monkeypatch):
 
 
 def test_markers_csv_has_sources_and_no_contradictions():
-    table = pd.read_csv(ROOT / "markers.csv", keep_default_na=False)
+    table = pd.read_csv(ROOT / "tables/markers.csv", keep_default_na=False)
     assert list(table.columns) == [*annotate.COLUMNS, "source"] and (table["source"] != "").all()
-    markers = read_markers(str(ROOT / "markers.csv"), "Immune system")
+    markers = read_markers(str(ROOT / "tables/markers.csv"), "Immune system")
     assert len(markers) >= 12
     for name, (positive, negative) in markers.items():
         assert len(positive) >= 5 and not set(positive) & set(negative), name
@@ -489,12 +489,12 @@ def test_r_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     known = labels.notna()
     assert np.mean(labels[known] == given[known]) >= 0.9
     assert adjusted_rand_score(given[known], labels[known]) >= 0.8
-    assert agreement(pbmc("scType.R", ROOT / "markers.csv"), given, lineage) >= 0.95
+    assert agreement(pbmc("scType.R", ROOT / "tables/markers.csv"), given, lineage) >= 0.95
 
 
 @needs_pbmc
 @needs_r
-@pytest.mark.parametrize("db", [ROOT / "markers.csv", SCTYPE], ids=["markers.csv", "sctype"])
+@pytest.mark.parametrize("db", [ROOT / "tables/markers.csv", SCTYPE], ids=["markers.csv", "sctype"])
 def test_python_agrees_with_r_on_pbmc1k(pbmc, db):
     assert agreement(pbmc("annotate.py", db), pbmc("scType.R", db), lineage) >= 0.95
 
@@ -503,4 +503,4 @@ def test_python_agrees_with_r_on_pbmc1k(pbmc, db):
 def test_python_agrees_with_the_published_labels_of_pbmc1k(pbmc):
     given = labels_of(PBMC1K / "barcode_to_celltype.csv")
     assert agreement(pbmc("annotate.py", SCTYPE), given, lineage) >= 0.95
-    assert agreement(pbmc("annotate.py", ROOT / "markers.csv"), given, lineage) >= 0.95
+    assert agreement(pbmc("annotate.py", ROOT / "tables/markers.csv"), given, lineage) >= 0.95

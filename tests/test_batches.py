@@ -12,9 +12,9 @@ import torch
 from conftest import OF_SAMPLES, assert_one_line_error, run_inside
 from data import batches_of, choose_marker_genes, choose_state_genes
 from models import BulkEncoder
-from moments import SampleMoments, relative_to_batches
-from pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
 from runtime.weights import load_model
+from states.moments import SampleMoments, relative_to_batches
+from states.pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
 
 K, G = 3, 60
 

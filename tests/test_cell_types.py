@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 
 import annotate
-import cell_types
 from annotate import COLUMNS, read_markers
-from cell_types import agreement, is_doublet, read_cell_types, type_cells
+from annotation import cell_types
+from annotation.cell_types import agreement, is_doublet, read_cell_types, type_cells
 from conftest import ROOT, assert_one_line_error, run_inside, without_umap
 from data import log_normalise
 from readers.labels import read_label_csv
@@ -21,7 +21,7 @@ SHARED = ROOT / ".." / "shared" / "data"
 ZHENG = SHARED / "zheng_facs" / "zheng_facs.h5ad"
 PBMC3K = SHARED / "pbmc3k" / "pbmc3k.h5ad"
 TISSUE = "Immune system"
-TYPES = read_cell_types(ROOT / "cell_types.csv", TISSUE)
+TYPES = read_cell_types(ROOT / "tables/cell_types.csv", TISSUE)
 
 SIZES = {
     "Naive CD4+ T cells": 110,
@@ -181,7 +181,7 @@ def test_method_sctype_writes_the_names_of_the_clusters_alone(results):
 
 
 def test_other_marker_tables_keep_the_names_of_the_clusters(tmp_path, cells, results):
-    table = pd.read_csv(ROOT / "markers.csv", keep_default_na=False)[COLUMNS]
+    table = pd.read_csv(ROOT / "tables/markers.csv", keep_default_na=False)[COLUMNS]
     table["cellName"] = table["cellName"].replace("B cells", "Pre-B cells")
     table.to_csv(tmp_path / "m.csv", index=False)
     path = results["refined"][0].parent / "cells.h5ad"
@@ -257,11 +257,11 @@ def test_views_agree_only_if_one_tells_the_other():
 
 
 def test_table_knows_the_types_of_markers_csv():
-    table = pd.read_csv(ROOT / "cell_types.csv", keep_default_na=False)
+    table = pd.read_csv(ROOT / "tables/cell_types.csv", keep_default_na=False)
     assert list(table.columns) == [*cell_types.COLUMNS, "source"] and (table["source"] != "").all()
     assert table["ontologyId"].str.fullmatch(r"CL:\d{7}").all() and table["ontologyId"].is_unique
     assert (table["ontologyTerm"] != "").all()
-    assert set(read_markers(str(ROOT / "markers.csv"), TISSUE)) <= set(TYPES)
+    assert set(read_markers(str(ROOT / "tables/markers.csv"), TISSUE)) <= set(TYPES)
     for name, cell_type in TYPES.items():
         assert cell_type.lineage in TYPES and cell_type.lineage in {t.name for t in ancestors(name)}
         assert not set(cell_type.positive) & set(cell_type.negative), name

@@ -8,9 +8,6 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-import baselines
-import contrasts
-import metrics
 from conftest import (
     CELL_TYPES,
     OF_SAMPLES,
@@ -20,6 +17,7 @@ from conftest import (
     run_inside,
     train,
 )
+from evaluation import baselines, contrasts, metrics
 from readers import profiles
 from runtime.errors import InputError
 

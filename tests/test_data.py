@@ -25,11 +25,11 @@ from data import (
     load_cells,
     split_cells,
 )
-from pseudobulks import split_folds
 from readers.bulk import read_bulk
 from readers.counts import check_counts, read_counts
 from readers.labels import natural_order
 from runtime.errors import InputError
+from states.pseudobulks import split_folds
 
 # ------------------------------------------------------------------------------------ counts
 

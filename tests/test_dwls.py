@@ -5,9 +5,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-import dwls
 from conftest import ROOT, assert_one_line_error, make_cells, run_inside
 from data import mean_counts
+from deconvolution import dwls
 from generation import encode_samples, load_models, proportion_sd
 
 GENES = [f"GENE{i}" for i in range(300)]

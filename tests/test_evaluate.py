@@ -14,14 +14,13 @@ import scipy.stats
 import torch
 from sklearn.datasets import make_blobs
 
-import baselines
-import deconvolution
 import evaluate
 import generation
-import metrics
-import proportion_tests
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
 from data import codes_of, load_cells, log_normalise, split_cells
+from deconvolution.published import METHODS, nnls_proportions
+from evaluation import baselines, metrics
+from evaluation import proportions as proportion_tests
 from models import scDecoder
 from readers import lineages
 from runtime.errors import InputError
@@ -208,7 +207,7 @@ def test_concordance_and_nnls():
     assert metrics.concordance(t, t[:, ::-1]) == pytest.approx(-1)
     assert metrics.concordance(t, t + 0.3) < 0.8  # a constant bias costs, unlike in Pearson's
     profiles = np.random.default_rng(0).gamma(1.0, 1.0, (2, 50))
-    assert deconvolution.nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
+    assert nnls_proportions(t @ profiles, profiles) == pytest.approx(t)
 
 
 def test_lineages_are_summed_and_renormalised():
@@ -608,7 +607,7 @@ def test_evaluate_compares_every_method_and_type(compared):
     assert set(table["method"]) >= {
         "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
         "scDesign2 copula", "perfect model", "published recipe", "constant answer",
-        *deconvolution.METHODS,
+        *METHODS,
     }  # fmt: skip
     assert set(table["metric"]) == set(MEASURED)
     assert set(table["cell_type"]) == {"", *CELL_TYPES, *LINEAGES}
@@ -621,7 +620,7 @@ def test_evaluate_compares_every_method_and_type(compared):
     ]
     for text in proportions:
         assert all(name in text for name in ("RMSE (0)", "CCC (1)", "Pearson within"))
-        assert all(f"\n{name} " in text for name in ("bulk2sc", *deconvolution.METHODS))
+        assert all(f"\n{name} " in text for name in ("bulk2sc", *METHODS))
     value = means(table)
     of_cells = {m for m in MEASURED if not metrics.setting_of(m)}
     without = {m for m in of_cells if m.startswith(("excess", "sum"))}

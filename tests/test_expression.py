@@ -7,7 +7,6 @@ import pytest
 import scipy.stats
 import torch
 
-import expression
 from conftest import (
     CELL_TYPES,
     ROOT,
@@ -18,7 +17,8 @@ from conftest import (
     make_sample_cells,
     run_inside,
 )
-from expression import (
+from deconvolution import expression
+from deconvolution.expression import (
     SHARED,
     Allotment,
     TypeProfiles,

@@ -9,9 +9,6 @@ import scipy.sparse as sp
 import torch
 
 import make_figures
-import plotting
-import state_figures
-import training_plots
 from conftest import (
     CELL_TYPES,
     OF_SAMPLES,
@@ -22,7 +19,6 @@ from conftest import (
     run_inside,
 )
 from data import codes_of, load_cells
-from figure_style import TYPE_COLORS
 from generation import load_weights
 from make_figures import (
     HOUSEKEEPING,
@@ -34,6 +30,10 @@ from make_figures import (
     reconstruct,
 )
 from models import scGMVAE
+from plots import cells as cell_plots
+from plots import states as state_figures
+from plots import training as training_plots
+from plots.style import TYPE_COLORS
 from runtime.weights import load_model
 
 pytestmark = pytest.mark.draws
@@ -45,13 +45,13 @@ PICTURES = {
 
 def test_every_picture_is_written_and_no_other_file(tmp_path, trained, h5ad, monkeypatch):
     n_points = {}  # figure -> number of points
-    draw = plotting.scatter_types
+    draw = cell_plots.scatter_types
 
     def record(axis, points, names, cell_types):
         n_points[axis.figure] = len(points)
         return draw(axis, points, names, cell_types)
 
-    monkeypatch.setattr(plotting, "scatter_types", record)
+    monkeypatch.setattr(cell_plots, "scatter_types", record)
     done = run_inside("make_figures.py", "--data", h5ad, "--weights", trained, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.png" for name in PICTURES}
@@ -85,7 +85,7 @@ def test_layers_of_many_points_are_images_in_vector_files(tmp_path, n):
     points = np.random.default_rng(0).normal(size=(n, 2))
     names = np.repeat(["B", "T"], n // 2)
     for ending in ("svg", "pdf", "png"):
-        plotting.write_panel(tmp_path / f"a.{ending}", points, names, ["B", "T"], "cells")
+        cell_plots.write_panel(tmp_path / f"a.{ending}", points, names, ["B", "T"], "cells")
     assert (b"<image" in (tmp_path / "a.svg").read_bytes()) == (n > 500)
     pdf = (tmp_path / "a.pdf").read_bytes()
     assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf  # fonts whose text can be edited
@@ -428,12 +428,12 @@ def drawn(monkeypatch):
     )
     yield figures
     for figure in figures:
-        plotting.pyplot().close(figure)
+        cell_plots.pyplot().close(figure)
 
 
 def shown_text(figure):
     """All words of a figure, in one line."""
-    texts = figure.findobj(plotting.pyplot().Text)
+    texts = figure.findobj(cell_plots.pyplot().Text)
     return " ".join(" ".join(text.get_text().split()) for text in texts)
 
 
@@ -445,10 +445,10 @@ def test_what_losses_are_read_beside_shares_their_panels(tmp_path, drawn):
         {"epoch": i} | dict.fromkeys(names, 2.0) | {f"held_out_{n}": 2.5 for n in names} | beside
         for i in (25, 50)
     ]
-    plotting.write_losses(tmp_path / "bulkEncoder", rows)
+    training_plots.write_losses(tmp_path / "bulkEncoder", rows)
     table = pd.read_csv(tmp_path / "bulkEncoder_loss.csv")
     assert list(table) == list(rows[0])
-    plotting.write_curves(tmp_path / "losses.png", {"bulkEncoder": table})
+    training_plots.write_curves(tmp_path / "losses.png", {"bulkEncoder": table})
     assert len(drawn) == 2
     for figure in drawn:
         titles = [axis.get_title(loc="left") for axis in figure.axes]
@@ -467,10 +467,10 @@ def test_losses_have_no_empty_panel_and_say_what_they_count(tmp_path, drawn):
     """A loss of 0 throughout has no panel, and a line says so; steps are not called epochs."""
     zero = {"mu": 0.0, "var": 0.0, "held_out_mu": 0.0, "held_out_var": None}
     rows = [{"epoch": i, "pi": 1.0 / i, "deconvolved": 2.0} | zero for i in (25, 50)]
-    plotting.write_losses(tmp_path / "bulkEncoder", rows)
+    training_plots.write_losses(tmp_path / "bulkEncoder", rows)
     epochs = [{"epoch": i, "reconstruction": 9.0 / i} for i in range(1, 5)]
     curves = {"scDecoder": pd.DataFrame(epochs), "bulkEncoder": pd.DataFrame(rows)}
-    plotting.write_curves(tmp_path / "losses.png", curves)
+    training_plots.write_curves(tmp_path / "losses.png", curves)
     assert [len(figure.axes) for figure in drawn] == [2, 3]
     for figure in drawn:
         for axis in figure.axes:
@@ -495,7 +495,7 @@ def test_picture_says_whether_the_held_out_loss_rises(tmp_path, drawn, held_out,
         {"epoch": i + 1, "reconstruction": 3.0 - i, "held_out_reconstruction": value}
         for i, value in enumerate(held_out)
     ]
-    plotting.write_losses(tmp_path / "scDecoder", rows)
+    training_plots.write_losses(tmp_path / "scDecoder", rows)
     text = shown_text(drawn[0])
     assert words in text and ("no early stopping" in text) == ("higher" in words)
     assert ("held out" in text) == bool(words)
@@ -516,7 +516,7 @@ def test_evaluation_is_grouped_and_says_what_is_better(tmp_path, drawn):
         ("fold-change slope", 1, "bulk2sc", 1.1, 0.1, ""),
     ]
     columns = ["metric", "best", "method", "mean", "std", "setting"]
-    plotting.write_evaluation(tmp_path / "e.png", pd.DataFrame(rows, columns=columns))
+    training_plots.write_evaluation(tmp_path / "e.png", pd.DataFrame(rows, columns=columns))
     [figure] = drawn
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == [

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-import mrna_content
 from conftest import ROOT
+from deconvolution import mrna_content
+from deconvolution.mrna_content import counts_reads, published_content, to_cells
 from generation import choose_content, encode_samples, load_models
-from mrna_content import counts_reads, published_content, to_cells
 from runtime.errors import InputError
 
 RIBOSOMAL = [f"RPL{i}" for i in range(3, 15)]

@@ -10,7 +10,7 @@ import zipfile
 import anndata
 import pytest
 
-from conftest import ROOT
+from conftest import FOLDERS, ROOT
 from runtime.version import VERSION
 from test_layout import imports_of
 
@@ -54,13 +54,13 @@ def test_wheel_is_one_package(installed):
     assert tops == {"bulk2sc", f"bulk2sc-{VERSION}.dist-info"}
     for path in ROOT.glob("*.py"):
         assert (installed / "bulk2sc" / path.name).exists() == (path.name != "setup.py")
-    for name in ("markers.csv", "templates/report.html", "weights/pbmc/scDecoder_model.pt"):
+    for name in ("tables/markers.csv", "plots/report.html", "weights/pbmc/scDecoder_model.pt"):
         assert (installed / "bulk2sc" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_imports_of_the_package_are_its_own(installed):
     """A user may have modules called data or models."""
-    own = {path.stem for path in ROOT.glob("*.py")} | {"readers", "runtime"}
+    own = {path.stem for path in ROOT.glob("*.py")} | FOLDERS
     for path in (installed / "bulk2sc").rglob("*.py"):
         for module, names in imports_of(path):
             is_script = module == "bulk2sc" and names  # from bulk2sc import bulk2sc

@@ -9,11 +9,8 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-import plotting
 from conftest import CELL_TYPES, ROOT, assert_one_line_error, make_cells, run_inside
-from generation import load_models
-from plotting import type_colors, write_proportions
-from proportions import (
+from deconvolution.proportions import (
     Proportions,
     fix_known,
     make_proportions,
@@ -21,6 +18,10 @@ from proportions import (
     reference_composition,
     rna_fractions,
 )
+from generation import load_models
+from plots import cells as cell_plots
+from plots.cells import write_proportions
+from plots.style import type_colors
 from readers.proportions import KnownProportions, read_proportions
 from runtime.errors import InputError
 
@@ -441,7 +442,7 @@ def test_picture_shows_every_proportion_and_its_interval(tmp_path, monkeypatch, 
     """Widths of the bars, points and lines as drawn; names may hold TeX markup."""
     figures = []
     monkeypatch.setattr(
-        plotting, "write_whole_figure",
+        cell_plots, "write_whole_figure",
         lambda path, figure, **_: (figure.savefig(path), figures.append(figure)),
     )  # fmt: skip
     types = ["a", "_b", "c$d$", "T cells $x^$"]

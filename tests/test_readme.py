@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from annotate import export_10x
-from conftest import ROOT, run_inside, without_umap
+from conftest import FOLDERS, ROOT, run_inside, without_umap
 from readers.counts import read_counts
 from test_benchmark import benchmark
 
@@ -81,13 +81,13 @@ def clone(tmp_path_factory):
     """The files of the repository, and those that a reader is assumed to have."""
     folder = tmp_path_factory.mktemp("readme") / "bulk2sc"
     folder.mkdir()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.csv"), ROOT / "README.md"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "README.md"]:
         shutil.copy(path, folder)
-    for name in ("weights", "benchmarks", "examples", "readers", "runtime", "templates"):
+    for name in ("weights", "benchmarks", "examples", "tables", *FOLDERS):
         shutil.copytree(ROOT / name, folder / name)
     rng = np.random.default_rng(0)
     cells = read_counts()  # the embedded dataset stands in for every download
-    symbols = pd.read_csv(ROOT / "markers.csv")["geneSymbolmore1"].str.split(",").explode()
+    symbols = pd.read_csv(ROOT / "tables/markers.csv")["geneSymbolmore1"].str.split(",").explode()
     genes = pd.Index(cells.var_names).union(pd.Index(symbols)).unique()
     mean = rng.lognormal(3, 2, (len(genes), 1))  # as far apart as in RNA-seq
     counts = pd.DataFrame(rng.poisson(mean, (len(genes), 3)), genes, ["s1", "s2", "s3"])

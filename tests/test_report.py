@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import report
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
-from proportions import Proportions
+from deconvolution.proportions import Proportions
+from plots import report
 from runtime.outputs import OWN_LINES
 
 

@@ -33,12 +33,12 @@ from data import (
     samples_of,
 )
 from models import BulkEncoder, encode_cells, scGMVAE
-from moments import SampleMoments, mix_moments, sample_moments, shrink_moments
-from pseudobulks import BulkCells, draw_from_samples, draw_samples, simulate_bulks
 from readers.labels import FOUND_FILE
 from runtime.errors import InputError
 from runtime.weights import load_model
-from states import fit_states, group_bulks
+from states.directions import fit_states, group_bulks
+from states.moments import SampleMoments, mix_moments, sample_moments, shrink_moments
+from states.pseudobulks import BulkCells, draw_from_samples, draw_samples, simulate_bulks
 from test_distributed import assert_files_close, final_messages, start_two
 from test_interruption import FILE, left_behind, same_weights, stop_at
 

@@ -27,7 +27,7 @@ from conftest import (
 )
 from generation import MISFIT
 from models import scGMVAE
-from plotting import type_colors
+from plots.style import type_colors
 from runtime.errors import InputError
 from runtime.weights import load_model
 

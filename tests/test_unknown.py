@@ -1,13 +1,19 @@
-"""Share of a bulk that no type of the reference explains (unknown.py)."""
+"""Share of a bulk that no type of the reference explains (deconvolution/unknown.py)."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-import unknown
 from conftest import ROOT
 from data import PROTOCOL_GENES
-from unknown import LINEAGES, null_reference, read_types, shares_of_cells, unknown_share
+from deconvolution import unknown
+from deconvolution.unknown import (
+    LINEAGES,
+    null_reference,
+    read_types,
+    shares_of_cells,
+    unknown_share,
+)
 
 G = 3000
 SHARED = ROOT.parent / "shared" / "data"

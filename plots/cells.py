@@ -1,24 +1,21 @@
-"""Pictures of cells, markers, proportions and the networks; losses are in training_plots.py."""
+"""Pictures of cells, markers, proportions and the networks."""
 
 from textwrap import fill
 
 import numpy as np
 
-from figure_style import (
+from plots.style import (
     ORIGIN_COLORS,
     legend_columns,
     legend_of,
     legend_width,
     plain_text,
+    pyplot,
     rasterized,
+    type_colors,
+    write_whole_figure,
 )
-from figure_style import pyplot as pyplot  # here as well, for every script that draws
-from figure_style import type_colors as type_colors
-from figure_style import write_whole_figure as write_whole_figure
 from readers.labels import natural_order
-from training_plots import write_curves as write_curves
-from training_plots import write_evaluation as write_evaluation
-from training_plots import write_losses as write_losses
 
 MAX_NAMED = 60  # samples whose names fit beside their bars
 FEW = 4  # samples that have a panel each in the picture of proportions
@@ -447,7 +444,7 @@ def write_state_genes(path, table, genes, cell_types, conditions, donor):
 
     Args:
         path: ending in .png, .pdf or .svg.
-        table: as :func:`state_figures.state_table` gives it. genes: names (P).
+        table: as :func:`plots.states.state_table` gives it. genes: names (P).
         cell_types: name -> number of real cells under A and B (T). conditions: A and B.
         donor: whose cells these are.
     """

@@ -10,14 +10,13 @@ Notation in shape comments: S samples, K cell types, G genes.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import PROTOCOL_GENES
+from data import PROTOCOL_GENES, TABLES
 
-PUBLISHED = Path(__file__).with_name("mrna_content.csv")
+PUBLISHED = TABLES / "mrna_content.csv"
 # Proteins of the ribosome: short genes of many transcripts. A library of transcript ends counts
 # each of these once, one of whole transcripts counts them by their length.
 RIBOSOMAL = re.compile(r"RP[LS]\d+(A|L|X|Y)?\d*|RPLP[0-2]|RPSA", re.IGNORECASE)

@@ -1,7 +1,7 @@
 """How the state of a sample shows in its bulk: directions learned from a reference of many samples.
 
 Two samples with the same proportions differ inside their cell types. In the latent the difference
-is that of their moments (:mod:`moments`); in a bulk it is how far genes lie off what the
+is that of their moments (:mod:`states.moments`); in a bulk it is how far genes lie off what the
 proportions explain. A ridge regression of one on the other, of low rank, is what the Bulk Encoder
 starts from (:class:`models.BulkEncoder`).
 

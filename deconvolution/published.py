@@ -20,7 +20,7 @@ from sklearn.svm import NuSVR
 from sklearn.utils.parallel import Parallel, delayed
 
 from data import PROTOCOL_GENES, library_size, mean_counts, sum_by_type
-from dwls import (
+from deconvolution.dwls import (
     choose_signature,
     differential_expression,
     dwls,
@@ -108,7 +108,7 @@ def nnls_proportions(bulk, profiles):
 
 
 def dwls_of_cells(bulk, reference, seed=0):
-    """:func:`dwls.dwls` in the signature of the training cells."""
+    """:func:`deconvolution.dwls.dwls` in the signature of the training cells."""
     genes = choose_signature(reference.mean, reference.change)
     return dwls(bulk[:, genes], reference.mean[:, genes].T, seed)
 

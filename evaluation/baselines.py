@@ -19,7 +19,7 @@ import torch
 from scipy.special import gammaln
 
 from data import library_size
-from deconvolution import bayesprism_fixed_point, positive_shares
+from deconvolution.published import bayesprism_fixed_point, positive_shares
 from models import best_theta, scDecoder, scGMVAE
 from runtime.device import pick_device
 from runtime.errors import InputError
@@ -406,7 +406,7 @@ def bayesprism_expression(bulk, states, type_of, in_theta, n_iterations=100):
         Z_smg = x_sg θ_sm φ_mg / Σ_m' θ_sm' φ_m'g
 
     over cell states m, then summed to cell types; θ of
-    :func:`deconvolution.bayesprism_fixed_point`.
+    :func:`deconvolution.published.bayesprism_fixed_point`.
 
     Args:
         bulk: counts or CPM (S, G). states: summed counts of the training cells of each state

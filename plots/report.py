@@ -16,9 +16,8 @@ import scipy.sparse as sp
 import torch
 
 from data import HOUSEKEEPING
-from figure_style import ORIGIN_COLORS, pyplot
 from generation import MISFIT
-from plotting import plain_text, type_colors
+from plots.style import ORIGIN_COLORS, plain_text, pyplot, type_colors
 from runtime.writing import write_whole
 
 N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
@@ -422,8 +421,7 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
 
 def template():
     """The page's template; what is filled in is escaped."""
-    folder = Path(__file__).resolve().parent / "templates"
-    loader = jinja2.FileSystemLoader(folder)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

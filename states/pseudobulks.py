@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 
 from data import draw_pseudobulks, mean_counts
-from moments import SampleMoments, mix_moments
+from states.moments import SampleMoments, mix_moments
 
 
 def draw_proportions(n, present, reference, rng):

@@ -6,7 +6,7 @@ from textwrap import fill, wrap
 import numpy as np
 import pandas as pd
 
-from figure_style import plain_text, pyplot, write_whole_figure
+from plots.style import plain_text, pyplot, write_whole_figure
 from runtime.writing import write_whole
 
 LOSS_COLORS = {"training": "#0072B2", "held out": "#D55E00"}

@@ -16,7 +16,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from contrasts import choose_conditions
 from data import (
     align_genes,
     choose_state_genes,
@@ -25,7 +24,8 @@ from data import (
     samples_of,
     sum_by_type,
 )
-from expression import estimate_expression
+from deconvolution.expression import estimate_expression
+from evaluation.contrasts import choose_conditions
 from generation import CHUNK, decode, encode_in_all_genes
 from readers.labels import natural_order
 from runtime.errors import InputError, some
@@ -160,7 +160,7 @@ def encode_samples(bulk, measured, genes, encoder, decoder):
             encoder's)``.
 
     Returns:
-        mu, var (S, K, D) and pi (S, K); and :class:`expression.Expression`.
+        mu, var (S, K, D) and pi (S, K); and :class:`deconvolution.expression.Expression`.
     """
     names, where = range(len(bulk)), "the donor's samples"
     *encoded, _ = encode_in_all_genes(encoder, bulk, measured, genes, names, where)

@@ -3,7 +3,7 @@
 A bulk is fitted by the mean counts of the cell types in a signature: the genes that rise most from
 all other types to one. The answer for a bulk sample is a weighted mean of the Bulk Encoder's and of
 this one (:func:`generation.encode_samples`): they read other genes by other weights, so that their
-errors partly cancel. :mod:`deconvolution` measures DWLS by itself.
+errors partly cancel. :mod:`deconvolution.published` measures DWLS by itself.
 
 Notation in shape comments: S bulks, N cells, G genes, M genes of a signature, K cell types.
 """
@@ -210,7 +210,7 @@ def dwls(bulk, S, seed=0):
 
 @dataclass
 class Signature:
-    """What the weights of the Bulk Encoder hold for :func:`dwls`."""
+    """What the weights of the Bulk Encoder hold for :func:`deconvolution.dwls`."""
 
     genes: list[str]
     """Names of the candidates (M): up to 200 of each type."""

@@ -24,14 +24,13 @@ Notation in shape comments: S bulks, G genes, K types of the reference, L types 
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import PROTOCOL_GENES
+from data import PROTOCOL_GENES, TABLES
 
-TABLE = Path(__file__).with_name("blood_types.csv")
+TABLE = TABLES / "blood_types.csv"
 LINEAGES = ("Monocytes", "B cells", "Natural killer cells", "T cells")
 # Genes of the protocol, of red cells and of receptors: their level says little of how many cells.
 NOT_COUNTED = re.compile(PROTOCOL_GENES.pattern + r"|HB[ABDEGMQZ]\d?|(IG[HKL]|TR[ABDG]).*", re.I)

@@ -17,7 +17,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from baselines import bayesprism_expression, one_factor_expression
 from data import (
     PROTOCOL_GENES,
     align_genes,
@@ -26,15 +25,16 @@ from data import (
     samples_of,
     sum_by_type,
 )
-from expression import estimate_expression
+from deconvolution.expression import estimate_expression
+from evaluation.baselines import bayesprism_expression, one_factor_expression
+from evaluation.metrics import CellMetrics, false_changes, fold_change_metrics, random_forest_auroc
 from generation import add_to_sums, encode_in_all_genes, generate_cells
-from metrics import CellMetrics, false_changes, fold_change_metrics, random_forest_auroc
 from models import scGMVAE
-from moments import mix_moments, read_samples_card
 from readers.labels import natural_order
 from readers.profiles import Profiles, read_profile_types, read_profiles
 from runtime.errors import InputError, some
 from runtime.weights import load_model
+from states.moments import mix_moments, read_samples_card
 
 FEWEST_CELLS = 20  # real cells of a type in a sample, for a metric of it
 MIXING = 5.0  # Dirichlet parameter of every type, if --mixing does not give others
@@ -648,7 +648,7 @@ def measure_fold_changes(plan, test, predicted, left_out):
 
 
 def metric_rows(donor, method, types, overall, by_type):
-    """Rows of what :func:`metrics.fold_change_metrics` gives; values that are NaN have none."""
+    """Rows of what :func:`fold_change_metrics` gives; values that are NaN have none."""
     rows = [(donor, method, metric, "", value) for metric, value in overall.items()]
     for metric, values in by_type.items():
         rows += [(donor, method, metric, *pair) for pair in zip(types, values, strict=True)]

@@ -18,9 +18,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from data import DatasetSettings, align_genes, codes_of, draw_test_bulks, load_cells, samples_of
-from deconvolution import METHODS, deconvolve, nnls_proportions, read_reference
+from deconvolution.published import METHODS, deconvolve, nnls_proportions, read_reference
+from evaluation.metrics import pearson_within, proportion_metrics, to_lineages
 from generation import encode_samples
-from metrics import pearson_within, proportion_metrics, to_lineages
 from readers.bulk import read_bulk
 from readers.counts import read_counts
 from readers.labels import check_same_start, natural_order
@@ -97,7 +97,7 @@ def score(true, predictions, names, suffix, of="lineage"):
 
     Args:
         true: (S, K). predictions: method -> (S, K). names: of the columns (K). suffix, of: as
-            :func:`metrics.proportion_names` has them.
+            :func:`evaluation.metrics.proportion_names` has them.
     """
     rows = []
     for method, predicted in with_constant(true, predictions).items():

@@ -1,0 +1,1 @@
+"""Cell types from the cells' own transcripts."""

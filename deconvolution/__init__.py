@@ -1,0 +1,1 @@
+"""From bulks to proportions and expression of cell types."""

@@ -1,0 +1,1 @@
+"""How good generated cells, proportions and states are."""

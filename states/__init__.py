@@ -1,0 +1,1 @@
+"""Biological samples of a reference: their moments, bulks of them, and how states show there."""
