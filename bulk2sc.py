@@ -271,9 +271,9 @@ def read_reference(cfg, genes):
     if cfg.data == EMBEDDED:
         return None
     cells = load_cells(cfg, need_labels=False)
-    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    X, measured = align_genes(cells.X, cells.var_names, genes, cfg.data)
     rows = np.linspace(0, cells.n_obs - 1, min(cells.n_obs, N_SHOWN), dtype=int)
-    return X[rows], present
+    return X[rows], measured
 
 
 def read_source(cfg, models, bulk, device, rng):

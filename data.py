@@ -332,31 +332,31 @@ def align_genes(X, genes, wanted, where, report=True):
         where: what messages name.
 
     Returns:
-        ``(X', present)``: CSR or backed (n x M) and a boolean mask (M) of the genes that X has.
+        ``(X', measured)``: CSR or backed (n x M) and a boolean mask (M) of the genes that X has.
 
     Raises:
         InputError: not one gene is shared.
     """
     index = pd.Index(genes).get_indexer(wanted)  # (M), -1 where absent
-    present = index >= 0
-    if not present.any():
+    measured = index >= 0
+    if not measured.any():
         raise InputError(
             f"{where}: none of its {len(genes):,} genes ({some(genes)}) is known to the model "
             f"({some(wanted)}); expected the gene names that the model was trained on"
         )
-    if report and not present.all():
+    if report and not measured.all():
         print(
-            f"{where}: has {present.sum():,} of the model's {len(wanted):,} genes "
-            f"({present.mean():.1%})"
+            f"{where}: has {measured.sum():,} of the model's {len(wanted):,} genes "
+            f"({measured.mean():.1%})"
         )
     # A selection matrix keeps sparse sparse: column j of S picks gene index[j].
     S = sp.csr_matrix(
-        (np.ones(present.sum(), X.dtype), (index[present], np.flatnonzero(present))),
+        (np.ones(measured.sum(), X.dtype), (index[measured], np.flatnonzero(measured))),
         shape=(len(genes), len(wanted)),
     )
     if not isinstance(X, BackedCounts):
         X = sp.csr_matrix(X)
-    return X @ S, present
+    return X @ S, measured
 
 
 def log_normalise(X, dtype=np.float64):

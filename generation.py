@@ -142,7 +142,7 @@ def check_filled(X, samples, where):
 def encode_bulks(
     encoder,
     X,
-    present,
+    measured,
     device,
     n_halves=0,
     one_platform=False,
@@ -153,8 +153,8 @@ def encode_bulks(
     """Run the Bulk Encoder once over all bulks.
 
     Args:
-        X: bulk profiles (S x G) in the encoder's gene order, CSR or dense. present: mask (G) of the
-            genes that were measured.
+        X: bulk profiles (S x G) in the encoder's gene order, CSR or dense. measured: mask of its
+            genes that were measured (G).
         n_halves: times to run it again on a random half of the genes, for :func:`proportion_sd`.
         one_platform: whether all bulks are of one platform, other than the reference's, so that
             what they share against it can be taken off.
@@ -169,10 +169,11 @@ def encode_bulks(
         without halves.
     """
     rng = np.random.default_rng(0)
-    measured = np.flatnonzero(present)
-    genes = np.arange(len(present))
-    halves = [np.isin(genes, rng.permutation(measured)[::2]) for _ in range(n_halves)]
-    present, *halves = (torch.from_numpy(mask).to(device) for mask in (present, *halves))
+    genes = np.arange(len(measured))
+    halves = [
+        np.isin(genes, rng.permutation(np.flatnonzero(measured))[::2]) for _ in range(n_halves)
+    ]
+    measured, *halves = (torch.from_numpy(mask).to(device) for mask in (measured, *halves))
     parts = []
     # On CPU so few at a time that their (B, G) stay in the cache throughout the deconvolution.
     step = 256 if torch.device(device).type == "cpu" else CHUNK
@@ -182,12 +183,12 @@ def encode_bulks(
         rows = X[i : i + step].toarray() if sp.issparse(X) else X[i : i + step]
         bulk = torch.from_numpy(rows.astype(np.float32)).to(device)  # (B, G)
         near = None if start is None else start[i : i + step]
-        mu, var, pi = encode(bulk, present, start=near)
+        mu, var, pi = encode(bulk, measured, start=near)
         # A thin bulk may have no count at all in half of the genes, hence 1e-9.
         again = progress(halves, "intervals of proportions", "half")
         jackknife = [encode(bulk + 1e-9, half)[2] for half in again]
         other = pi if second is None else torch.from_numpy(second[i : i + step]).to(pi)
-        deviation = encoder.deviation(pi, bulk, present) if halves else None  # (B)
+        deviation = encoder.deviation(pi, bulk, measured) if halves else None  # (B)
         mean = pi + SECOND_WEIGHT * (other - pi)
         mean, pi, other, *jackknife = (
             rescale(part, scale) for part in (mean, pi, other, *jackknife)
@@ -246,8 +247,8 @@ def encode_in_all_genes(encoder, bulk, measured, genes, names, where, **options)
     """
     X, _ = align_genes(bulk, *genes, where, report=False)
     check_filled(X, names, where)
-    present = measured[pd.Index(genes[0]).get_indexer(genes[1])]
-    return encode_bulks(encoder, X, present, encoder.mu.device, **options)
+    measured = measured[pd.Index(genes[0]).get_indexer(genes[1])]
+    return encode_bulks(encoder, X, measured, encoder.mu.device, **options)
 
 
 @dataclass
@@ -352,7 +353,7 @@ def encode_batches(cfg, n_batches, encoder, genes, device, rng):
         come before anything is written.
     """
     cells = load_cells(cfg, need_labels=False)
-    X, present = align_genes(cells.X, cells.var_names, genes, cfg.data)
+    X, measured = align_genes(cells.X, cells.var_names, genes, cfg.data)
     sample, names = samples_of(cells)
     sizes = np.bincount(sample)
     if cfg.batch_size > sizes.max():
@@ -374,7 +375,7 @@ def encode_batches(cfg, n_batches, encoder, genes, device, rng):
         """Proportions (S, K) of each sample's cells together, near which those of its bulks are."""
         pooled = sum_by_type(X, sample, len(names)).astype(np.float32)
         pooled = torch.from_numpy(pooled).to(device)  # (S, G)
-        mask = torch.from_numpy(present).to(pooled)
+        mask = torch.from_numpy(measured).to(pooled)
         return encoder.deconvolve(encoder.normalise(pooled, mask), mask)
 
     def encode():
@@ -382,7 +383,7 @@ def encode_batches(cfg, n_batches, encoder, genes, device, rng):
         for bulk, members in batches(cfg.batch_size, n_batches, rng, CHUNK):
             check_filled(bulk, range(first, first + len(bulk)), cfg.data)
             start = near[torch.from_numpy(sample[members[:, 0]]).to(device)]  # (B, K)
-            yield encode_bulks(encoder, bulk, present, device, start=start)[:3]
+            yield encode_bulks(encoder, bulk, measured, device, start=start)[:3]
             first += len(bulk)
 
     return encode()
@@ -502,19 +503,19 @@ def new_cells(decoder, codes, generator, log_factor=None, sample=None):
 # ------------------------------------------------------- how bulk and generated cells compare
 
 
-def log_cpm(bulk, present, pseudocount):
-    """log2(CPM + pseudocount) of bulks (S, G) over the genes present (G); nan without counts."""
-    part = bulk[:, present]
+def log_cpm(bulk, measured, pseudocount):
+    """log2(CPM + pseudocount) of bulks (S, G) over the measured genes (G); nan without counts."""
+    part = bulk[:, measured]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.log2(part / part.sum(axis=1, keepdims=True) * 1e6 + pseudocount)
 
 
-def bulk_fit(bulk, expected, present):
+def bulk_fit(bulk, expected, measured):
     """How well the reference's cell types add up to a bulk, by two measures.
 
     Args:
         bulk: (S, G), counts, TPM or CPM. expected: (S, G), the sum that the predicted proportions
-            make. present: mask (G) of the genes that the bulk has.
+            make. measured: mask (G) of the genes that the bulk has.
 
     Returns:
         ``(correlation, unexplained)``, each (S): Pearson correlation of log2(CPM + 10) over genes
@@ -522,7 +523,7 @@ def bulk_fit(bulk, expected, present):
         robust standard deviations of the log-ratio) less the share far below. A platform moves
         genes both ways, a cell type that the reference lacks only up.
     """
-    logs = (log_cpm(part, present, pseudocount=10) for part in (bulk, expected))
+    logs = (log_cpm(part, measured, pseudocount=10) for part in (bulk, expected))
     correlation, unexplained = np.full(len(bulk), np.nan), np.full(len(bulk), np.nan)
     for i, (b, e) in enumerate(zip(*logs, strict=True)):
         expressed = (b > np.log2(40)) | (e > np.log2(40))
@@ -545,16 +546,16 @@ def misfit(correlation, unexplained, reference):
     return np.maximum((c_mean - correlation) / c_sd, (unexplained - u_mean) / u_sd)
 
 
-def counts_of_genes(bulk, expected, present):
+def counts_of_genes(bulk, expected, measured):
     """Median count (S) that the genes above 30 CPM in expectation have by a bulk's depth.
 
-    bulk, expected: (S, G). present: mask (G). Infinite for what is no counts, whose depth is
+    bulk, expected: (S, G). measured: mask (G). Infinite for what is no counts, whose depth is
     unknown.
     """
-    share = expected[:, present] / expected[:, present].sum(axis=1, keepdims=True)
+    share = expected[:, measured] / expected[:, measured].sum(axis=1, keepdims=True)
     median = np.nanmedian(np.where(share > 3e-5, share, np.nan), axis=1)
     is_counts = (bulk == np.rint(bulk)).all(axis=1)
-    return np.where(is_counts, bulk[:, present].sum(axis=1) * median, np.inf)
+    return np.where(is_counts, bulk[:, measured].sum(axis=1) * median, np.inf)
 
 
 def calibrate_to(bulk, decoder, encoder, genes):
@@ -562,9 +563,9 @@ def calibrate_to(bulk, decoder, encoder, genes):
 
     genes: ``(decoder's, encoder's)``.
     """
-    X, present = align_genes(bulk, *genes, "the encoder", report=False)
+    X, measured = align_genes(bulk, *genes, "the encoder", report=False)
     device = decoder.mu.device
-    *encoded, _ = encode_bulks(encoder, X, present, device)
+    *encoded, _ = encode_bulks(encoder, X, measured, device)
     expected = expected_bulk(decoder, encoded)
     factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
     return torch.from_numpy(factor).to(device), encoded[2]
@@ -578,12 +579,12 @@ def add_to_sums(sums, counts, sample):
     sums[bulks] += (one_hot @ counts).toarray()
 
 
-def sum_agreement(bulk, sums, present):
+def sum_agreement(bulk, sums, measured):
     """Pearson correlation (S) of log2(CPM + 1), each bulk against the sum of its cells.
 
-    bulk, sums: (S, G). present: mask (G).
+    bulk, sums: (S, G). measured: mask (G).
     """
-    logs = (log_cpm(part, present, pseudocount=1) for part in (bulk, sums))
+    logs = (log_cpm(part, measured, pseudocount=1) for part in (bulk, sums))
     with np.errstate(invalid="ignore"):  # a sample without cells reads nan
         return np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*logs, strict=True)])
 

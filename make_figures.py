@@ -397,17 +397,16 @@ def choose_markers(log, codes, n_types, genes, most=2):
 def make_proportions(reference, bulk, true, cfg):
     """Predicted against true proportions (S, K) of pseudobulks (S, G)."""
     genes = reference.encoder_genes
-    X, present = align_genes(reference.X, reference.genes, genes, "the encoder", report=False)
+    X, read = align_genes(reference.X, reference.genes, genes, "the encoder", report=False)
     train = reference.train
     profiles = mean_counts(X[train], reference.codes[train], len(reference.cell_types))
     columns = pd.Index(reference.genes).get_indexer(genes)
-    read = bulk[:, columns]
     models = reference.encoder, reference.cards[0], reference.decoder, reference.cards[1]
     measured, names = np.ones(bulk.shape[1], bool), [str(i) for i in range(len(bulk))]
     answer = encode_samples(models, bulk, measured, names, "pseudobulks", "reference")
     pi, sd = (part.cpu().numpy().astype(float) for part in (answer.cells, answer.sd))
     low, high = normal_interval(pi, sd)
-    other = nnls_proportions(read[:, present], profiles[:, present])
+    other = nnls_proportions(bulk[:, columns[read]], profiles[:, read])
     inside = 100 * np.mean((low <= true) & (true <= high))
     ours, theirs = (f"CCC {concordance(true, values):.2f}" for values in (pi, other))
     texts = f"bulk2sc: {ours}; 90 % intervals hold {inside:.0f} % of the truths", f"NNLS: {theirs}"
@@ -435,12 +434,12 @@ def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
     Returns:
         dict: mode -> (bulk, sum), two arrays (G).
     """
-    present = np.ones(bulk.shape[1], bool)
+    measured = np.ones(bulk.shape[1], bool)
     k = draw_types(pi, n_cells, generator)
     points = {}
     for mode, factor in (("as generated", None), ("--calibrate uniform", log_factor)):
         total = np.asarray(new_cells(decoder, k, generator, factor).sum(axis=0))  # (1, G)
-        points[mode] = tuple(log_cpm(part, present, pseudocount=1)[0] for part in (bulk, total))
+        points[mode] = tuple(log_cpm(part, measured, pseudocount=1)[0] for part in (bulk, total))
     return points
 
 

@@ -897,47 +897,47 @@ class BulkEncoder(nn.Module):
         """Mean counts (K, G) over the mean total of the types, which keep their mRNA content."""
         return signature / signature.sum(dim=1).mean()
 
-    def normalise(self, bulk, present):
+    def normalise(self, bulk, measured):
         """Fractions of all counts (S, G), as if absent genes had their usual share of them.
 
         Otherwise a bulk that lacks highly expressed genes would read too high in all others.
         """
-        share = (self.profile * present).sum()
-        total = (bulk * present).sum(dim=1, keepdim=True)
-        return bulk * present / total * share
+        share = (self.profile * measured).sum()
+        total = (bulk * measured).sum(dim=1, keepdim=True)
+        return bulk * measured / total * share
 
     @property
     def floor(self):
         """ε: a fiftieth of the mean gene, as ratios of genes with hardly any counts are noise."""
         return 0.02 / len(self.profile)
 
-    def ratio_to(self, expected, fractions, present):
+    def ratio_to(self, expected, fractions, measured):
         """ln((p + ε) / (q + ε)) of fractions p (S, G) to q, expected (S, G) on any scale."""
-        q = self.normalise(expected, present)
-        ratio = torch.log((fractions + self.floor) / (q + self.floor)) * present
+        q = self.normalise(expected, measured)
+        ratio = torch.log((fractions + self.floor) / (q + self.floor)) * measured
         return ratio.clamp(-4, 4)
 
-    def deviation(self, pi, bulk, present):
+    def deviation(self, pi, bulk, measured):
         """Robust sd (S) of the log-ratios of genes of bulks (S, G) to what pi (S, K) explains."""
-        present = present.to(bulk.dtype)
-        ratio = self.ratio_to(pi @ self.signature, self.normalise(bulk, present), present)
-        ratio = ratio[:, present > 0]
+        measured = measured.to(bulk.dtype)
+        ratio = self.ratio_to(pi @ self.signature, self.normalise(bulk, measured), measured)
+        ratio = ratio[:, measured > 0]
         if ratio.shape[1] == 0:
             return ratio.new_zeros(len(ratio))
         median = ratio.median(dim=1, keepdim=True).values
         return 1.4826 * (ratio - median).abs().median(dim=1).values
 
-    def state(self, ratio, present):
+    def state(self, ratio, measured):
         """t (S, R), where bulks stand along the directions in which the reference's samples differ.
 
-        Genes that are not present would pull t to 0, so it is divided by the share of it that the
-        others usually carry. ratio: of :meth:`ratio_to` (S, G). present: (G).
+        Genes that were not measured would pull t to 0, so it is divided by the share of it that the
+        others usually carry. ratio: of :meth:`ratio_to` (S, G). measured: (G).
         """
-        share = present @ self.state_share  # (R)
-        t = ((ratio - self.state_center) * present) @ self.state_weight
+        share = measured @ self.state_share  # (R)
+        t = ((ratio - self.state_center) * measured) @ self.state_weight
         return t / share.clamp(min=0.25)
 
-    def deconvolve(self, fractions, present, signature=None, start=None, n_iterations=None):
+    def deconvolve(self, fractions, measured, signature=None, start=None, n_iterations=None):
         """Proportions of cells under gene-wise multiplicative noise, by multiplicative updates.
 
             min over π of  Σ_g w_g ( p_g / q_g - ln(p_g / q_g) - 1 ),   q = π S + ε,  p + ε for p
@@ -953,7 +953,7 @@ class BulkEncoder(nn.Module):
         from the solution, and what they do to it has faded by then.
 
         Args:
-            fractions: (S, G). present: (G). signature: (K, G), default the model's. start:
+            fractions: (S, G). measured: (G). signature: (K, G), default the model's. start:
                 proportions (S, K) to start from; default the same of each type. n_iterations:
                 default the model's.
 
@@ -961,8 +961,8 @@ class BulkEncoder(nn.Module):
             (S, K), rows summing to 1.
         """
         S = self.signature if signature is None else signature  # (K, G)
-        there = torch.nonzero(present).flatten()  # others would only be multiplied by 0
-        weight, S = self.log_weight[there].exp() * present[there], S[:, there]
+        there = torch.nonzero(measured).flatten()  # others would only be multiplied by 0
+        weight, S = self.log_weight[there].exp() * measured[there], S[:, there]
         p = fractions[:, there] + self.floor  # (S, G)
         even = torch.full_like(S[:, 0], 1 / len(S))  # (K)
         log_pi = (even if start is None else start).clamp(min=1e-6).log().expand(len(p), -1)
@@ -987,9 +987,9 @@ class BulkEncoder(nn.Module):
         denominator = (per_q @ S.T).clamp(min=1e-12)  # (S, K)
         return torch.log(((per_q * ratio) @ S.T / denominator).clamp(min=1e-12))
 
-    def forward(self, bulk, present=None, one_platform=False, start=None):
+    def forward(self, bulk, measured=None, one_platform=False, start=None):
         """Args:
-            bulk: (S, G), any scale, positive sums. present: mask (G) of measured genes, default
+            bulk: (S, G), any scale, positive sums. measured: mask (G) of measured genes, default
                 all. one_platform: the bulks are of one platform, and not the reference's. Their
                 proportions are those of :meth:`deconvolve_cohort`, without the network's
                 correction: what it learned on simulated platforms does not carry over. start:
@@ -999,35 +999,35 @@ class BulkEncoder(nn.Module):
         Returns:
             ``(mu, var, pi)``: (S, K, D), (S, K, D) positive, (S, K) rows summing to 1.
         """
-        present = torch.ones_like(self.profile) if present is None else present.to(bulk.dtype)
-        fractions = self.normalise(bulk, present)  # (S, G)
+        measured = torch.ones_like(self.profile) if measured is None else measured.to(bulk.dtype)
+        fractions = self.normalise(bulk, measured)  # (S, G)
         if one_platform:
-            first = self.deconvolve_cohort(fractions, present)  # (S, K)
-            mu, var, _ = self.correct(first, fractions, present)
+            first = self.deconvolve_cohort(fractions, measured)  # (S, K)
+            mu, var, _ = self.correct(first, fractions, measured)
             return mu, var, first
         n_iterations = None if start is None else self.config["n_iterations"] // 4
-        first = self.deconvolve(fractions, present, start=start, n_iterations=n_iterations)
-        return self.correct(first, fractions, present)
+        first = self.deconvolve(fractions, measured, start=start, n_iterations=n_iterations)
+        return self.correct(first, fractions, measured)
 
-    def correct(self, first, fractions, present, signature=None):
+    def correct(self, first, fractions, measured, signature=None):
         """What the network makes of deconvolved proportions: see :meth:`forward`.
 
         The network does not train the gene weights, which have a loss of their own: together they
         would leave to the network what weights can do, and it carries over to other platforms less.
 
         Args:
-            first: of :meth:`deconvolve` (S, K). fractions: (S, G). present: (G).
+            first: of :meth:`deconvolve` (S, K). fractions: (S, G). measured: (G).
         """
         first = first.detach()
         x = (torch.log1p(fractions * DEPTH) - self.center) / self.scale
-        # An absent gene counts as average, and no gene goes far beyond what training has seen.
-        h = self.hidden(x.clamp(-6, 6) * present)  # (S, H)
+        # A gene not measured counts as average, and no gene goes far beyond what training has seen.
+        h = self.hidden(x.clamp(-6, 6) * measured)  # (S, H)
         shape = (len(first), self.config["n_types"], self.config["n_latent"])
         mu, log_var = self.mu, self.var_head(h).view(shape)
         if self.n_state:
             S = self.signature if signature is None else signature  # (K, G)
-            ratio = self.ratio_to(first @ S, fractions, present)  # (S, G)
-            t = self.state(ratio, present)  # (S, R)
+            ratio = self.ratio_to(first @ S, fractions, measured)  # (S, G)
+            t = self.state(ratio, measured)  # (S, R)
             mu = mu + self.var.sqrt() * torch.einsum("sr,rkd->skd", t, self.state_mu)
             log_var = log_var + torch.einsum("sr,rkd->skd", t, self.state_log_var)
         mu = mu + self.mu_head(h).view(shape)
@@ -1035,7 +1035,7 @@ class BulkEncoder(nn.Module):
         var = self.var * torch.exp(log_var.clamp(-5, 5))
         return mu, var, torch.softmax(torch.log(first + 1e-3) + self.pi_head(h), dim=-1)
 
-    def platform_offset(self, first, fractions, present):
+    def platform_offset(self, first, fractions, measured):
         """What all bulks of a table share against the sum of the types: log factors of genes (G).
 
             P_g = τ² / (τ² + e_g² / S) · median_s r_sg,   r = ln((p + ε) / (q + ε)),  τ = 0.5
@@ -1045,24 +1045,24 @@ class BulkEncoder(nn.Module):
         common part, genes say so with less noise.
 
         Args:
-            first: of :meth:`deconvolve` (S, K). fractions: (S, G). present: (G).
+            first: of :meth:`deconvolve` (S, K). fractions: (S, G). measured: (G).
         """
-        r = self.ratio_to(first @ self.signature, fractions, present)  # (S, G)
+        r = self.ratio_to(first @ self.signature, fractions, measured)  # (S, G)
         median = r.median(dim=0).values
         error = ((r - median) ** 2).mean(dim=0)
         return median * PLATFORM_VAR / (PLATFORM_VAR + error / len(r))
 
-    def deconvolve_cohort(self, fractions, present):
+    def deconvolve_cohort(self, fractions, measured):
         """:meth:`deconvolve` of bulks of one platform, whose common deviation is taken off first.
 
         The cohort's mean proportions stay those of :meth:`deconvolve`. (S, G), (G) -> (S, K).
         """
-        first = self.deconvolve(fractions, present)  # (S, K)
+        first = self.deconvolve(fractions, measured)  # (S, K)
         if len(first) < SMALLEST_COHORT:
             return first
-        offset = self.platform_offset(first, fractions, present)  # (G)
-        moved = ((fractions + self.floor) * torch.exp(-offset) - self.floor).clamp(min=0) * present
+        offset = self.platform_offset(first, fractions, measured)  # (G)
+        moved = ((fractions + self.floor) * torch.exp(-offset) - self.floor).clamp(min=0) * measured
         moved = moved / moved.sum(dim=1, keepdim=True) * fractions.sum(dim=1, keepdim=True)
-        second = self.deconvolve(moved, present)
+        second = self.deconvolve(moved, measured)
         second = second * ((first.mean(dim=0) + 1e-4) / (second.mean(dim=0) + 1e-4))
         return second / second.sum(dim=1, keepdim=True)

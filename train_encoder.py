@@ -172,9 +172,9 @@ def reference_fit(model, decoder, cells, genes, rng, n=200):
     sd = np.where(np.arange(n) % 2, 0, rng.uniform(0, PLATFORM_SD, n))[:, None]
     bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
     bulk = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True) * 1e6)
-    X, present = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
+    X, measured = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
     device = model.mu.device
-    *encoded, _ = encode_bulks(model.eval(), X, present, device)
+    *encoded, _ = encode_bulks(model.eval(), X, measured, device)
     expected = expected_bulk(decoder.to(device), encoded)
     measures = bulk_fit(bulk, expected, np.ones(bulk.shape[1], bool))
     if np.isnan(measures).all(axis=1).any():
@@ -340,13 +340,13 @@ def add_states(model, folds, donor, cfg, rng):
     """
     folds = [fold for fold in folds if not fold.other_batches]
     ratios, mu, log_var, shares = [], [], [], []
-    present = torch.ones_like(model.profile)
+    measured = torch.ones_like(model.profile)
     for i in range(-(-N_STATE_BULKS // cfg.batch_size)):
         fold = folds[i % len(folds)]
         bulks = simulate_bulks(fold.cells, cfg, rng, noise=STATE_NOISE)
-        fractions = model.normalise(torch.from_numpy(bulks.counts), present)
-        first = model.deconvolve(fractions, present, fold.means)  # (B, K)
-        ratios.append(model.ratio_to(first @ fold.means, fractions, present).numpy())
+        fractions = model.normalise(torch.from_numpy(bulks.counts), measured)
+        first = model.deconvolve(fractions, measured, fold.means)  # (B, K)
+        ratios.append(model.ratio_to(first @ fold.means, fractions, measured).numpy())
         mu.append((bulks.mu - model.mu.numpy()) / model.var.sqrt().numpy())
         log_var.append(np.log(bulks.var / model.var.numpy()))
         shares.append(bulks.share)
@@ -379,10 +379,10 @@ def batch_losses(model, bulks, signature, part=slice(None)):
         of the deconvolution alone, before the network corrects it.
     """
     counts = torch.from_numpy(bulks.counts[part]).to(model.mu.device)
-    present, n = torch.ones_like(model.profile), len(bulks.counts)
-    fractions = model.normalise(counts, present)  # (B, G)
-    first = model.deconvolve(fractions, present, signature)  # (B, K)
-    predicted = model.correct(first, fractions, present, signature)
+    measured, n = torch.ones_like(model.profile), len(bulks.counts)
+    fractions = model.normalise(counts, measured)  # (B, G)
+    first = model.deconvolve(fractions, measured, signature)  # (B, K)
+    predicted = model.correct(first, fractions, measured, signature)
     target = bulks.target(model, part)
     error = first - target[2]
     deconvolved = (error**2).sum() / (n * error.shape[1])

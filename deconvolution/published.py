@@ -270,11 +270,11 @@ METHODS = {
 }
 
 
-def deconvolve(bulk, present, reference, seed=0, methods=None):
+def deconvolve(bulk, measured, reference, seed=0, methods=None):
     """Proportions of bulks by each method.
 
     Args:
-        bulk: counts (S, G), dense. present: mask of the genes that were measured (G).
+        bulk: counts (S, G), dense. measured: mask of the genes that were measured (G).
         reference: of the training cells, in the same genes. seed: of DWLS's cross-validation.
         methods: names; all of METHODS if None.
 
@@ -282,7 +282,7 @@ def deconvolve(bulk, present, reference, seed=0, methods=None):
         dict: method -> proportions of cells (S, K); 0 for a type without training cells.
     """
     types = np.flatnonzero(reference.mean.any(axis=1))
-    genes = np.flatnonzero(present & reference.mean.any(axis=0))
+    genes = np.flatnonzero(measured & reference.mean.any(axis=0))
     known, bulk = reference.select(types, genes), np.asarray(bulk)[:, genes]
     results = {}
     for name in METHODS if methods is None else methods:

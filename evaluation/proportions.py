@@ -320,11 +320,11 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
         InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
     """
     card, lineages = methods.training.decoder_card, list(fractions.columns)
-    bulk, present, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"), cfg)
+    bulk, measured, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"), cfg)
     check_same_start(fractions.index, samples, cfg.fractions)
     index = fractions.index.get_indexer([str(name).strip() for name in samples])
-    measured = index >= 0
-    n = measured.sum()
+    known = index >= 0
+    n = known.sum()
     if n == 0:
         raise InputError(
             f"{cfg.fractions}: none of its samples ({some(fractions.index)}) is in {cfg.bulk} "
@@ -334,9 +334,9 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
         f"{cfg.bulk}: {n} samples with measured fractions, {len(samples) - n} without; "
         f"{len(fractions) - n} of {cfg.fractions} are not in it"
     )
-    bulk = bulk[np.flatnonzero(measured)].toarray()
-    true = to_lineages(fractions.to_numpy()[index[measured]], lineages, lineages)
-    results = methods.predict(bulk, present, np.array(samples)[measured], cfg.bulk)
+    bulk = bulk[np.flatnonzero(known)].toarray()
+    true = to_lineages(fractions.to_numpy()[index[known]], lineages, lineages)
+    results = methods.predict(bulk, measured, np.array(samples)[known], cfg.bulk)
     predictions = {method: to_lineages(pi, lineage_of, lineages) for method, pi in results.items()}
     rows = score(true, predictions, lineages, ", real bulk")
     for method, predicted in with_constant(true, predictions).items():

@@ -329,8 +329,8 @@ def describe_cells(samples, cells, shown, reference):
     if len(codes) > 10:
         pictures["clouds"] = cloud_picture(latent, codes, bulk, background, names, cell_types)
         if reference is not None:
-            X_reference, present = reference
-            logs = [log_expression(part[:, present]) for part in (X, X_reference)]
+            X_reference, measured = reference
+            logs = [log_expression(part[:, measured]) for part in (X, X_reference)]
             pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
         if any(markers) and (np.bincount(codes) >= FEWEST).any():
             log = log_expression(X)

@@ -49,7 +49,7 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
             (M). gene_ids: their other names (M), "" where there is none. options: BulkOptions.
 
     Returns:
-        ``(X, present, samples)``: CSR float64 (S x M), a mask (M) of the genes found in all files,
+        ``(X, measured, samples)``: CSR float64 (S x M), a mask (M) of the genes found in all files,
         and the names of the samples (S).
 
     Raises:
@@ -64,17 +64,17 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     parts = [read_file(path, finder, genes, gene_ids, options, said) for path in files]
     name_after_files(parts, files)
     X = sp.vstack([part[0] for part in parts]).tocsr()
-    present = np.all([part[1] for part in parts], axis=0)
+    measured = np.all([part[1] for part in parts], axis=0)
     samples = [name for part in parts for name in part[2]]
     if len(files) > 1:
-        check_together(parts, present, samples, files)
-        X = X @ sp.diags_array(present.astype(np.float64))
+        check_together(parts, measured, samples, files)
+        X = X @ sp.diags_array(measured.astype(np.float64))
         X.eliminate_zeros()
-    return X.tocsr(), present, samples
+    return X.tocsr(), measured, samples
 
 
 def read_file(path, finder, genes, gene_ids, options, said=None):
-    """``(X, present, samples)`` of one file, as :func:`read_bulk`, and a report.
+    """``(X, measured, samples)`` of one file, as :func:`read_bulk`, and a report.
 
     said: notes on the files before, which are not repeated; None to print all.
     """
@@ -107,7 +107,7 @@ def name_after_files(parts, files):
             part[2][:] = [sample_name(path)]
 
 
-def check_together(parts, present, samples, files):
+def check_together(parts, measured, samples, files):
     """Check that files can stand beside each other, and say what only some of them have.
 
     Raises:
@@ -120,9 +120,9 @@ def check_together(parts, present, samples, files):
             f"--bulk: sample names occur more than once in {len(files)} files ({some(repeated)}), "
             "expected files or folders named after their samples"
         )
-    if not present.any():
+    if not measured.any():
         raise InputError(f"--bulk: found no gene of the model that is in all of {len(files)} files")
-    n_some = np.any([part[1] for part in parts], axis=0).sum() - present.sum()
+    n_some = np.any([part[1] for part in parts], axis=0).sum() - measured.sum()
     print(
         f"--bulk: {len(samples)} bulk samples of {len(files)} files ({some(samples)})"
         + (f"; {n_some:,} genes that are not in all of them left out" if n_some else "")
@@ -320,14 +320,14 @@ def sum_by_gene(bulk, n_genes):
     """Sum the values of each gene of the model.
 
     Returns:
-        ``(X, present)``: CSR float64 (S x M), and a mask (M) of the genes that the bulk has.
+        ``(X, measured)``: CSR float64 (S x M), and a mask (M) of the genes that the bulk has.
     """
     rows = np.flatnonzero(bulk.positions >= 0)  # (n)
     one_hot = (np.ones(len(rows)), (rows, bulk.positions[rows]))
     S = sp.csr_matrix(one_hot, shape=(len(bulk.positions), n_genes))  # (G, M)
-    present = np.zeros(n_genes, bool)
-    present[bulk.positions[rows]] = True
-    return sp.csr_matrix(bulk.values @ S), present
+    measured = np.zeros(n_genes, bool)
+    measured[bulk.positions[rows]] = True
+    return sp.csr_matrix(bulk.values @ S), measured
 
 
 def report(bulk, genes, gene_ids, path, said=None):
