@@ -91,7 +91,8 @@ import scipy.sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
 from annotation.cell_types import UNKNOWN, read_cell_types, scale_genes, type_cells
-from data import TABLES, choose_genes, library_size, log_normalise, shipped
+from counts.genes import choose_genes
+from data import TABLES, library_size, log_normalise, shipped
 from plots.cells import write_clusters
 from readers.bounded import read_table
 from readers.gene_names import bare_id

@@ -1,8 +1,8 @@
 """What the scripts do, as functions on AnnData.
 
-    models = load("weights/pbmc")
-    samples = deconvolve("samples.csv", models)     # or an AnnData or DataFrame, samples x genes
-    cells = generate(samples, models, n_cells=500)  # AnnData, cells x genes
+    model = load("weights/pbmc")
+    samples = deconvolve("samples.csv", model)     # or an AnnData or DataFrame, samples x genes
+    cells = generate(samples, model, n_cells=500)  # AnnData, cells x genes
 
 ``bulk2sc.py`` is made of these. Errors in what is given are ``runtime.errors.InputError``, whose
 text is one line that names what was found and what was expected.
@@ -22,16 +22,11 @@ from tqdm import tqdm
 from data import TrainingSettings, shipped
 from deconvolution.expression import mean_library
 from deconvolution.proportions import make_proportions
-from generation import (
-    Bulks,
-    BulkSamples,
-    Models,
-    encode_mixtures,
-    generate_cells,
-    load_models,
-)
+from deconvolution.samples import BulkSamples
+from generation import CellSource, encode_mixtures, generate_cells
+from models import Model
 from plots.style import type_colors
-from readers.bulk import read_bulk
+from readers.bulk import Bulk, read_bulk
 from readers.bulk_options import BulkOptions
 from readers.fingerprint import digest
 from readers.proportions import read_proportions
@@ -58,15 +53,15 @@ def load(weights="weights/pbmc", device="auto"):
             are also found from elsewhere. device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
-        Models: encoder, its card, decoder, its card. A card is a dict with ``cell_types`` (K),
-        ``genes`` (G), ``settings`` and more.
+        Model, with ``cell_types`` (K), ``genes`` (G) and ``metadata``, a dict with ``settings`` and
+        more.
 
     Raises:
         InputError: a file is missing or no weights file, or the device is not there.
     """
     check_type("weights", weights, PATH, "a folder of weights")
     check_type("device", device, str, "auto, cpu, cuda or cuda:N")
-    return load_models(shipped(weights), pick_device(device))
+    return Model.load(shipped(weights), pick_device(device))
 
 
 @for_python
@@ -81,7 +76,7 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
             ``held_out``, ``seed``, ``device`` or ``n_genes``.
 
     Returns:
-        Models, as :func:`load`.
+        Model, as :func:`load`.
 
     Raises:
         InputError: counts, labels or settings are not what they have to be.
@@ -136,9 +131,8 @@ def write_cells(cells, path):
 @for_python
 def deconvolve(
     bulk,
-    models,
+    model,
     options=None,
-    where=None,
     proportions=None,
     lineages=None,
     mrna_content="auto",
@@ -149,8 +143,8 @@ def deconvolve(
 
     Args:
         bulk: AnnData or DataFrame (S x G), counts, TPM or CPM, genes by name; a Series (G) of one
-            sample; or one path or several of files. models: of :func:`load`. options:
-            readers.bulk_options.BulkOptions, how tables are read. where: what messages name.
+            sample; or one path or several of files. model: of :func:`load`. options:
+            readers.bulk_options.BulkOptions, how tables are read.
             proportions: known fractions of cells, a csv as ``--proportions`` takes it, or a
             DataFrame (S x types). lineages: csv of the lineages that these are of.
             mrna_content: ``auto``, ``reference`` or ``published``. calibrate: ``auto``, ``none``,
@@ -158,37 +152,33 @@ def deconvolve(
             ``bulk2sc.py``.
 
     Returns:
-        generation.BulkSamples: ``proportions`` (``to_table()`` gives a long DataFrame), ``fit`` (a
+        BulkSamples: ``proportions`` (``to_table()`` gives a long DataFrame), ``fit`` (a
         row for each sample), ``expression``.
 
     Raises:
         InputError: an argument has another type or value; or the bulk is no table of samples, is
             on a log scale, has too few genes, or could be read in two ways.
     """
-    check_models(models)
+    check_model(model)
     check_type("options", options, (BulkOptions, type(None)), "BulkOptions")
     check_choice("mrna_content", mrna_content, ("auto", "reference", "published"))
     check_choice("calibrate", calibrate, ("auto", "none", "uniform", "types"))
     check_choice("platform", platform, ("keep", "remove", "none"))
-    encoder, _, _, card = models
-    genes = card["genes"]
-    is_read = isinstance(bulk, tuple) and len(bulk) == 3 and sp.issparse(bulk[0])
-    if not is_read:
-        bulk = read_bulk(as_bulk(bulk), genes, card.get("gene_ids"), options)
-    known = known_proportions(proportions, card["cell_types"], lineages)
-    samples = BulkSamples(bulk, where or "bulk", models, mrna_content, known)
-    samples.how = how_to_calibrate(calibrate, platform, encoder)
-    samples.expression = samples.estimate_expression(*samples.how)
+    if not isinstance(bulk, Bulk):
+        bulk = read_bulk(as_bulk(bulk), model.genes, model.gene_ids, options)
+    known = known_proportions(proportions, model.cell_types, lineages)
+    samples = BulkSamples(bulk, model, mrna_content, known)
+    samples.estimate_expression(*choose_calibration(calibrate, platform, model.encoder))
     return samples
 
 
-def check_models(models):
-    """Check that models are what :func:`load` gives.
+def check_model(model):
+    """Check that a model is what :func:`load` gives.
 
     Raises:
-        InputError: they are not.
+        InputError: it is not.
     """
-    check_type("models", models, Models, "what load() gives")
+    check_type("model", model, Model, "what load() gives")
 
 
 def as_bulk(bulk):
@@ -216,7 +206,7 @@ def as_bulk(bulk):
     return bulk
 
 
-def how_to_calibrate(calibrate, platform, encoder):
+def choose_calibration(calibrate, platform, encoder):
     """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none.
 
     Raises:
@@ -247,27 +237,26 @@ def known_proportions(proportions, cell_types, lineages=None):
 
 
 @for_python
-def mixtures(proportions, models, lineages=None):
+def mixtures(proportions, model, lineages=None):
     """Mixtures of the reference's cell types to generate, without a bulk.
 
     Args:
-        proportions: fractions of cells, a DataFrame (R x types) or a csv. models: of :func:`load`.
+        proportions: fractions of cells, a DataFrame (R x types) or a csv. model: of :func:`load`.
         lineages: csv of the lineages that these are of.
 
     Returns:
-        generation.Bulks, for :func:`generate`.
+        CellSource, for :func:`generate`.
     """
-    check_models(models)
-    _, encoder_card, decoder, _ = models
-    known = known_proportions(proportions, encoder_card["cell_types"], lineages)
-    proportions, encoded = encode_mixtures(encoder_card, decoder, known)
-    return Bulks(proportions.names, [encoded], proportions)
+    check_model(model)
+    known = known_proportions(proportions, model.cell_types, lineages)
+    proportions, encoded = encode_mixtures(model, known)
+    return CellSource(proportions.names, [encoded], proportions)
 
 
 @for_python
 def generate(
     source,
-    models,
+    model,
     n_cells=1000,
     cells_per_type=None,
     seed=0,
@@ -279,8 +268,8 @@ def generate(
     """Generate single cells.
 
     Args:
-        source: of :func:`deconvolve` or :func:`mixtures`; generation.Bulks. models: of
-            :func:`load`. n_cells: cells of each sample (1 if each bulk yields one).
+        source: of :func:`deconvolve` or :func:`mixtures`. model: of :func:`load`.
+            n_cells: cells of each sample (1 if each bulk yields one).
             cells_per_type: cells of each type of each sample, in place of as many as the
             proportions say. seed: the same seed gives the same cells on CPU. out: an ``.h5ad``, a
             10x ``.h5`` or a folder to write block by block. run: dict with ``name``, ``settings``
@@ -293,8 +282,8 @@ def generate(
     Raises:
         InputError: an argument has another type or value.
     """
-    check_type("source", source, (Bulks, BulkSamples), "what deconvolve() or mixtures() gives")
-    check_models(models)
+    check_type("source", source, (CellSource, BulkSamples), "what deconvolve() or mixtures() gives")
+    check_model(model)
     n_cells, seed = check_number("n_cells", n_cells, 0), check_number("seed", seed, 0, 2**32 - 1)
     if cells_per_type is not None:
         cells_per_type = check_number("cells_per_type", cells_per_type, 1)
@@ -302,18 +291,18 @@ def generate(
         check_type("out", out, PATH, "a path")
         if kind_of(out) is None:
             raise InputError(f"out: found {out}, expected a name ending in .h5ad or .h5, or none")
-    decoder, card = models[2], models[3]
-    bulks = source if isinstance(source, Bulks) else source.to_bulks()
-    samples, cell_types, genes = bulks.samples, card["cell_types"], card["genes"]
+    decoder, genes = model.decoder, model.genes
+    bulks = source if isinstance(source, CellSource) else CellSource.of_samples(source)
+    samples = bulks.samples
     run = run or describe(bulks, n_cells, cells_per_type, seed)
-    codes = fixed_types(cells_per_type, len(cell_types))
+    codes = fixed_types(cells_per_type, len(model.cell_types))
     per_bulk = 1 if bulks.one_cell_each else n_cells if codes is None else len(codes)
-    generator = torch.Generator(decoder.mu.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     table, first, n = CellTable(*decoder.mu.shape), 0, per_bulk * len(bulks.names)
     bar = tqdm(total=n, desc="cells", unit="cell", unit_scale=True)
     if shown is not None:
         shown.start(n, len(genes), decoder.mu.shape[1])
-    with bar, open_sink(out, genes, card.get("gene_ids"), n) as sink:
+    with bar, open_sink(out, genes, model.gene_ids, n) as sink:
         for encoded in bulks.encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
             rows, log_factor = slice(first, first + len(encoded[2])), None
             if bulks.expression is not None:
@@ -334,7 +323,7 @@ def generate(
         if bulks.proportions is None:  # known when all have been encoded
             pi = np.concatenate(table.pi)
             library = mean_library(decoder)
-            bulks.proportions = make_proportions(bulks.names, cell_types, pi, library)
+            bulks.proportions = make_proportions(bulks.names, model.cell_types, pi, library)
         tables = table.to_anndata(bulks.proportions, run, samples, metadata)
         cells = sink.write_tables(tables)
     return tables if cells is None else cells
@@ -448,4 +437,4 @@ def describe(bulks, n_cells, cells_per_type, seed):
     return {"name": name, "settings": settings, "provenance": provenance}
 
 
-__all__ = ["Models", "deconvolve", "generate", "load", "mixtures", "train"]
+__all__ = ["Model", "deconvolve", "generate", "load", "mixtures", "train"]

@@ -132,8 +132,10 @@ import numpy as np
 import pandas as pd
 
 from api import deconvolve, generate, mixtures, named_apart
-from data import align_genes, load_cells, shipped
-from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
+from data import Reference, shipped
+from deconvolution.fit import MISFIT
+from generation import CellSource, encode_batches
+from models import MODEL_FILES, Model
 from plots.cells import write_proportions
 from plots.report import N_SHOWN, ShownCells, write_report
 from readers.bulk import read_bulk
@@ -176,7 +178,7 @@ def print_fit(cfg, samples):
             "Proportions are of the other cells"
         )
     if samples.is_shallow.any():
-        depth = samples.bulk.sum(axis=1)[samples.is_shallow]
+        depth = samples.values.sum(axis=1)[samples.is_shallow]
         warn(
             f"{name_of(cfg.bulk)}: {samples.is_shallow.sum()} of {len(fit)} samples "
             f"({some(fit.index[samples.is_shallow])}) have few counts, from {depth.min():,.0f} on "
@@ -200,7 +202,7 @@ def warn(text):
 def describe_run(cfg, bulk=None):
     """What an output says of the run it comes from: its name, settings and provenance.
 
-    bulk: what was read of --bulk, in place of the checksum of a pipe.
+    bulk: the Bulk that was read, in place of the checksum of a pipe.
     """
     left_out = {"dry_run", "force", "report", "tables_only"}
     options = {field.name for field in fields(BulkOptions)}
@@ -215,7 +217,7 @@ def describe_run(cfg, bulk=None):
     for name in ("proportions", "lineages"):
         roles[name] = [] if getattr(cfg, name) is None else [getattr(cfg, name)]
     settings, files = typed(cfg, left_out), files_read(roles)
-    contents = "" if bulk is None else digest(*bulk[:2], list(bulk[2]))
+    contents = "" if bulk is None else digest(bulk.values, bulk.measured, bulk.samples)
     name = run_name(settings, files, contents, aside=(*roles, "out", "format", "device"))
     provenance = {
         "version": VERSION,
@@ -270,31 +272,32 @@ def read_reference(cfg, genes):
     """
     if cfg.data == EMBEDDED:
         return None
-    cells = load_cells(cfg, need_labels=False)
-    X, measured = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    rows = np.linspace(0, cells.n_obs - 1, min(cells.n_obs, N_SHOWN), dtype=int)
-    return X[rows], measured
+    reference = Reference.load(cfg, need_labels=False)
+    n = reference.cells.n_obs
+    rows = np.linspace(0, n - 1, min(n, N_SHOWN), dtype=int)
+    return reference.counts(genes, cfg.data, rows, report=True)
 
 
-def read_source(cfg, models, bulk, device, rng):
+def read_source(cfg, model, bulk, rng):
     """What cells are to be generated of, as the settings say.
 
     Returns:
-        generation.Bulks, and DataFrame of what the input says of its samples, or None.
+        CellSource, and DataFrame of what the input says of its samples, or None.
     """
     if bulk is not None:
         given = {name: getattr(cfg, name) for name in ("mrna_content", "calibrate", "platform")}
         known = {"proportions": cfg.proportions, "lineages": cfg.lineages}
-        samples = deconvolve(bulk, models, where=name_of(cfg.bulk), **known, **given)
-        metadata = read_sample_metadata(cfg.bulk, bulk[2])
-        return samples.to_bulks(), None if metadata is None else named_apart(metadata)
+        samples = deconvolve(bulk, model, **known, **given)
+        metadata = read_sample_metadata(cfg.bulk, bulk.samples)
+        source = CellSource.of_samples(samples)
+        return source, None if metadata is None else named_apart(metadata)
     if cfg.proportions is not None:
-        return mixtures(cfg.proportions, models, cfg.lineages), None
-    n_types = len(models.decoder_card["cell_types"])
-    n = cfg.n_cells if cfg.cells_per_type is None else cfg.cells_per_type * n_types
-    genes = models.encoder_card["genes"]
-    encoded = encode_batches(cfg, n, models.encoder, genes, device, rng)
-    return Bulks([f"batch_{i}" for i in range(n)], encoded, one_cell_each=True), None
+        return mixtures(cfg.proportions, model, cfg.lineages), None
+    n = cfg.n_cells
+    if cfg.cells_per_type is not None:
+        n = cfg.cells_per_type * len(model.cell_types)
+    encoded = encode_batches(cfg, n, model, rng)
+    return CellSource([f"batch_{i}" for i in range(n)], encoded, one_cell_each=True), None
 
 
 def main(cfg):
@@ -309,25 +312,25 @@ def generate_and_write(cfg, outputs, said):
     """Read, deconvolve, generate and write; said: gets the lines that are printed meanwhile."""
     cfg.weights = shipped(cfg.weights)
     rng = seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
-    models = load_models(cfg.weights, device)
-    genes, cell_types = (models.decoder_card[name] for name in ("genes", "cell_types"))
-    print(f"{cfg.weights}: {len(cell_types)} cell types, {len(genes):,} genes")
+    model = Model.load(cfg.weights, pick_device(cfg.device))
+    genes = model.genes
+    print(f"{cfg.weights}: {len(model.cell_types)} cell types, {len(genes):,} genes")
     bulk = None
     if cfg.bulk:
-        bulk = read_bulk(cfg.bulk, genes, models.decoder_card.get("gene_ids"), cfg)
+        bulk = read_bulk(cfg.bulk, genes, model.gene_ids, cfg)
+        bulk.where = name_of(cfg.bulk)
         if cfg.dry_run:
             return
-    bulks, metadata = read_source(cfg, models, bulk, device, rng)
-    reference = read_reference(cfg, genes) if bulk and cfg.report else None
+    bulks, metadata = read_source(cfg, model, bulk, rng)
+    reference = read_reference(cfg, genes) if cfg.bulk and cfg.report else None
     is_reported = "report.html" in outputs.beside
     n_read, run = len(said), describe_run(cfg, bulk)
     shown = ShownCells() if is_reported and not cfg.tables_only else None
     options = {"run": run, "metadata": metadata, "shown": shown}
     cells = None
     if not cfg.tables_only:
-        how = cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out
-        cells = generate(bulks, models, *how, **options)
+        asked = cfg.n_cells, cfg.cells_per_type, cfg.seed, cfg.out
+        cells = generate(bulks, model, *asked, **options)
         if outputs.kind != "h5ad":
             write_whole(outputs["cells.csv"], partial(cells.obs.to_csv, index_label="cell"))
     print_cell_types(bulks.proportions, cells)

@@ -1,14 +1,13 @@
-"""The dataset: its settings, cells, genes, split into training and held-out cells, pseudobulks.
+"""The dataset: its settings, its cells, and which of them are held out.
 
-Cells travel through the project as an ``anndata.AnnData`` with raw integer counts in ``.X``
-(cells x genes, CSR, int32) and, once labelled, ``.obs["cell_type"]`` as a categorical whose
-categories are the name-to-code map of the run: code k is mixture component k.
+Cells travel through the project as a :class:`Reference`.
 """
 
-import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,14 +17,13 @@ from readers.backed import BackedCounts, read_backed
 from readers.counts import EMBEDDED, check_names, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
-from runtime.errors import InputError, one_line, some
+from runtime.errors import InputError, some
 from runtime.script import check_choices, flag
 
+if TYPE_CHECKING:  # slow to import, and --help has to answer at once
+    import anndata
+
 CHUNK = 4096  # cells of a matrix that are in memory at a time, as floats
-MOST_DENSE = 1 << 27  # counts of a reference that is summed as a dense matrix, half a GB
-# Shares of the genes that a point of the mean-variance trend is fitted to: scanpy's, and wider ones
-# for few cells, where a third of the genes has one and the same mean (a single count).
-SPANS = (0.3, 0.5, 0.7, 0.9)
 TABLES = Path(__file__).with_name("tables")  # of published data
 DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has it
 
@@ -117,9 +115,6 @@ def shipped(path):
     return beside if not path.exists() and beside.exists() else path
 
 
-# ------------------------------------------------------------------------------------ labels
-
-
 def library_size(X):
     """Total counts of each cell (N) of a matrix (N x G), sparse or backed."""
     return np.asarray(X.sum(axis=1)).ravel()
@@ -146,6 +141,122 @@ def mean_counts(X, codes, n_types):
     """Mean counts of the cells of each type (K x G), float64; a type without cells gets zeros."""
     size = np.bincount(codes, minlength=n_types)
     return sum_by_type(X, codes, n_types) / np.maximum(size, 1)[:, None]
+
+
+@dataclass
+class Reference:
+    """Single cells, what is known of each, and which of them no training sees."""
+
+    cells: "anndata.AnnData"
+    """Raw counts (N x G), CSR int32, or a BackedCells; ``.obs`` has sample, donor, condition and
+    batch as far as the settings give them."""
+    codes: np.ndarray | None = None
+    """Cell types (N) int64: type k is component k of the mixture. None without labels."""
+    cell_types: list | None = None
+    """Their names (K), the name-to-code map of the run."""
+    held_out: np.ndarray | None = None
+    """Mask (N); None before the cells are split."""
+    held_out_fraction: float = 0.0
+
+    def __repr__(self):
+        types = "" if self.cell_types is None else f" of {len(self.cell_types)} cell types"
+        return f"Reference of {self.cells.n_obs:,} cells{types} x {self.cells.n_vars:,} genes"
+
+    @classmethod
+    def load(cls, settings, need_labels=True, found=True):
+        """Read the cells that settings name; see :func:`load_cells`."""
+        cells = load_cells(settings, need_labels, found)
+        return cls.of(cells) if need_labels else cls(cells)
+
+    @classmethod
+    def of(cls, cells):
+        """Labelled cells, whose codes are those of ``.obs["cell_type"]``, a categorical."""
+        reference = cls(cells, cell_types=list(cells.obs["cell_type"].cat.categories))
+        reference.codes = reference.codes_in("cell_type")
+        return reference
+
+    X = property(lambda self: self.cells.X, doc="Counts (N x G).")
+    genes = property(lambda self: list(self.cells.var_names), doc="Names (G).")
+    train = property(lambda self: np.flatnonzero(~self.held_out), doc="Indices of training cells.")
+    test = property(lambda self: np.flatnonzero(self.held_out), doc="Indices of held-out cells.")
+    test_codes = property(lambda self: self.codes[self.held_out], doc="Types of held-out cells.")
+    has_samples = property(lambda self: "sample" in self.cells.obs)
+
+    @cached_property
+    def samples(self):
+        """Names of the biological samples (S); without any, all cells are of one."""
+        return list(self.cells.obs["sample"].cat.categories) if self.has_samples else ["all cells"]
+
+    @cached_property
+    def sample(self):
+        """Codes of the sample of each cell (N) int64."""
+        return self.codes_in("sample") if self.has_samples else np.zeros(self.cells.n_obs, np.int64)
+
+    @cached_property
+    def batch(self):
+        """Codes of the batch of each cell (N) int64; None if there is one or none is given."""
+        if "batch" not in self.cells.obs or self.cells.obs["batch"].nunique() == 1:
+            return None
+        return self.codes_in("batch")
+
+    def codes_in(self, column):
+        """Codes (N) int64 of a categorical column of ``.obs``."""
+        return self.cells.obs[column].cat.codes.to_numpy().astype(np.int64)
+
+    def by_sample(self, codes):
+        """Codes (S) of the samples, of codes of cells (N) that are the same in all of a sample."""
+        result = np.zeros(len(self.samples), np.int64)
+        result[self.sample] = codes
+        return result
+
+    @property
+    def names(self):
+        """Sample, donor and, if given, batch of each cell, lists (N) for digests.
+
+        Conditions are not among them, as no training reads them.
+        """
+        columns = [name for name in ("sample", "donor", "batch") if name in self.cells.obs]
+        return [list(self.cells.obs[name].astype(str)) for name in columns]
+
+    @property
+    def metadata(self):
+        """What each model's file keeps of the cells that it was trained on."""
+        return {
+            "cell_types": self.cell_types,
+            "held_out": list(self.cells.obs_names[self.held_out]),
+            "held_out_fraction": self.held_out_fraction,
+        }
+
+    def counts(self, genes, where, rows=None, report=False):
+        """Counts of some cells (n x M) in a model's genes, and the mask (M) of those that it has.
+
+        where: what messages name. rows: the cells, all if None. report: print how many of the genes
+        it has, unless it is all.
+        """
+        X = self.X if rows is None else self.X[rows]  # all rows of a backed matrix stay on disk
+        return align_genes(X, self.cells.var_names, genes, where, report)
+
+    def split(self, settings, metadata=None, where=None):
+        """Hold cells out, as settings say or as an earlier stage's file does.
+
+        Args:
+            settings: with ``held_out``, ``held_out_donors`` and ``seed``. metadata: what that file
+                says, or None. where: the file.
+
+        Raises:
+            InputError: see :func:`choose_held_out`.
+        """
+        self.held_out, self.held_out_fraction = choose_held_out(
+            self.cells, self.codes, settings, metadata, where
+        )
+
+    def split_as(self, metadata, where):
+        """The same cells with those held out that a model's file lists.
+
+        Raises:
+            InputError: see :func:`apply_split`.
+        """
+        return replace(self, held_out=apply_split(self.cells, metadata["held_out"], where))
 
 
 def load_cells(settings, need_labels=True, found=True):
@@ -231,17 +342,6 @@ def add_samples(adata, samples, settings):
     return adata
 
 
-def samples_of(adata):
-    """Codes (N,) int64 of the biological sample of each cell and their names (S strings).
-
-    Without samples, all cells are of one.
-    """
-    if "sample" not in adata.obs:
-        return np.zeros(adata.n_obs, np.int64), ["all cells"]
-    sample = adata.obs["sample"].cat
-    return sample.codes.to_numpy().astype(np.int64), list(sample.categories)
-
-
 def label_cells(adata, settings, weights):
     """Keep the labelled cells, their type in ``.obs["cell_type"]``; the others are counted.
 
@@ -278,48 +378,7 @@ def label_cells(adata, settings, weights):
     return adata
 
 
-def codes_of(adata):
-    """Cell-type codes (N,) int64 and the names they stand for (K strings)."""
-    cell_type = adata.obs["cell_type"].cat
-    return cell_type.codes.to_numpy().astype(np.int64), list(cell_type.categories)
-
-
-def donors_of(adata):
-    """Code of the donor of each biological sample (S,)."""
-    sample, donor = (adata.obs[name].cat.codes.to_numpy() for name in ("sample", "donor"))
-    donors = np.zeros(len(adata.obs["sample"].cat.categories), np.int64)
-    donors[sample] = donor
-    return donors
-
-
-def batches_of(adata):
-    """Code of the batch of each cell (N,); None if there is one or none is given."""
-    if "batch" not in adata.obs or adata.obs["batch"].nunique() == 1:
-        return None
-    return adata.obs["batch"].cat.codes.to_numpy().astype(np.int64)
-
-
-def batches_of_samples(adata):
-    """Code of the batch of each biological sample (S,); None as of :func:`batches_of`."""
-    batch = batches_of(adata)
-    if batch is None:
-        return None
-    sample, names = samples_of(adata)
-    of_sample = np.zeros(len(names), np.int64)
-    of_sample[sample] = batch  # cells of a sample are of one
-    return of_sample
-
-
-def sample_names(adata):
-    """Sample, donor and, if given, batch of each cell, lists (N) for digests; none without samples.
-
-    Conditions are not among them, as no training reads them.
-    """
-    names = ("sample", "donor", "batch")
-    return [list(adata.obs[name].astype(str)) for name in names if name in adata.obs]
-
-
-# ------------------------------------------------------------------ genes, split, pseudobulks
+# ------------------------------------------------------------------ genes and split
 
 
 def align_genes(X, genes, wanted, where, report=True):
@@ -377,137 +436,6 @@ def log_normalise(X, dtype=np.float64):
         scanpy.pp.normalize_total(cells, target_sum=DEPTH)
     scanpy.pp.log1p(cells)
     return cells.X
-
-
-def choose_genes(adata, n_genes):
-    """Names of the ``n_genes`` most variable genes, in the data's order (all, if there are fewer).
-
-    Ranked by the variance of standardised counts around a fitted mean-variance trend (Stuart et
-    al., Cell 2019; scanpy's ``seurat_v3``). It works on raw counts and, unlike the older ranking by
-    dispersion, does not favour genes detected in a handful of cells. Give it training cells only.
-    The first of SPANS with which the trend can be fitted is taken; few cells need a wide one.
-
-    Raises:
-        InputError: the trend cannot be fitted.
-    """
-    if adata.n_vars <= n_genes:
-        return list(adata.var_names)
-    import scanpy
-
-    counts = adata.copy()
-    counts.X = counts.X.astype(np.float32)
-    for span in SPANS:
-        try:
-            scanpy.pp.highly_variable_genes(
-                counts, flavor="seurat_v3", n_top_genes=n_genes, span=span
-            )
-        except ValueError as error:  # of loess: too few different means within the span
-            failure = error
-        else:
-            return list(adata.var_names[counts.var["highly_variable"]])
-    raise InputError(
-        f"{n_genes:,} variable genes could not be chosen from {adata.n_obs} cells x "
-        f"{adata.n_vars:,} genes ({one_line(failure)}); expected more cells"
-    ) from failure
-
-
-# Symbols of genes whose share of a library is the protocol's rather than the cells': proteins of
-# the ribosome, the mitochondrial genome, and RNAs that stay in the nucleus (in any case, so that
-# mouse is meant, too). Chu et al. (Nature Cancer 2022) leave them out of deconvolution as well.
-PROTOCOL_GENES = re.compile(
-    r"RP[LS]\d+(A|AL|L|X|Y)?\d*(P\d+)?(-\d+)?|RPLP[0-2]|RPSA|UBA52|FAU|MT-.+|MALAT1|NEAT1",
-    re.IGNORECASE,
-)
-
-# Ribosomal, mitochondrial and housekeeping genes, which mark no cell type.
-HOUSEKEEPING = re.compile(
-    r"(MT-|MT(RNR|ND|CO|ATP)\d|M?RP[LS]\d|RPLP\d|RPSA|MRP[LS]|(FTL|FTH1|MALAT1|NEAT1|B2M|TMSB4X|"
-    r"TMSB10|ACTB|ACTG1|EEF1A1|EEF1B2|EEF2|TPT1|GAPDH|UBC|UBB|PTMA|FAU|UBA52|TUBA1B|HSP90AB1)$)",
-    re.IGNORECASE,
-)
-
-
-def choose_marker_genes(adata, codes, n_genes, batch=None):
-    """Names of the ``n_genes`` genes that best tell the cell types apart, in the data's order.
-
-    Ranked by the variance of log-normalised expression between types over that within them (the F
-    of an analysis of variance, up to a factor), with a floor so that a gene detected in one cell
-    does not rank first. Give it training cells only.
-
-        F_g = Σ_k f_k (m_gk - m_g)² / (Σ_k f_k v_gk + 0.02)
-
-    with f_k the share of cells of type k, m and v the mean and variance of log1p counts per 10,000.
-    With batches it is the geometric mean of (F + 0.05) over them, so that genes must tell types
-    apart in each, and all types of a batch count the same. ``PROTOCOL_GENES`` (by name or other
-    name) are not among them, unless no others are left. codes: cell types (N). batch: of the cells
-    (N), or None.
-    """
-    usable = ~is_protocol_gene(adata)
-    if usable.any():
-        adata = adata[:, usable]
-    if adata.n_vars <= n_genes:
-        return list(adata.var_names)
-    log = log_normalise(adata.X)
-    if batch is None:
-        rank = type_variance(log, codes)
-    else:
-        parts = (np.flatnonzero(batch == b) for b in np.unique(batch))
-        each = [type_variance(log[rows], codes[rows], even=True) for rows in parts]
-        rank = np.log(np.stack(each) + 0.05).mean(axis=0)
-    best = np.argsort(-rank, kind="stable")[:n_genes]
-    return list(adata.var_names[np.sort(best)])
-
-
-def is_protocol_gene(adata):
-    """Mask (G) of the genes that are ``PROTOCOL_GENES`` by name or other name."""
-    names = zip(adata.var_names, adata.var["gene_ids"], strict=True)
-    return np.array([any(map(PROTOCOL_GENES.fullmatch, pair)) for pair in names])
-
-
-def type_variance(log, codes, even=False):
-    """F (G) of :func:`choose_marker_genes`; log (N x G), codes (N); even: f_k is 1 / K."""
-    types, share = np.unique(codes, return_counts=True)
-    share = share[:, None] / len(codes)  # (K, 1)
-    if even:
-        share = np.full_like(share, 1 / len(types))
-    parts = [log[np.flatnonzero(codes == k)] for k in types]
-    mean = np.stack([np.asarray(p.mean(axis=0)).ravel() for p in parts])  # (K, G)
-    square = np.stack([np.asarray(p.multiply(p).mean(axis=0)).ravel() for p in parts])
-    between = (share * (mean - (share * mean).sum(axis=0)) ** 2).sum(axis=0)
-    within = (share * (square - mean**2)).sum(axis=0)
-    return between / (within + 0.02)
-
-
-def choose_state_genes(adata, codes, sample, n_genes, batch=None):
-    """Names of the ``n_genes`` genes that differ most between samples inside the cell types.
-
-        F_g = Σ_sk n_sk ( (m_skg - m_kg)² - v_skg / n_sk ) / Σ_sk n_sk (v_skg + 0.02)
-
-    over samples s and types k with two cells or more, with m and v the mean and variance of log1p
-    counts per 10,000; what sampled cells alone would differ by is taken off. ``PROTOCOL_GENES`` are
-    not among them. Give it training cells only.
-
-    Args:
-        codes, sample: type and sample of each cell (N). batch: of each cell (N), or None; with
-            batches m_kg is the mean in the sample's batch.
-    """
-    log = log_normalise(adata.X)
-    above, below = np.zeros(adata.n_vars), np.zeros(adata.n_vars)
-    group = codes if batch is None else codes * (batch.max() + 1) + batch
-    for k in np.unique(group):
-        of_type = np.flatnonzero(group == k)
-        mean = np.asarray(log[of_type].mean(axis=0)).ravel()
-        for s in np.unique(sample[of_type]):
-            part = log[of_type[sample[of_type] == s]]
-            if (n := part.shape[0]) < 2:
-                continue
-            m = np.asarray(part.mean(axis=0)).ravel()
-            v = np.asarray(part.multiply(part).mean(axis=0)).ravel() - m**2
-            above += n * (m - mean) ** 2 - v
-            below += n * (v + 0.02)
-    F = np.where(is_protocol_gene(adata), -np.inf, above / np.maximum(below, 1e-9))
-    best = np.argsort(-F, kind="stable")[:n_genes]
-    return list(adata.var_names[np.sort(best[F[best] > 0])])
 
 
 def split_cells(codes, held_out, seed):
@@ -586,7 +514,7 @@ def split_donors(cells, codes, settings):
     return mask
 
 
-def choose_held_out(cells, codes, settings, card=None, where=None):
+def choose_held_out(cells, codes, settings, metadata=None, where=None):
     """Mask (N) of held-out cells and their fraction: as an earlier stage saved it, or drawn now.
 
     With several donors whole donors are held out (:func:`split_donors`), else a fraction of the
@@ -594,13 +522,13 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
 
     Args:
         cells: AnnData (N cells). codes: cell types (N). settings: with ``held_out`` and ``seed``.
-        card: what an earlier stage's file says besides its weights, or None. where: that file.
+        metadata: what an earlier stage's file says besides its weights, or None. where: the file.
 
     Raises:
         InputError: the file belongs to other cells, or the settings contradict it.
     """
     by_donor = "donor" in cells.obs and cells.obs["donor"].nunique() > 1
-    if card is None:
+    if metadata is None:
         if by_donor:
             mask = split_donors(cells, codes, settings)
             names = natural_order(cells.obs["donor"][mask].astype(str))
@@ -609,13 +537,13 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
             return mask, float(mask.mean())
         fraction = 0.2 if settings.held_out is None else settings.held_out
         return split_cells(codes, fraction, settings.seed), fraction
-    fraction = card["held_out_fraction"]
+    fraction = metadata["held_out_fraction"]
     if settings.held_out not in (None, fraction) and not by_donor:
         raise InputError(
             f"--held-out {settings.held_out:g}: {where} was trained with {fraction:g} of the cells "
             "held out; expected the same, or none given, or stage 1 trained again"
         )
-    mask = apply_split(cells, card["held_out"], where)
+    mask = apply_split(cells, metadata["held_out"], where)
     if by_donor and (settings.held_out_donors or settings.held_out is not None):
         asked = split_donors(cells, codes, settings)
         same = (asked == mask).all()
@@ -627,118 +555,3 @@ def choose_held_out(cells, codes, settings, card=None, where=None):
                 "given, or stage 1 trained again"
             )
     return mask, fraction
-
-
-def draw_pseudobulks(X, codes, proportions, n_cells, rng, pool=None):
-    """Sum randomly drawn cells into bulks of given expected composition.
-
-    Cells of a type are drawn with replacement, so a rare type can fill a bulk.
-
-    Args:
-        X: counts (N x G), CSR; float32 if called often, as anything else is converted each time.
-        codes: cell-type code of each cell (N).
-        proportions: expected cell-type proportions of each bulk (n x K), rows summing to 1; a
-            type with a positive proportion must have a cell.
-        n_cells: cells per bulk (n).
-        rng: numpy Generator.
-        pool: number of cells of each type that a bulk draws from (n), themselves drawn at random,
-            so that its types differ a little from those of the next bulk, as another donor's do.
-            Default: all of them.
-
-    Returns:
-        ``(bulk, drawn)``: summed counts (n x G), float32, and the proportions of the cells that
-        were really drawn (n x K), float32.
-    """
-    n, K = proportions.shape
-    order = np.argsort(codes, kind="stable")
-    size = np.bincount(codes, minlength=K)
-    start = np.cumsum(size) - size
-    drawn = rng.multinomial(n_cells, proportions)  # (n, K) cells of each type
-    bulk_of = np.repeat(np.repeat(np.arange(n), K), drawn.ravel())
-    type_of = np.repeat(np.tile(np.arange(K), n), drawn.ravel())
-    if pool is None:
-        within = (rng.random(len(type_of)) * size[type_of]).astype(np.int64)
-    else:
-        pools = (rng.random((n, K, max(pool))) * size[:, None]).astype(np.int64)
-        member = (rng.random(len(type_of)) * np.asarray(pool)[bulk_of]).astype(np.int64)
-        within = pools[bulk_of, type_of, member]
-    cell = order[start[type_of] + within]
-    S = sp.csr_matrix((np.ones(len(cell), np.float32), (bulk_of, cell)), shape=(n, len(codes)))
-    bulk = np.asarray((S @ X.astype(np.float32, copy=False)).todense())
-    return bulk, (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).astype(np.float32)
-
-
-def batch_bulks(X, batch_size, n, rng, part):
-    """Sum batches of reference cells into bulks, reshuffling as often as ``n`` bulks need.
-
-    Args:
-        X: counts (N x G), CSR. batch_size: cells per bulk, at most N. n: number of bulks.
-        part: how many to make at a time, which bounds the memory.
-
-    Yields:
-        ``(bulk, members)`` of the next bulks, ``part`` or what is left: summed counts (m x G)
-        float32, and the cells of each (m x batch_size).
-    """
-    per_pass = X.shape[0] // batch_size  # a last, smaller batch is left for the next shuffle
-    total = cell_sums(X)
-    drawn = np.zeros((0, batch_size), np.int64)
-    for first in range(0, n, part):
-        m = min(part, n - first)
-        n_passes = max(0, -(-(m - len(drawn)) // per_pass))
-        orders = (rng.permutation(X.shape[0])[: per_pass * batch_size] for _ in range(n_passes))
-        drawn = np.concatenate([drawn, *(order.reshape(per_pass, batch_size) for order in orders)])
-        members, drawn = drawn[:m], drawn[m:]
-        yield total(members), members
-
-
-def cell_sums(X):
-    """A function that sums cells of a matrix: indices (m x n) -> counts (m x G) float32.
-
-    A reference that is small enough is made dense once, because torch sums dense rows several times
-    faster than scipy multiplies sparse matrices. X: counts (N x G), CSR.
-    """
-    import torch
-
-    X = X.astype(np.float32, copy=False)
-    if X.shape[0] * X.shape[1] <= MOST_DENSE:
-        dense = torch.from_numpy(X.toarray())
-        return lambda members: torch.nn.functional.embedding_bag(
-            torch.from_numpy(members), dense, mode="sum"
-        ).numpy()
-
-    def total(members):
-        index = (np.repeat(np.arange(len(members)), members.shape[1]), members.ravel())
-        S = sp.csr_matrix((np.ones(members.size, np.float32), index), (len(members), X.shape[0]))
-        return (S @ X).toarray()
-
-    return total
-
-
-def batch_bulks_of_samples(X, sample, batch_size, n, rng, part):
-    """As :func:`batch_bulks`, but all cells of a bulk are of one biological sample.
-
-    Each bulk is of a sample drawn by its number of cells, and its cells are drawn from that sample
-    without replacement. sample: of each cell (N); samples of fewer than batch_size cells are not
-    drawn.
-    """
-    total, sizes = cell_sums(X), np.bincount(sample)
-    share = np.where(sizes >= batch_size, sizes, 0) / sizes[sizes >= batch_size].sum()
-    cells = [np.flatnonzero(sample == s) for s in range(len(sizes))]
-    for first in range(0, n, part):
-        drawn = rng.choice(len(sizes), min(part, n - first), p=share)
-        members = np.stack([rng.choice(cells[s], batch_size, replace=False) for s in drawn])
-        yield total(members), members
-
-
-# ------------------------------------------------------------------------------ bulk samples
-
-
-def draw_test_bulks(X, codes, n_types, n, n_cells, rng):
-    """Sums of n_cells cells, proportions from Dirichlet(1): counts (n x G), proportions (n x K).
-
-    A type that has no cell in X (N x G), codes (N), is in no bulk.
-    """
-    has_cells = np.isin(np.arange(n_types), codes)
-    expected = np.zeros((n, n_types))
-    expected[:, has_cells] = rng.dirichlet(np.ones(has_cells.sum()), n)
-    return draw_pseudobulks(X, codes, expected, n_cells, rng)

@@ -206,22 +206,17 @@ if __name__ == "__main__":
 import importlib.util
 from functools import partial
 
-import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 from tqdm import trange
 
-from data import (
-    align_genes,
-    apply_split,
-    codes_of,
-    draw_test_bulks,
-    load_cells,
-    mean_counts,
-    split_cells,
-)
+from counts.pseudobulks import draw_test_bulks
+from data import Reference, align_genes, split_cells
+from deconvolution.encode import calibrate_to
+from deconvolution.fit import sum_agreement
+from deconvolution.samples import add_to_sums
 from evaluation.baselines import ScDesign2, ScVI, draw_cell_type_nb, train_anew, train_published
 from evaluation.contrasts import FEWEST_CELLS, measure_contrasts, plan_contrasts
 from evaluation.metrics import (
@@ -232,15 +227,8 @@ from evaluation.metrics import (
     setting_of,
 )
 from evaluation.proportions import Methods, measure_foreign, measure_pseudobulks, plan_proportions
-from generation import (
-    add_to_sums,
-    calibrate_to,
-    draw_types,
-    load_weights,
-    new_cells,
-    sum_agreement,
-)
-from models import BulkEncoder, scDecoder
+from generation import draw_types, new_cells
+from models import MODEL_FILES, Model
 from plots.training import write_evaluation
 from readers.counts import read_counts
 from runtime.device import pick_device, seed_everything
@@ -250,47 +238,21 @@ CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
 PERFECT_SEED = 1_000_000  # added to the seed, for cells of the perfect model that are no others'
 
 
-@dataclass
-class Training:
-    """One training: its models, and the real cells it was trained on and held out."""
+def load_trained(folder, reference, device, fewest=2):
+    """Model of a folder of weights, and the Reference with the cells held out that it lists.
 
-    folder: Path
-    cells: anndata.AnnData
-    """Counts of all real cells (N x G)."""
-    codes: np.ndarray
-    """Their cell types (N)."""
-    decoder: scDecoder
-    decoder_card: dict
-    """What the decoder's file holds beside the weights: genes, cell types, seed, split."""
-    encoder: BulkEncoder
-    encoder_card: dict
-    held_out: np.ndarray
-    """Mask of the cells that no training has seen (N)."""
+    fewest: held-out cells that there must be.
 
-    def __post_init__(self):
-        self.test, self.train = np.flatnonzero(self.held_out), np.flatnonzero(~self.held_out)
-        self.test_codes = self.codes[self.test]
-        self.models = self.encoder, self.encoder_card, self.decoder, self.decoder_card
-        self.genes = self.decoder_card["genes"], self.encoder_card["genes"]
-        self.cell_types = self.decoder_card["cell_types"]
-        # Mask of the decoder's genes; np.isin takes seconds for as many names.
-        self.measured = pd.Index(self.genes[0]).isin(self.cells.var_names)
-
-    def decoder_counts(self, rows):
-        """Counts of real cells in the decoder's genes, CSR."""
-        names = self.cells.var_names
-        X, _ = align_genes(self.cells.X[rows], names, self.genes[0], "the decoder", report=False)
-        return X
-
-    def encoder_counts(self, rows):
-        """Counts of real cells in the encoder's genes, CSR, and a mask of the genes they have."""
-        names = self.cells.var_names
-        return align_genes(self.cells.X[rows], names, self.genes[1], "the encoder", report=False)
-
-    def profiles(self):
-        """Mean counts of the training cells of each type in the encoder's genes (K, G)."""
-        X, _ = self.encoder_counts(self.train)
-        return mean_counts(X, self.codes[self.train], len(self.cell_types))
+    Raises:
+        InputError: the weights are of another dataset, or hold out fewer cells.
+    """
+    model = Model.load(folder, device)
+    reference = model.split(reference)
+    if len(reference.test) < fewest:
+        raise InputError(
+            f"{folder / MODEL_FILES[1]}: no cells were held out, so nothing can be measured"
+        )
+    return model, reference
 
 
 # ------------------------------------------------------------------------------ ways to draw cells
@@ -310,38 +272,39 @@ def match_types(codes, target, pool, rng):
     return np.concatenate(drawn)
 
 
-def decode_types(training, decoder, codes, generator, log_factor=None):
+def decode_types(model, reference, codes, generator, log_factor=None, decoder=None):
     """Counts (N x G) of cells of types ``codes`` (N) in the genes of the data, CSR.
 
-    z of the mixture, decoded. log_factor: (1, G) in the decoder's genes, or None.
+    z of the mixture, decoded. log_factor: (1, G) in the decoder's genes, or None. decoder: in place
+    of the model's.
     """
+    decoder = model.decoder if decoder is None else decoder
     k = torch.as_tensor(codes, device=decoder.mu.device)
     X = new_cells(decoder, k, generator, log_factor)
-    names = list(training.cells.var_names)
-    return align_genes(X, training.genes[0], names, "the decoder", report=False)[0]
+    return align_genes(X, model.genes, reference.genes, "the decoder", report=False)[0]
 
 
-def draw_decoded(training, decoder, generator, log_factor=None):
+def draw_decoded(model, reference, generator, log_factor=None, decoder=None):
     """Cells of the held-out types by :func:`decode_types`."""
-    codes = training.test_codes
-    return decode_types(training, decoder, codes, generator, log_factor), codes
+    codes = reference.test_codes
+    return decode_types(model, reference, codes, generator, log_factor, decoder), codes
 
 
-def draw_real(training, rng):
+def draw_real(reference, rng):
     """Training cells of the held-out types."""
-    rows = match_types(training.codes, training.test_codes, training.train, rng)
-    return training.cells.X[rows], training.codes[rows]
+    rows = match_types(reference.codes, reference.test_codes, reference.train, rng)
+    return reference.cells.X[rows], reference.codes[rows]
 
 
-def draw_nb(training, rng):
+def draw_nb(reference, rng):
     """Cells of the held-out types, genes negative binomial."""
-    rows, target = training.train, training.test_codes
-    return draw_cell_type_nb(training.cells.X[rows], training.codes[rows], target, rng), target
+    rows, target = reference.train, reference.test_codes
+    return draw_cell_type_nb(reference.cells.X[rows], reference.codes[rows], target, rng), target
 
 
-def draw_fitted(training, model):
+def draw_fitted(reference, fitted):
     """Cells of the held-out types by a baseline's model, ScDesign2 or ScVI."""
-    return model.draw(training.test_codes), training.test_codes
+    return fitted.draw(reference.test_codes), reference.test_codes
 
 
 def draw_from_file(path, generated, codes, target, rng):
@@ -352,7 +315,7 @@ def draw_from_file(path, generated, codes, target, rng):
     return generated[rows], codes[rows]
 
 
-def read_generated(path, training):
+def read_generated(path, model, reference):
     """Read an .h5ad of generated cells.
 
     Returns:
@@ -368,13 +331,13 @@ def read_generated(path, training):
     if "cell_type" not in generated.obs:
         raise InputError(f"{path}: has no column cell_type, expected cells by bulk2sc.py")
     names = generated.obs["cell_type"].astype(str)
-    cell_types = training.cell_types
+    cell_types = model.cell_types
     codes = pd.Index(cell_types).get_indexer(names)
     if (codes < 0).any():
         unknown = names[codes < 0].iloc[0]
         raise InputError(f"{path}: cell type {unknown} is not one of the model's")
-    X, _ = align_genes(generated.X, generated.var_names, list(training.cells.var_names), path)
-    n_target = np.bincount(training.test_codes, minlength=len(cell_types))
+    X, _ = align_genes(generated.X, generated.var_names, reference.genes, path)
+    n_target = np.bincount(reference.test_codes, minlength=len(cell_types))
     n_file = np.bincount(codes, minlength=len(cell_types))
     short = {
         cell_types[k]: f"{n_file[k]} of {n_target[k]}" for k in np.flatnonzero(n_file < n_target)
@@ -384,41 +347,41 @@ def read_generated(path, training):
     return X, codes
 
 
-def calibration_to_held_out(training):
+def calibration_to_held_out(model, reference):
     """Factors that calibrate to the sum of the held-out cells, as a logarithm (1, G)."""
-    bulk = sp.csr_matrix(training.decoder_counts(training.test).sum(axis=0))
-    log_factor, _ = calibrate_to(bulk, training.decoder, training.encoder, training.genes)
-    return log_factor
+    bulk = sp.csr_matrix(model.counts(reference, reference.test).sum(axis=0))
+    return calibrate_to(bulk, model)[0]
 
 
-def cell_methods(training, cfg, rng):
+def cell_methods(model, reference, cfg, rng):
     """Every method of the table, its model trained: name -> function that draws (X, codes)."""
-    decoder = training.decoder
-    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    generator = torch.Generator(model.device).manual_seed(cfg.seed)
     methods = {}
     if cfg.generated is None:
-        methods["bulk2sc"] = partial(draw_decoded, training, decoder, generator)
+        methods["bulk2sc"] = partial(draw_decoded, model, reference, generator)
     else:
-        cells = read_generated(cfg.generated, training)
-        target = training.test_codes
+        cells = read_generated(cfg.generated, model, reference)
+        target = reference.test_codes
         methods["bulk2sc"] = partial(draw_from_file, cfg.generated, *cells, target, rng)
     if cfg.compare and cfg.generated is None:
-        log_factor = calibration_to_held_out(training)
-        methods["calibrated"] = partial(draw_decoded, training, decoder, generator, log_factor)
+        log_factor = calibration_to_held_out(model, reference)
+        methods["calibrated"] = partial(draw_decoded, model, reference, generator, log_factor)
     if cfg.compare:
-        methods["other real cells"] = partial(draw_real, training, rng)
-    methods["cell-type NB"] = partial(draw_nb, training, rng)
+        methods["other real cells"] = partial(draw_real, reference, rng)
+    methods["cell-type NB"] = partial(draw_nb, reference, rng)
     if cfg.compare:
-        cells, codes = training.cells[training.train], training.codes[training.train]
-        seed = training.decoder_card["seed"]
-        print(f"{training.folder}: fitting scDesign2 and the published recipe", flush=True)
+        cells, codes = reference.cells[reference.train], reference.codes[reference.train]
+        seed = model.metadata["seed"]
+        print(f"{model.folder}: fitting scDesign2 and the published recipe", flush=True)
         copula = ScDesign2(cells.X, codes, seed)
-        methods["scDesign2 copula"] = partial(draw_fitted, training, copula)
-        published = train_published(cfg, training.folder, training.decoder_card)
-        methods["published recipe"] = partial(draw_decoded, training, published, generator)
+        methods["scDesign2 copula"] = partial(draw_fitted, reference, copula)
+        published = train_published(cfg, model.folder, model.metadata)
+        methods["published recipe"] = partial(
+            draw_decoded, model, reference, generator, decoder=published
+        )
         if importlib.util.find_spec("scvi"):
-            print(f"{training.folder}: training scVI", flush=True)
-            methods["scVI"] = partial(draw_fitted, training, ScVI(cells, codes, seed))
+            print(f"{model.folder}: training scVI", flush=True)
+            methods["scVI"] = partial(draw_fitted, reference, ScVI(cells, codes, seed))
     return methods
 
 
@@ -426,18 +389,17 @@ def cell_methods(training, cfg, rng):
 # Each returns rows (method, metric, type code or None for all types, value).
 
 
-def measure_cells(training, cfg, rng):
+def measure_cells(model, reference, cfg, rng):
     """Every method's cells against the held-out ones, and a perfect model's."""
-    cell_metrics = CellMetrics(training.cells, training.held_out, training.codes, cfg.n_trees)
-    methods = cell_methods(training, cfg, rng)
-    device = training.decoder.mu.device
-    own_generator = torch.Generator(device).manual_seed(cfg.seed + PERFECT_SEED)
+    cell_metrics = CellMetrics(reference.cells, reference.held_out, reference.codes, cfg.n_trees)
+    methods = cell_methods(model, reference, cfg, rng)
+    own_generator = torch.Generator(model.device).manual_seed(cfg.seed + PERFECT_SEED)
     rows, of_perfect = [], []
     if cfg.retrain:
-        anew = retrain(training, own_generator, cfg)
-        anew_metrics = CellMetrics(anew.cells, anew.held_out, anew.codes, cfg.n_trees)
-    for i in trange(cfg.n_draws, desc=f"cells of {training.folder}", unit="draw"):
-        ceiling = compare_perfect(training, own_generator, i, cfg)
+        anew = retrain(model, reference, own_generator, cfg)
+        anew_metrics = CellMetrics(anew[1].cells, anew[1].held_out, anew[1].codes, cfg.n_trees)
+    for i in trange(cfg.n_draws, desc=f"cells of {model.folder}", unit="draw"):
+        ceiling = compare_perfect(model, reference, own_generator, i, cfg)
         of_perfect += [("perfect model", *row) for row in ceiling]
         for method, draw in methods.items():
             X, codes = draw()
@@ -447,22 +409,22 @@ def measure_cells(training, cfg, rng):
             values += [] if real else excess_auroc(values, ceiling)
             rows += [(method, *row) for row in values]
         if cfg.retrain:  # against cells of the model that it was trained on
-            cells = draw_decoded(anew, anew.decoder, own_generator)
+            cells = draw_decoded(*anew, own_generator)
             values = anew_metrics.compare(*cells, seed=i)
             values += excess_auroc(values, ceiling)
             of_perfect += [("model trained anew", *row) for row in values]
-    print(f"{training.folder}: unseen real cells", flush=True)
-    return rows + measure_left_out(training, cfg) + of_perfect
+    print(f"{model.folder}: unseen real cells", flush=True)
+    return rows + measure_left_out(reference, cfg) + of_perfect
 
 
-def simulate(training, generator):
+def simulate(model, reference, generator):
     """A data set of the model's own cells, AnnData (N x G): as many of each type as real ones."""
-    simulated = training.cells.copy()
-    simulated.X = decode_types(training, training.decoder, training.codes, generator)
+    simulated = reference.cells.copy()
+    simulated.X = decode_types(model, reference, reference.codes, generator)
     return simulated
 
 
-def compare_perfect(training, generator, seed, cfg):
+def compare_perfect(model, reference, generator, seed, cfg):
     """Fresh cells of the model against a data set of its cells, also in the metrics' space.
 
     Args:
@@ -471,21 +433,22 @@ def compare_perfect(training, generator, seed, cfg):
     Returns:
         rows of :meth:`CellMetrics.compare`.
     """
-    simulated = simulate(training, generator)
-    cell_metrics = CellMetrics(simulated, training.held_out, training.codes, cfg.n_trees)
-    return cell_metrics.compare(*draw_decoded(training, training.decoder, generator), seed)
+    simulated = simulate(model, reference, generator)
+    cell_metrics = CellMetrics(simulated, reference.held_out, reference.codes, cfg.n_trees)
+    return cell_metrics.compare(*draw_decoded(model, reference, generator), seed)
 
 
-def retrain(training, generator, cfg):
-    """The Training of a model that has been trained on cells of this one.
+def retrain(model, reference, generator, cfg):
+    """A Model that has been trained on cells of this one, and these as its Reference.
 
-    Its real cells are these, split as the model's own were.
+    They are split as the model's own cells were.
     """
-    simulated, card = simulate(training, generator), training.decoder_card
-    decoder, new_card = train_anew(cfg, training.folder, simulated, training.codes, card)
-    held_out = apply_split(simulated, new_card["held_out"], "the model trained anew")
-    new = {"cells": simulated, "decoder": decoder, "decoder_card": new_card, "held_out": held_out}
-    return replace(training, **new)
+    simulated = replace(reference, cells=simulate(model, reference, generator))
+    decoder, metadata = train_anew(
+        cfg, model.folder, simulated.cells, reference.codes, model.metadata
+    )
+    anew = replace(model, decoder=decoder, metadata=metadata)
+    return anew, simulated.split_as(metadata, "the model trained anew")
 
 
 def excess_auroc(values, ceiling):
@@ -498,10 +461,10 @@ def excess_auroc(values, ceiling):
     return [(excess, None, auroc[name] - best[name]) for name, excess in names.items()]
 
 
-def measure_left_out(training, cfg):
+def measure_left_out(reference, cfg):
     """Half of the training cells, in a space that was fitted without them."""
-    cells, codes, held_out = training.cells, training.codes, training.held_out
-    left_out = training.train[split_cells(codes[training.train], 0.5, cfg.seed)]
+    cells, codes, held_out = reference.cells, reference.codes, reference.held_out
+    left_out = reference.train[split_cells(codes[reference.train], 0.5, cfg.seed)]
     if len(np.unique(codes[left_out])) < 2:
         return []
     kept = np.ones(cells.n_obs, dtype=bool)
@@ -512,13 +475,13 @@ def measure_left_out(training, cfg):
     return [("unseen real cells", *row) for row in values if not row[0].startswith("nearest")]
 
 
-def measure_sums(training, cfg, rng, n=10):
+def measure_sums(model, reference, cfg, rng, n=10):
     """Cells generated for n pseudobulks of held-out cells, added up again, against these bulks."""
-    decoder, n_types = training.decoder, len(training.decoder.mu)
-    X, codes = training.decoder_counts(training.test), training.test_codes
+    decoder, n_types = model.decoder, len(model.cell_types)
+    X, codes = model.counts(reference, reference.test), reference.test_codes
     bulk, _ = draw_test_bulks(X, codes, n_types, n, cfg.cells_per_bulk, rng)  # (n, G)
-    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, training.encoder, training.genes)
-    generator = torch.Generator(decoder.mu.device).manual_seed(cfg.seed)
+    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), model)
+    generator = torch.Generator(model.device).manual_seed(cfg.seed)
     k = draw_types(pi, CELLS_PER_SUM, generator)  # (n * CELLS_PER_SUM)
     sample = torch.arange(n, device=k.device).repeat_interleave(CELLS_PER_SUM)
     rows = []
@@ -530,18 +493,18 @@ def measure_sums(training, cfg, rng, n=10):
     return rows
 
 
-def measure(training, plan, cfg):
+def measure(model, reference, plan, cfg):
     """Everything that is measured of one training; plan: of :func:`plan_proportions`."""
-    methods = Methods(training, cfg)
+    methods = Methods(model, reference, cfg)
     # First, so that a file that cannot be used fails within seconds.
     rows = measure_foreign(methods, plan, cfg)
     rng = seed_everything(cfg.seed)
     if not cfg.proportions_only:
-        rows += measure_cells(training, cfg, rng)
+        rows += measure_cells(model, reference, cfg, rng)
         if cfg.compare and cfg.generated is None:
-            print(f"{training.folder}: sums of cells", flush=True)
+            print(f"{model.folder}: sums of cells", flush=True)
             for _ in range(cfg.n_draws):
-                rows += measure_sums(training, cfg, rng)
+                rows += measure_sums(model, reference, cfg, rng)
     return rows + measure_pseudobulks(methods, plan.lineage_of, cfg, rng)
 
 
@@ -647,7 +610,7 @@ def conclude_proportions(mean):
 def print_conclusions(table, trainings, cfg):
     """Print what to conclude, before the numbers. table: of :func:`summarise`, all cell types."""
     mean = table.set_index(["method", "metric"])["mean"]
-    n_cells = ", ".join(f"{len(training.test):,}" for training in trainings)
+    n_cells = ", ".join(f"{len(reference.test):,}" for _, reference in trainings)
     print(f"\n{n_cells} held-out cells; trainings: {len(trainings)}, draws of each: {cfg.n_draws}")
     print("\n".join([*conclude_cells(mean), *conclude_proportions(mean)]) + "\n")
 
@@ -692,7 +655,7 @@ def measure_states(trainings, plan, cfg):
     Returns:
         table of :func:`summarise`, over donors if there are several; and their names.
     """
-    rows = [row for training in trainings for row in measure_contrasts(training, plan, cfg)]
+    rows = [row for training in trainings for row in measure_contrasts(*training, plan, cfg)]
     if not rows:
         raise InputError(
             f"--conditions {cfg.conditions}: found no cell type with {FEWEST_CELLS} cells in "
@@ -712,8 +675,7 @@ def measure_all(trainings, plan, cell_types, cfg):
     """
     rows = []
     for training in trainings:
-        measured = measure(training, plan, cfg)
-        rows += [(str(training.folder), *row) for row in measured]
+        rows += [(str(training[0].folder), *row) for row in measure(*training, plan, cfg)]
     if not rows:
         raise InputError(
             f"{cfg.weights}: no cells were held out, so nothing can be measured; expected "
@@ -748,15 +710,15 @@ def check_out(folder):
 def main(cfg):
     check_out(cfg.out)
     device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
+    reference = Reference.load(cfg)
+    cell_types = reference.cell_types
     proportions, plan = plan_proportions(cfg, cell_types), None
     if cfg.conditions is not None and not cfg.proportions_only:
-        plan = plan_contrasts(cfg, cells, cell_types)
+        plan = plan_contrasts(cfg, cell_types)
     # Bulks of other cells than the reference's need no held-out ones.
     fewest = 0 if cfg.contrasts_only or cfg.proportions_only else 2
     trainings = [
-        Training(folder, cells, codes, *load_weights(folder, cells, cell_types, device, fewest))
+        load_trained(folder, reference, device, fewest)
         for folder in (cfg.weights, *cfg.more_weights)
     ]
     tables = []

@@ -75,6 +75,7 @@ if __name__ == "__main__":
 import contextlib
 import io
 import tempfile
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -86,29 +87,16 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
-from data import (
-    HOUSEKEEPING,
-    align_genes,
-    codes_of,
-    draw_test_bulks,
-    library_size,
-    load_cells,
-    log_normalise,
-    mean_counts,
-)
+from counts.genes import HOUSEKEEPING
+from counts.pseudobulks import draw_test_bulks
+from data import Reference, align_genes, library_size, log_normalise, mean_counts
+from deconvolution.encode import calibrate_to, encode_samples
+from deconvolution.fit import log_cpm
 from deconvolution.proportions import normal_interval
 from deconvolution.published import nnls_proportions
 from evaluation.metrics import concordance
-from generation import (
-    CHUNK,
-    calibrate_to,
-    draw_types,
-    encode_samples,
-    load_weights,
-    log_cpm,
-    new_cells,
-)
-from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
+from generation import CHUNK, draw_types, new_cells
+from models import Model, encode_cells, scGMVAE
 from plots.cells import (
     write_joint,
     write_legend,
@@ -130,6 +118,7 @@ from plots.states import (
     state_table,
 )
 from plots.training import write_curves
+from readers.bulk import Bulk
 from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
 from runtime.writing import check_writable
@@ -143,48 +132,20 @@ N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
 
 
-@dataclass
-class Reference:
-    """The reference cells in the decoder's genes, and the models trained on them."""
-
-    X: sp.csr_matrix
-    """Counts (N x G)."""
-    codes: np.ndarray
-    """Cell types (N)."""
-    cell_types: list[str]
-    """Their names (K)."""
-    held_out: np.ndarray
-    """Mask of the cells that no training has seen (N)."""
-    obs: pd.DataFrame
-    """Sample, donor and condition of the cells, as far as the settings give them (N rows)."""
-    genes: list[str]
-    """Names (G)."""
-    encoder_genes: list[str]
-    decoder: scDecoder
-    encoder: BulkEncoder
-    gmvae: tuple[scGMVAE, dict] | None
-    """scGMVAE and its card, if the weights have one."""
-    cards: tuple[dict, dict]
-    """Of the encoder and of the decoder."""
-
-    def __post_init__(self):
-        self.names = np.array(self.cell_types)[self.codes]  # (N)
-        everything = np.ones(len(self.codes), bool)
-        self.train = ~self.held_out if (~self.held_out).any() else everything
-
-
 def load_reference(cfg, device):
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    loaded = load_weights(cfg.weights, cells, cell_types, device, fewest=0)
-    decoder, card, encoder, encoder_card, held_out = loaded
-    gmvae_file = cfg.weights / "scGMVAE_model.pt"
-    gmvae = load_model(gmvae_file, scGMVAE, device) if gmvae_file.exists() else None
-    genes, encoder_genes = card["genes"], encoder_card["genes"]
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data, report=False)
-    obs, models = cells.obs, (decoder, encoder, gmvae)
-    cards = encoder_card, card
-    return Reference(X, codes, cell_types, held_out, obs, genes, encoder_genes, *models, cards)
+    """Model of the weights, scGMVAE with its metadata (None if there is none), and Reference."""
+    reference, model = Reference.load(cfg), Model.load(cfg.weights, device)
+    reference = model.split(reference)
+    X, _ = reference.counts(model.genes, cfg.data)
+    cells = anndata.AnnData(X, reference.cells.obs, pd.DataFrame(index=model.genes))
+    file = cfg.weights / "scGMVAE_model.pt"
+    gmvae = load_model(file, scGMVAE, device) if file.exists() else None
+    return model, gmvae, replace(reference, cells=cells)
+
+
+def type_names(reference):
+    """Name of the type of each cell (N)."""
+    return np.array(reference.cell_types)[reference.codes]
 
 
 def save(cfg, name, write, *arguments):
@@ -277,14 +238,14 @@ def generate(cfg, n_cells, n_reference):
     return generated.X, generated.obs["cell_type"].to_numpy()
 
 
-def make_panels(reference, cfg, rng, generator):
+def make_panels(model, gmvae, reference, cfg, rng, generator):
     """The paper's four t-SNE panels, each with an embedding of its own, and their legend."""
     rows = rng.permutation(len(reference.codes))[: cfg.max_cells]
-    X, codes, names = reference.X[rows], reference.codes[rows], reference.names[rows]
-    decoder = reference.decoder
+    X, codes = reference.X[rows], reference.codes[rows]
+    names, decoder = type_names(reference)[rows], model.decoder
     k = torch.as_tensor(codes, device=decoder.mu.device)
     z = decoder.sample_latent(decoder.mu[k], decoder.var[k], k, generator).cpu().numpy()
-    rebuilt = reconstruct(X, codes, decoder, reference.gmvae, reference.genes, generator)
+    rebuilt = reconstruct(X, codes, decoder, gmvae, model.genes, generator)
     generated, generated_names = generate(cfg, len(rows), len(reference.codes))
     for name, title, points, point_names in (
         ("pbmc1k", "raw cells", principal_components(X), names),
@@ -322,7 +283,7 @@ def make_joint(reference, test, generated, origin, cfg):
         f"generated cells among the {N_NEIGHBORS} nearest neighbours\n"
         f"of a real cell: {100 * share:.0f} % (50 % if they were alike)"
     )
-    names = np.tile(reference.names[test], 2)
+    names = np.tile(type_names(reference)[test], 2)
     origins = np.repeat([origin, "generated"], len(test))
     embedding = tsne(points, cfg.seed)
     save(cfg, "joint", write_joint, embedding, names, reference.cell_types, origins, caption)
@@ -394,17 +355,15 @@ def choose_markers(log, codes, n_types, genes, most=2):
 # ------------------------------------------------------------------------------------- pseudobulks
 
 
-def make_proportions(reference, bulk, true, cfg):
+def make_proportions(model, reference, bulk, true, cfg):
     """Predicted against true proportions (S, K) of pseudobulks (S, G)."""
-    genes = reference.encoder_genes
-    X, read = align_genes(reference.X, reference.genes, genes, "the encoder", report=False)
-    train = reference.train
-    profiles = mean_counts(X[train], reference.codes[train], len(reference.cell_types))
-    columns = pd.Index(reference.genes).get_indexer(genes)
-    models = reference.encoder, reference.cards[0], reference.decoder, reference.cards[1]
+    genes, train = model.encoder_genes, reference.train
+    X, read = reference.counts(genes, "the encoder", train)
+    profiles = mean_counts(X, reference.codes[train], len(reference.cell_types))
+    columns = pd.Index(model.genes).get_indexer(genes)
     measured, names = np.ones(bulk.shape[1], bool), [str(i) for i in range(len(bulk))]
-    answer = encode_samples(models, bulk, measured, names, "pseudobulks", "reference")
-    pi, sd = (part.cpu().numpy().astype(float) for part in (answer.cells, answer.sd))
+    encoded = encode_samples(model, Bulk(bulk, measured, names, "pseudobulks"), "reference")
+    pi, sd = (part.cpu().numpy().astype(float) for part in (encoded.cells, encoded.sd))
     low, high = normal_interval(pi, sd)
     other = nnls_proportions(bulk[:, columns[read]], profiles[:, read])
     inside = 100 * np.mean((low <= true) & (true <= high))
@@ -414,13 +373,12 @@ def make_proportions(reference, bulk, true, cfg):
     save(cfg, "proportions", write_predictions, *arguments)
 
 
-def make_sums(reference, bulk, generator, cfg):
+def make_sums(model, bulk, generator, cfg):
     """A pseudobulk (1, G) against the sums of cells generated for it, plain and calibrated."""
-    decoder, genes = reference.decoder, (reference.genes, reference.encoder_genes)
-    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), decoder, reference.encoder, genes)
+    log_factor, pi = calibrate_to(sp.csr_matrix(bulk), model)
     panels = {
         f"{mode}: Pearson {np.corrcoef(*pair)[0, 1]:.3f}": pair
-        for mode, pair in sum_points(bulk, decoder, pi, log_factor, generator).items()
+        for mode, pair in sum_points(bulk, model.decoder, pi, log_factor, generator).items()
     }
     axes = ("pseudobulk, log2(CPM + 1)", "sum of 1,000 generated cells, log2(CPM + 1)")
     save(cfg, "sums", write_points, panels, axes)
@@ -429,7 +387,7 @@ def make_sums(reference, bulk, generator, cfg):
 def sum_points(bulk, decoder, pi, log_factor, generator, n_cells=1000):
     """log2(CPM + 1) of a bulk (1, G) and of the sums of generated cells, plain and calibrated.
 
-    pi (1, K), log_factor (1, G): as :func:`generation.calibrate_to` gives them.
+    pi (1, K), log_factor (1, G): as :func:`~deconvolution.encode.calibrate_to` gives them.
 
     Returns:
         dict: mode -> (bulk, sum), two arrays (G).
@@ -465,13 +423,13 @@ def make_curves(cfg, loss):
 # ------------------------------------------------------------- a donor's cells under two conditions
 
 
-def make_state_pictures(reference, cfg):
+def make_state_pictures(model, reference, cfg):
     """states.png and state_genes.png; without a donor to show, a line was printed that says so."""
-    found = find_donor(reference.obs, reference.held_out, cfg)
+    found = find_donor(reference.cells.obs, reference.held_out, cfg)
     if found is None:
         return
     genes = pick_genes(cfg.state_genes, reference, found.conditions)
-    cells = generate_donor(found, reference, cfg)
+    cells = generate_donor(found, model, reference, cfg)
     make_states(reference, cells, cfg)
     make_state_genes(reference, cells, genes, cfg)
 
@@ -504,16 +462,15 @@ def make_state_genes(reference, cells, genes, cfg):
 # ---------------------------------------------------------------------------------- all together
 
 
-def make_reference_pictures(reference, cfg, rng):
+def make_reference_pictures(model, gmvae, reference, cfg, rng):
     """Every picture that needs neither samples nor conditions."""
-    decoder, codes = reference.decoder, reference.codes
-    device = decoder.mu.device
+    decoder, codes, device = model.decoder, reference.codes, model.device
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    make_panels(reference, cfg, rng, generator)
+    make_panels(model, gmvae, reference, cfg, rng, generator)
 
     # From here on cells that no training has seen, if there are enough.
     enough = reference.held_out.sum() >= MIN_HELD_OUT
-    pool = np.flatnonzero(reference.held_out) if enough else np.arange(len(codes))
+    pool = reference.test if enough else np.arange(len(codes))
     test = rng.permutation(pool)[: cfg.max_cells]
     generated = new_cells(decoder, torch.as_tensor(codes[test], device=device), generator)
     origin = "real, never trained on" if enough else "real, trained on"
@@ -522,8 +479,8 @@ def make_reference_pictures(reference, cfg, rng):
 
     rows, n_types = np.sort(test), len(reference.cell_types)
     bulk, true = draw_test_bulks(reference.X[rows], codes[rows], n_types, 100, 500, rng)
-    make_proportions(reference, bulk, true, cfg)
-    make_sums(reference, bulk[:1], generator, cfg)
+    make_proportions(model, reference, bulk, true, cfg)
+    make_sums(model, bulk[:1], generator, cfg)
 
     make_curves(cfg, decoder.config["likelihood"])
     save(cfg, "schematic", write_schematic)
@@ -533,10 +490,10 @@ def make_reference_pictures(reference, cfg, rng):
 def main(cfg):
     check_writable(cfg.out)
     rng = seed_everything(cfg.seed)
-    reference = load_reference(cfg, pick_device(cfg.device))
-    make_state_pictures(reference, cfg)
+    model, gmvae, reference = load_reference(cfg, pick_device(cfg.device))
+    make_state_pictures(model, reference, cfg)
     if not cfg.states_only:
-        make_reference_pictures(reference, cfg, rng)
+        make_reference_pictures(model, gmvae, reference, cfg, rng)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ Notation in shape comments: B batch, G genes, K cell types, D latent dimensions,
 """
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,7 +22,10 @@ from torch import nn
 
 from data import DEPTH, library_size, sum_by_type
 from runtime.device import in_batches, to_csr, to_sparse
+from runtime.errors import some
+from runtime.weights import check_cell_types, check_mixture, load_model, save_tensors
 
+MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")  # that generation reads
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
 UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
 MOST_IN_SHAPE = 20_000  # cells that a type's shape is fitted to; a random sample if more
@@ -1066,3 +1071,62 @@ class BulkEncoder(nn.Module):
         second = self.deconvolve(moved, measured)
         second = second * ((first.mean(dim=0) + 1e-4) / (second.mean(dim=0) + 1e-4))
         return second / second.sum(dim=1, keepdim=True)
+
+
+@dataclass(eq=False)
+class Model:
+    """What generation needs: Bulk Encoder and scDecoder, and what their files say besides."""
+
+    encoder: BulkEncoder
+    decoder: scDecoder
+    encoder_metadata: dict
+    """``genes``, ``cell_types``, ``settings`` and more."""
+    metadata: dict
+    """The same of scDecoder, which has all genes."""
+    folder: Path | None = None
+    """Of the files."""
+
+    genes = property(lambda self: self.metadata["genes"], doc="Names (G), scDecoder's.")
+    gene_ids = property(lambda self: self.metadata.get("gene_ids"), doc="Their other names (G).")
+    encoder_genes = property(lambda self: self.encoder_metadata["genes"])
+    cell_types = property(lambda self: self.metadata["cell_types"], doc="Names (K).")
+    device = property(lambda self: self.decoder.mu.device)
+
+    def __repr__(self):
+        K, G = len(self.cell_types), len(self.genes)
+        return f"Model of {K} cell types ({some(self.cell_types)}) x {G:,} genes"
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Read the files of a folder of weights.
+
+        Raises:
+            InputError: see :func:`runtime.weights.load_model`; or they are not of one training.
+        """
+        encoder_file, decoder_file = (Path(folder) / name for name in MODEL_FILES)
+        encoder, encoder_metadata = load_model(encoder_file, BulkEncoder, device)
+        decoder, metadata = load_model(decoder_file, scDecoder, device)
+        check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
+        return cls(encoder, decoder, encoder_metadata, metadata, Path(folder))
+
+    def split(self, reference):
+        """A Reference with those cells held out that the files list.
+
+        Raises:
+            InputError: its cell types or its cells are not those of the training.
+        """
+        encoder_file, decoder_file = (self.folder / name for name in MODEL_FILES)
+        check_cell_types(decoder_file, self.metadata, reference.cell_types)
+        check_cell_types(encoder_file, self.encoder_metadata, reference.cell_types)
+        return reference.split_as(self.metadata, decoder_file)
+
+    def counts(self, reference, rows):
+        """Counts of some cells of a Reference (n x G), CSR, in all genes of the model."""
+        return reference.counts(self.genes, "the model", rows)[0]
+
+    def save(self, folder):
+        """Write the files that :meth:`load` reads."""
+        networks = (self.encoder, self.encoder_metadata), (self.decoder, self.metadata)
+        for name, (network, metadata) in zip(MODEL_FILES, networks, strict=True):
+            state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+            save_tensors(Path(folder) / name, metadata | {"state": state})

@@ -72,7 +72,8 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-from data import codes_of, draw_pseudobulks, load_cells, split_cells
+from counts.pseudobulks import draw_pseudobulks
+from data import Reference, split_cells
 from runtime.device import seed_everything
 from runtime.writing import check_writable, write_h5ad, write_whole
 
@@ -121,8 +122,8 @@ def measure(bulk, noise, rng):
 def main(cfg):
     check_writable(cfg.out.parent)
     rng = seed_everything(cfg.seed)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
+    reference = Reference.load(cfg)
+    cells, codes, cell_types = reference.cells, reference.codes, reference.cell_types
     missing = check_types(cfg, codes, cell_types)
     of_bulks = split_cells(codes, 0.5, cfg.seed)  # (N)
     proportions = rng.dirichlet(np.full(len(cell_types), cfg.concentration), cfg.n_bulks)
@@ -133,18 +134,18 @@ def main(cfg):
     names = [f"bulk_{i + 1}" for i in range(cfg.n_bulks)]
     counts = pd.DataFrame(measure(bulk, cfg.noise, rng).T, list(cells.var_names), names)
     fractions = pd.DataFrame(fractions, names, list(cell_types))
-    reference = cells[~of_bulks & ~np.isin(codes, missing)].copy()
-    reference.obs["cell_type"] = reference.obs["cell_type"].cat.remove_unused_categories()
+    others = cells[~of_bulks & ~np.isin(codes, missing)].copy()
+    others.obs["cell_type"] = others.obs["cell_type"].cat.remove_unused_categories()
 
     bulk_file, truth_file, reference_file = files_of(cfg)
     write_whole(bulk_file, partial(counts.to_csv, index_label="gene"))
     write_whole(truth_file, partial(fractions.round(6).to_csv, index_label="sample"))
-    write_h5ad(reference_file, reference)
+    write_h5ad(reference_file, others)
     of_cells = f"{cfg.n_bulks} bulks of {cfg.cells_per_bulk:,} cells"
     print(f"wrote {bulk_file}: {len(counts):,} genes x {of_cells}")
     print(f"wrote {truth_file}: {cfg.n_bulks} bulks x {len(cell_types)} cell types")
     lacks = f", without {some(cfg.missing)}" if cfg.missing else ""
-    print(f"wrote {reference_file}: {reference.n_obs:,} other cells{lacks}")
+    print(f"wrote {reference_file}: {others.n_obs:,} other cells{lacks}")
 
 
 if __name__ == "__main__":

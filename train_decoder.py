@@ -74,16 +74,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from data import (
-    align_genes,
-    choose_held_out,
-    choose_marker_genes,
-    codes_of,
-    library_size,
-    load_cells,
-    mean_counts,
-    sample_names,
-)
+from counts.genes import choose_marker_genes
+from data import Reference, library_size, mean_counts
 from models import encode_cells, mean_profile, scDecoder, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
@@ -306,13 +298,13 @@ def train_model(run, optimizer, schedule, X, library, split, z):
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    genes, order = list(cells.var_names), list(range(len(cell_types)))
+    reference = Reference.load(cfg)
+    codes, cell_types, genes = reference.codes, reference.cell_types, reference.genes
+    order = list(range(len(cell_types)))
     mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
-    gmvae, card = load_gmvae(cfg, mu, var, cell_types, device)
-    held_out, fraction = choose_held_out(cells, codes, cfg, card, cfg.weights / "scGMVAE_model.pt")
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    gmvae, metadata = load_gmvae(cfg, mu, var, cell_types, device)
+    reference.split(cfg, metadata, cfg.weights / "scGMVAE_model.pt")
+    cells, train, test = reference.cells, reference.train, reference.test
     by_posterior = gmvae is not None and cfg.pairing != "prior"
     source = "the posterior of each cell" if by_posterior else "the prior of its cell type"
     print(
@@ -326,9 +318,9 @@ def main(cfg):
     fitted, validation = split_validation(train, codes, cfg)
     plan = plan_training(cfg, len(fitted), PASSES)
     made_from = digest(
-        *(cells.X, list(cells.obs_names), genes, codes, cell_types, held_out, mu, var),
+        *(cells.X, list(cells.obs_names), genes, codes, cell_types, reference.held_out, mu, var),
         gmvae.state_dict() if by_posterior else "prior",
-        *sample_names(cells),  # type means are shrunk if there are several donors
+        *reference.names,  # type means are shrunk if there are several donors
     )
     model_file = cfg.weights / "scDecoder_model.pt"
     if already_finished(cfg, model_file, scDecoder, made_from):
@@ -336,7 +328,7 @@ def main(cfg):
 
     posterior, codes = None, torch.as_tensor(codes)
     if by_posterior:
-        X, _ = align_genes(cells.X, genes, card["genes"], cfg.data)
+        X, _ = reference.counts(metadata["genes"], cfg.data, report=True)
         posterior = [part.cpu() for part in encode_cells(gmvae, X)]  # (N, D) each
     z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
     library = torch.from_numpy(library_size(cells.X))  # (N)
@@ -362,9 +354,7 @@ def main(cfg):
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them
-        cell_types=cell_types,
-        held_out=list(cells.obs_names[held_out]),
-        held_out_fraction=fraction,
+        **reference.metadata,
         pairing="posterior" if by_posterior else "prior",
         components=order,  # which component of the mixture files each type is
     )

@@ -94,29 +94,22 @@ class Settings(TrainingSettings):
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from counts.genes import choose_marker_genes, choose_state_genes
+from counts.pseudobulks import draw_pseudobulks
 from data import (
+    Reference,
     align_genes,
-    batches_of,
-    batches_of_samples,
-    choose_held_out,
-    choose_marker_genes,
-    choose_state_genes,
-    codes_of,
-    donors_of,
-    draw_pseudobulks,
-    load_cells,
-    sample_names,
-    samples_of,
 )
 from deconvolution.dwls import make_signature
+from deconvolution.encode import encode_bulks
 from deconvolution.expression import expected_bulk
-from generation import bulk_fit, encode_bulks
+from deconvolution.fit import bulk_fit
 from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
@@ -129,7 +122,7 @@ from states.directions import fit_states, group_bulks
 from states.moments import SampleMoments, read_samples_card, relative_to_batches, sample_moments
 from states.pseudobulks import (
     BulkCells,
-    Bulks,
+    Pseudobulks,
     concatenate,
     make_folds,
     mean_of_types,
@@ -150,29 +143,30 @@ N_STATE_BULKS = 2000  # from which it is learned
 FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
 
 
-def reference_fit(model, decoder, cells, genes, rng, n=200):
-    """Mean and sd of both measures of :func:`generation.bulk_fit` on pseudobulks of the reference.
+def reference_fit(model, decoder, reference, genes, rng, n=200):
+    """Mean and sd of both measures of :func:`bulk_fit` on pseudobulks of the reference.
 
     Against these the misfit of a new bulk is measured. Half of the pseudobulks are as the
     reference's platform measures them, half as others: gene-wise log-normal factors of a sd up to
     PLATFORM_SD.
 
     Args:
-        cells: AnnData with all genes of the decoder, held out if there are such. genes: the
-            encoder's (G).
+        reference: whose held-out cells are summed, or all if there are none. genes: the encoder's
+            (G).
 
     Returns:
         dict: measure -> [mean, sd]; empty when there are too few genes to tell.
     """
-    codes, cell_types = codes_of(cells)
-    share = np.bincount(codes, minlength=len(cell_types)) / len(codes)
+    rows = reference.test if len(reference.test) else reference.train
+    X, codes = reference.X[rows], reference.codes[rows]
+    share = np.bincount(codes, minlength=len(reference.cell_types)) / len(codes)
     proportions = np.zeros((n, len(share)))
     proportions[:, share > 0] = rng.dirichlet(20 * share[share > 0] + 0.1, n)
-    bulk, _ = draw_pseudobulks(cells.X, codes, proportions, np.full(n, 500), rng)
+    bulk, _ = draw_pseudobulks(X, codes, proportions, np.full(n, 500), rng)
     sd = np.where(np.arange(n) % 2, 0, rng.uniform(0, PLATFORM_SD, n))[:, None]
     bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
     bulk = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True) * 1e6)
-    X, measured = align_genes(bulk, cells.var_names, genes, "the encoder", report=False)
+    X, measured = align_genes(bulk, reference.genes, genes, "the encoder", report=False)
     device = model.mu.device
     *encoded, _ = encode_bulks(model.eval(), X, measured, device)
     expected = expected_bulk(decoder.to(device), encoded)
@@ -232,33 +226,28 @@ def read_mixture(cfg, cell_types):
     return mu, var, decoder, card
 
 
-def read_samples(cfg, cells, codes, held_out):
+def read_samples(cfg, reference):
     """What the encoder is to answer for each biological sample, as stage 1 found it.
 
-    Args:
-        cells: AnnData or backed (N). codes: their types (N). held_out: mask (N).
-
     Returns:
-        sample of each cell (N), SampleMoments (S, K, D) of the training cells, shrunk, and of the
-        held-out cells, raw; None three times without samples, or if all cells are of one, whose
-        moments are the mixture's.
+        SampleMoments (S, K, D) of the training cells, shrunk, and of the held-out cells, raw; None
+        twice without samples, or if all cells are of one, whose moments are the mixture's.
 
     Raises:
         InputError: stage 1 was trained without these samples, or for another mixture.
     """
-    sample, names = samples_of(cells)
+    sample, names = reference.sample, reference.samples
     if len(names) == 1:
-        return None, None, None
+        return None, None
     path = cfg.weights / "scGMVAE_model.pt"
     gmvae, card = load_model(path, scGMVAE)
     if "samples" not in card:
         raise InputError(f"{path}: trained without --samples, expected stage 1 trained with them")
-    _, cell_types = codes_of(cells)
-    check_cell_types(path, card, cell_types)
-    mixture = load_mixture(cfg.weights, len(cell_types))
+    check_cell_types(path, card, reference.cell_types)
+    mixture = load_mixture(cfg.weights, len(reference.cell_types))
     check_mixture(path, gmvae, *mixture, "gmm_mu_c.pt and gmm_var_c.pt")
     known, moments = read_samples_card(card["samples"])
-    trained = {names[s] for s in np.unique(sample[~held_out])}
+    trained = {names[s] for s in np.unique(sample[reference.train])}
     if trained != set(known):
         raise InputError(
             f"{path}: trained on {len(known)} samples ({some(known)}), found {len(trained)} in "
@@ -268,30 +257,59 @@ def read_samples(cfg, cells, codes, held_out):
     # A held-out sample is never drawn from in training, so any numbers will do for it.
     moments = SampleMoments(*(part[order] for part in vars(moments).values()))
     moments.n_cells[[i for i, name in enumerate(names) if name not in known]] = 0
-    rows = np.flatnonzero(held_out)
+    rows = reference.test
     if len(rows) == 0:
-        return sample, moments, None
-    X, _ = align_genes(cells.X, cells.var_names, card["genes"], cfg.data)
+        return moments, None
+    X, _ = reference.counts(card["genes"], cfg.data, report=True)
     mean, var = (part.numpy() for part in encode_cells(gmvae, X, rows))
     shape = moments.mu.shape[:2]
-    return sample, moments, sample_moments(mean, var, codes[rows], sample[rows], shape)
+    return moments, sample_moments(mean, var, reference.codes[rows], sample[rows], shape)
 
 
-def choose_encoder_genes(cells, codes, sample, cfg):
-    """The encoder's genes, in the data's order: of types and, with samples, of states.
-
-    cells: training cells. codes, sample: their types and samples (N); sample None without.
+def choose_encoder_genes(reference, cfg):
+    """The encoder's genes, in the data's order: of types and, with several samples, of states.
 
     Returns:
         names (G), and a mask (G) of those of types.
     """
-    batch = batches_of(cells)
+    rows = reference.train
+    training = Reference(reference.cells[rows])
+    cells, codes, batch = training.cells, reference.codes[rows], training.batch
     of_types = set(choose_marker_genes(cells, codes, cfg.n_genes, batch))
-    genes = of_types
-    if sample is not None and cfg.n_state_genes:
+    genes, sample = of_types, reference.sample[rows]
+    if len(reference.samples) > 1 and cfg.n_state_genes:
         genes = genes | set(choose_state_genes(cells, codes, sample, cfg.n_state_genes, batch))
     genes = [name for name in cells.var_names if name in genes]
     return genes, np.array([name in of_types for name in genes])
+
+
+def moments_of_states(cfg, reference, mu, var):
+    """As :func:`read_samples`; of a reference of several batches, relative to these.
+
+    mu, var: of the mixture (K, D), tensors.
+    """
+    moments, raw = read_samples(cfg, reference)
+    if reference.batch is None:
+        return moments, raw
+    types = reference.by_sample(reference.batch), mu.numpy(), var.numpy()
+    if raw is not None:
+        raw = relative_to_batches(raw, *types, moments)
+    return relative_to_batches(moments, *types), raw
+
+
+def make_bulk_cells(reference, genes, moments, raw_moments, where):
+    """BulkCells of the training cells and of the held-out ones, in the encoder's genes.
+
+    moments: of the training samples; raw_moments: of the held-out ones.
+    """
+    X, _ = reference.counts(genes, where, report=True)
+    X = X.astype(np.float32)  # once, rather than at every step
+    sample = reference.sample if len(reference.samples) > 1 else None
+    shape = reference.codes, len(reference.cell_types), sample
+    every = BulkCells(X, *shape, moments, batch=reference.batch)
+    training, testing = every.take(reference.train), every.take(reference.test)
+    testing.moments, testing.mixed = raw_moments, False
+    return training, testing
 
 
 def describe_types(cells, training, rows):
@@ -304,7 +322,7 @@ def describe_types(cells, training, rows):
         and ``signature``, the fields of :class:`deconvolution.dwls.Signature`.
     """
     X = sp.csr_matrix(cells.X[rows])
-    mean = mean_of_types(dataclasses.replace(training, X=X))  # (K, G)
+    mean = mean_of_types(replace(training, X=X))  # (K, G)
     several = training.batch is not None
     signature = make_signature(mean, X, training.codes, list(cells.var_names), several)
     return {"content": mean.sum(axis=1).tolist(), "signature": vars(signature)}
@@ -372,7 +390,7 @@ def batch_losses(model, bulks, signature, part=slice(None)):
     """The losses of a part of a batch of bulks, as its share of the mean over the batch.
 
     Args:
-        bulks: Bulks (B). signature: mean counts to deconvolve with (K, G).
+        bulks: Pseudobulks (B). signature: mean counts to deconvolve with (K, G).
 
     Returns:
         dict: ``mu``, ``var`` and ``pi`` of :func:`encoder_losses`, and ``deconvolved``, which is pi
@@ -405,7 +423,7 @@ def held_out_losses(model, test):
 class HeldOutBulks:
     """Bulks of held-out cells, the same at every epoch."""
 
-    bulks: Bulks
+    bulks: Pseudobulks
     known: torch.Tensor | None
     """Mask of the types whose raw moments can be compared with (B, K); None without samples."""
     beside: dict
@@ -483,35 +501,21 @@ def report_constant(losses):
 def main(cfg):
     rng = seed_everything(cfg.seed)
     device = pick_device(cfg.device)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    mu, var, decoder, card = read_mixture(cfg, cell_types)
-    held_out, fraction = choose_held_out(
-        cells, codes, cfg, card, cfg.weights / "scDecoder_model.pt"
-    )
-    sample, moments, raw_moments = read_samples(cfg, cells, codes, held_out)
-    if (batch := batches_of_samples(cells)) is not None:
-        types = batch, mu.numpy(), var.numpy()
-        if raw_moments is not None:
-            raw_moments = relative_to_batches(raw_moments, *types, moments)
-        moments = relative_to_batches(moments, *types)
+    reference = Reference.load(cfg)
+    mu, var, decoder, metadata = read_mixture(cfg, reference.cell_types)
+    reference.split(cfg, metadata, cfg.weights / "scDecoder_model.pt")
+    moments, raw_moments = moments_of_states(cfg, reference, mu, var)
+    barcodes, described = list(reference.cells.obs_names), reference.metadata
     made_from = digest(
-        *(cells.X, list(cells.obs_names), list(cells.var_names), codes, cell_types, held_out),
-        *(mu, var, decoder.state_dict(), *sample_names(cells)),
+        *(reference.X, barcodes, reference.genes, reference.codes, reference.cell_types),
+        *(reference.held_out, mu, var, decoder.state_dict(), *reference.names),
     )
-    held_out_names = list(cells.obs_names[held_out])
-    cells, rows = sample_in_memory(cells, codes, rng, "pseudobulks")
-    codes, held_out = codes[rows], held_out[rows]
-    sample = None if sample is None else sample[rows]
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    sample_of_train = None if sample is None else sample[train]
-    genes, of_types = choose_encoder_genes(cells[~held_out], codes[train], sample_of_train, cfg)
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    X = X.astype(np.float32)  # once, rather than at every step
-    batch = batches_of(cells)
-    every = BulkCells(X, codes, len(cell_types), sample, moments, batch=batch)
-    training, testing = every.take(train), every.take(test)
-    testing.moments, testing.mixed = raw_moments, False
+    cells, rows = sample_in_memory(reference.cells, reference.codes, rng, "pseudobulks")
+    labels = {"codes": reference.codes[rows], "held_out": reference.held_out[rows]}
+    reference = replace(reference, cells=cells, **labels)
+    train, test = reference.train, reference.test
+    genes, of_types = choose_encoder_genes(reference, cfg)
+    training, testing = make_bulk_cells(reference, genes, moments, raw_moments, cfg.data)
     print(
         f"pseudobulks of {len(train):,} training cells, {len(genes):,} genes; "
         f"{len(test):,} cells held out"
@@ -521,8 +525,9 @@ def main(cfg):
 
     model, signature = start_model(training, of_types, mu, var, cfg, rng)
     folds = make_folds(training, model, signature, cfg.folds, rng)
-    if sample is not None:
-        model = add_states(model, folds, donors_of(cells), cfg, rng)
+    if len(reference.samples) > 1:
+        donor = reference.by_sample(reference.codes_in("donor"))
+        model = add_states(model, folds, donor, cfg, rng)
     model = model.to(device)
     for fold in folds:
         fold.means = fold.means.to(device)
@@ -533,15 +538,13 @@ def main(cfg):
     train_model(run, optimizer, schedule, folds, test_bulks, rng)
     if run.group.rank:  # the first process writes what all have trained
         return
-    measured_on = cells[held_out if held_out.any() else ~held_out]
+    n_cells = np.bincount(training.codes, minlength=len(reference.cell_types))
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var.loc[genes, "gene_ids"]),  # by which bulks may name them
-        cell_types=cell_types,
-        held_out=held_out_names,
-        held_out_fraction=fraction,
-        fit=reference_fit(model, decoder, measured_on, genes, rng),
-        composition=(np.bincount(training.codes, minlength=len(cell_types)) / len(train)).tolist(),
+        **described,
+        fit=reference_fit(model, decoder, reference, genes, rng),
+        composition=(n_cells / len(train)).tolist(),
         **describe_types(cells, training, train),
     )
     last = run.progress.curve[-1]

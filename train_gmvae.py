@@ -94,16 +94,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data import (
-    align_genes,
-    choose_genes,
-    choose_held_out,
-    codes_of,
-    load_cells,
-    report_names,
-    sample_names,
-    samples_of,
-)
+from counts.genes import choose_genes
+from data import Reference, report_names
 from models import encode_cells, mean_profile, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
@@ -154,8 +146,8 @@ class LabelledTypes:
         codes: type of each cell (N). names: of the types (K).
     """
 
-    def __init__(self, cells, cfg):
-        self.codes, self.names = codes_of(cells)
+    def __init__(self, reference, cfg):
+        self.codes, self.names = reference.codes, reference.cell_types
         print_types(np.bincount(self.codes, minlength=len(self.names)), self.names)
 
     def resume(self, kept):
@@ -189,9 +181,12 @@ class FoundTypes(LabelledTypes):
         labels: Series (N) to compare with, or None. log_weight: ln π (K) once types are found.
     """
 
-    def __init__(self, cells, cfg):
-        self.labels = read_labels(cells, cfg.data, cfg.labels)
-        self.codes, self.names = np.zeros(cells.n_obs, int), [""] * (cfg.n_types or MOST_TYPES)
+    def __init__(self, reference, cfg):
+        self.labels = read_labels(reference.cells, cfg.data, cfg.labels)
+        self.codes, self.names = (
+            np.zeros(reference.cells.n_obs, int),
+            [""] * (cfg.n_types or MOST_TYPES),
+        )
         self.n_types, self.seed, self.log_weight = cfg.n_types, cfg.seed, None
 
     def resume(self, kept):
@@ -367,14 +362,13 @@ def mean_cell_losses(model, X, rows, batch_size, prior_kl):
     return [loss.mean().item() for loss in in_batches(losses, rows, batch_size)]
 
 
-def choose_input(cells, codes, held_out, cfg, rng):
+def choose_input(reference, cfg, rng):
     """Variable genes of the training cells, and the counts of all cells in them (N x G)."""
-    training = cells[~held_out]
+    training, codes = reference.cells[~reference.held_out], reference.codes[reference.train]
     if training.n_vars > cfg.n_genes:
-        training, _ = sample_in_memory(training, codes[~held_out], rng, "variable genes")
+        training, _ = sample_in_memory(training, codes, rng, "variable genes")
     genes = choose_genes(training, cfg.n_genes)
-    X, _ = align_genes(cells.X, cells.var_names, genes, cfg.data)
-    return genes, X
+    return genes, reference.counts(genes, cfg.data)[0]
 
 
 def start_model(X, train, n_types, cfg, plan, device):
@@ -388,22 +382,22 @@ def start_model(X, train, n_types, cfg, plan, device):
     return model, *two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
 
-def moments_of_samples(cells, codes, train, posterior, model):
+def moments_of_samples(reference, codes, posterior, model):
     """What the model's file keeps of the training samples: the moments of each type, shrunk.
 
     Args:
-        cells: AnnData (N). codes: their types (N). train: indices of the training cells (n).
-        posterior: mean and variance of their z (n, D). model: scGMVAE with the final mixture.
+        reference: Reference. codes: types of its cells (N). posterior: mean and variance of z of
+            the training cells (n, D). model: scGMVAE with the final mixture.
 
     Returns:
         dict with ``samples`` (:func:`states.moments.describe_samples`); empty without samples.
     """
-    if "sample" not in cells.obs:
+    if not reference.has_samples:
         return {}
-    sample, names = samples_of(cells)
+    train, names = reference.train, reference.samples
     mean, var = (part.detach().cpu().numpy() for part in posterior)
     shape = len(names), len(model.mu)
-    raw = sample_moments(mean, var, codes[train], sample[train], shape)
+    raw = sample_moments(mean, var, codes[train], reference.sample[train], shape)
     mu, var = (part.detach().cpu().double().numpy() for part in (model.mu, model.var))
     return {"samples": describe_samples(names, shrink_moments(raw, mu, var))}
 
@@ -414,22 +408,23 @@ def main(cfg):
     device = pick_device(cfg.device)
     with_labels = cfg.n_types is None
     check_writable(cfg.weights, "--weights")  # rather now than after reading a large file
-    cells = load_cells(cfg, need_labels=with_labels, found=False)
-    report_names(cells)
-    types = (LabelledTypes if with_labels else FoundTypes)(cells, cfg)
-    held_out, fraction = choose_held_out(cells, types.codes, cfg)
-    genes, X = choose_input(cells, types.codes, held_out, cfg, rng)
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    reference = Reference.load(cfg, need_labels=with_labels, found=False)
+    report_names(reference.cells)
+    types = (LabelledTypes if with_labels else FoundTypes)(reference, cfg)
+    reference.codes, reference.cell_types = types.codes, types.names
+    reference.split(cfg)
+    genes, X = choose_input(reference, cfg, rng)
+    train, test = reference.train, reference.test
     if (cfg.n_types or 0) > len(train):
         raise InputError(
             f"--n-types: found {cfg.n_types}, expected at most the {len(train)} cells of training"
         )
     print(f"{len(train):,} training cells, {len(test):,} held out, {len(genes):,} genes")
-    names = list(cells.obs_names), list(cells.var_names)
+    names, barcodes = reference.genes, list(reference.cells.obs_names)
     fitted, validation = split_validation(train, types.codes, cfg)
     plan = plan_training(cfg, len(fitted), PASSES)
     vae_epochs = round(plan.n_epochs * VAE_SHARE) if cfg.vae_epochs is None else cfg.vae_epochs
-    made_from = digest(cells.X, *names, types.codes, types.names, *sample_names(cells))
+    made_from = digest(reference.X, barcodes, names, types.codes, types.names, *reference.names)
     model_file = cfg.weights / "scGMVAE_model.pt"
     if already_finished(cfg, model_file, scGMVAE, made_from):
         return
@@ -471,13 +466,11 @@ def main(cfg):
     posterior = encode_cells(model, X, train)
     types.fit_mixture(model, train, *posterior)
     save_mixture(cfg.weights, model.mu, model.var)
-    types.save(cfg.weights, cells.obs_names)
+    types.save(cfg.weights, barcodes)
     run.save_results(
         genes=genes,
-        cell_types=types.names,
-        held_out=list(cells.obs_names[held_out]),
-        held_out_fraction=fraction,
-        **moments_of_samples(cells, types.codes, train, posterior, model),
+        **reference.metadata | {"cell_types": types.names},
+        **moments_of_samples(reference, types.codes, posterior, model),
     )
     last = run.progress.curve[-1]
     print(

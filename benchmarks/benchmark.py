@@ -230,12 +230,13 @@ def published_training(data, labels):
 
 def reference(data, labels):
     """Training cells, and the held-out fifth of the data; the same split for all methods."""
-    from data import DatasetSettings, codes_of, load_cells, split_cells
+    from data import DatasetSettings, Reference, split_cells
 
     with silence():
-        cells = load_cells(DatasetSettings(data=data, labels=labels))
-    held_out = split_cells(codes_of(cells)[0], 0.2, seed=0)
-    return cells[~held_out].copy(), cells[held_out].copy()
+        cells = Reference.load(DatasetSettings(data=data, labels=labels))
+    held_out = split_cells(cells.codes, 0.2, seed=0)
+    training, test = cells.cells[~held_out].copy(), cells.cells[held_out].copy()
+    return Reference.of(training), Reference.of(test)
 
 
 def our_training(data, labels):
@@ -260,19 +261,18 @@ def our_elbo(weights, training, held_out, n=10):
     p(z | y) is the shape of type y, from which cells are generated; p(y) is the fraction of type y
     among the training cells. n: draws of z.
     """
-    from data import align_genes, codes_of
     from models import encode_cells, nb_log_prob, scGMVAE
     from runtime.weights import load_model
 
     gmvae, card = load_model(weights / "scGMVAE_model.pt", scGMVAE)
     decoder, saved = load_model(weights / "scDecoder_model.pt", scDecoder)
-    if set(saved["held_out"]) != set(held_out.obs_names):
+    if set(saved["held_out"]) != set(held_out.cells.obs_names):
         raise ValueError("the models hold out other cells")
     decoder.eval()
-    y = torch.from_numpy(codes_of(held_out)[0])  # (N)
-    p_y = np.bincount(codes_of(training)[0], minlength=len(saved["cell_types"])) / training.n_obs
+    y, n = torch.from_numpy(held_out.codes), len(training.codes)  # (N)
+    p_y = np.bincount(training.codes, minlength=len(saved["cell_types"])) / n
     x = torch.from_numpy(held_out.X.toarray().astype(np.float32))  # (N, G)
-    aligned, _ = align_genes(held_out.X, held_out.var_names, card["genes"], "the reference")
+    aligned, _ = held_out.counts(card["genes"], "the reference")
     mean, var = encode_cells(gmvae, aligned)  # (N, D)
     q = torch.distributions.Normal(mean, var.sqrt())
     mu, sd = decoder.mu[y], decoder.var[y].sqrt()  # (N, D)
@@ -303,7 +303,7 @@ def scvi_training(data, labels, every=20):
     import scvi
 
     scvi.settings.seed = 0
-    training, held_out = reference(data, labels)
+    training, held_out = (part.cells for part in reference(data, labels))
     for cells in (training, held_out):
         cells.X = cells.X.astype(np.float32)
     n_epochs = min(round(400 * 20_000 / training.n_obs), 400)  # its own rule

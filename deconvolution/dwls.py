@@ -19,7 +19,8 @@ import scipy.optimize
 import scipy.stats
 import torch
 
-from data import PROTOCOL_GENES, log_normalise, sum_by_type
+from counts.genes import PROTOCOL_GENES
+from data import log_normalise, sum_by_type
 from runtime.progress import progress
 
 MOST_PER_TYPE = 200  # genes of a signature

@@ -14,7 +14,8 @@ import re
 import numpy as np
 import pandas as pd
 
-from data import PROTOCOL_GENES, TABLES
+from counts.genes import PROTOCOL_GENES
+from data import TABLES
 
 PUBLISHED = TABLES / "mrna_content.csv"
 # Proteins of the ribosome: short genes of many transcripts. A library of transcript ends counts

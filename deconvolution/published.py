@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from sklearn.svm import NuSVR
 from sklearn.utils.parallel import Parallel, delayed
 
-from data import PROTOCOL_GENES, library_size, mean_counts, sum_by_type
+from counts.genes import PROTOCOL_GENES
+from data import library_size, mean_counts, sum_by_type
 from deconvolution.dwls import (
     choose_signature,
     differential_expression,

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data import PROTOCOL_GENES, TABLES
+from counts.genes import PROTOCOL_GENES
+from data import TABLES
 
 TABLE = TABLES / "blood_types.csv"
 LINEAGES = ("Monocytes", "B cells", "Natural killer cells", "T cells")

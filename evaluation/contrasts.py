@@ -17,19 +17,16 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from data import (
-    PROTOCOL_GENES,
-    align_genes,
-    load_cells,
-    mean_counts,
-    samples_of,
-    sum_by_type,
-)
+from counts.genes import PROTOCOL_GENES
+from data import Reference, align_genes, mean_counts, sum_by_type
+from deconvolution.encode import encode
 from deconvolution.expression import estimate_expression
+from deconvolution.samples import add_to_sums
 from evaluation.baselines import bayesprism_expression, one_factor_expression
 from evaluation.metrics import CellMetrics, false_changes, fold_change_metrics, random_forest_auroc
-from generation import add_to_sums, encode_in_all_genes, generate_cells
+from generation import generate_cells
 from models import scGMVAE
+from readers.bulk import Bulk
 from readers.labels import natural_order
 from readers.profiles import Profiles, read_profile_types, read_profiles
 from runtime.errors import InputError, some
@@ -122,19 +119,19 @@ class TestBulks:
     """True share of each cell type in the counts (S, K), rows summing to 1."""
 
 
-def plan_contrasts(cfg, cells, cell_types):
+def plan_contrasts(cfg, cell_types):
     """Read and check everything that the settings name, before anything is measured.
 
     Args:
-        cfg: settings of evaluate.py. cells: AnnData of the labelled cells. cell_types: names (K).
+        cfg: settings of evaluate.py. cell_types: names (K).
 
     Raises:
         InputError: a file or setting cannot be used, or the two conditions are not clear.
     """
-    everything = load_cells(cfg, need_labels=False)
-    sample, names = samples_of(everything)
-    bulk = sum_by_type(everything.X, sample, len(names))
-    samples = describe_samples(everything.obs).loc[names]
+    everything = Reference.load(cfg, need_labels=False)
+    names = everything.samples
+    bulk = sum_by_type(everything.X, everything.sample, len(names))
+    samples = describe_samples(everything.cells.obs).loc[names]
     known = natural_order(samples["condition"])
     profiles, mixing = None, None
     types, type_of = cell_types, cell_types
@@ -283,59 +280,57 @@ def merge_types(sums, member):
 # ------------------------------------------------------------------- truth and bulks of a training
 
 
-def sum_groups(training, group, n):
+def sum_groups(model, reference, group, n):
     """Sums of real cells by group and type (n, K, G), and their numbers (n, K).
 
     group: of each cell (N), 0 to n - 1; -1 for cells to leave out.
     """
-    rows, K = np.flatnonzero(group >= 0), len(training.cell_types)
-    codes = group[rows] * K + training.codes[rows]
-    sums = sum_by_type(training.decoder_counts(rows), codes, n * K).reshape(n, K, -1)
+    rows, K = np.flatnonzero(group >= 0), len(model.cell_types)
+    codes = group[rows] * K + reference.codes[rows]
+    sums = sum_by_type(model.counts(reference, rows), codes, n * K).reshape(n, K, -1)
     return sums, np.bincount(codes, minlength=n * K).reshape(n, K)
 
 
-def group_by_sample(training, names):
+def group_by_sample(reference, names):
     """Position of each cell's sample among ``names`` (N), -1 if it is none of them."""
-    sample, every = samples_of(training.cells)
-    return pd.Index(names).get_indexer(every)[sample]
+    return pd.Index(names).get_indexer(reference.samples)[reference.sample]
 
 
-def held_out_samples(training):
+def held_out_samples(model, reference):
     """Names of the samples whose cells are all held out.
 
     Raises:
         InputError: there is none, or a sample is held out in part.
     """
-    sample, names = samples_of(training.cells)
+    sample, names = reference.sample, reference.samples
     n = np.bincount(sample, minlength=len(names))
-    n_held_out = np.bincount(sample[training.held_out], minlength=len(names))
+    n_held_out = np.bincount(sample[reference.held_out], minlength=len(names))
     whole = (n_held_out == n) & (n > 0)
     partial = (n_held_out > 0) & ~whole
     if partial.any() or not whole.any():
         found = f"{partial.sum()} samples held out in part" if partial.any() else "no sample"
         raise InputError(
-            f"{training.folder / 'scDecoder_model.pt'}: found {found}, expected whole samples held "
+            f"{model.folder / 'scDecoder_model.pt'}: found {found}, expected whole samples held "
             "out, as by --samples with --held-out-donors in the trainings"
         )
     return [name for name, kept in zip(names, whole, strict=True) if kept]
 
 
-def truth_of_cells(training, plan):
+def truth_of_cells(model, reference, plan):
     """Truth from the cells of the reference's own samples, of types with FEWEST_CELLS cells."""
-    sample, names = samples_of(training.cells)
-    sums, n_cells = sum_groups(training, sample, len(names))
+    sample, names = reference.sample, reference.samples
+    sums, n_cells = sum_groups(model, reference, sample, len(names))
     profiles = merge_types(sums, plan.member)
     profiles[n_cells @ plan.member < FEWEST_CELLS] = np.nan
     return Truth(plan.samples.loc[names], profiles, np.arange(profiles.shape[2]))
 
 
-def truth_of_profiles(training, plan):
+def truth_of_profiles(model, plan):
     """Truth from --profiles: their values as they are, or CPM where they are mixed to bulks."""
     table, values = plan.profiles.table, plan.profiles.values  # (n, R)
     if plan.mixing is not None:
         values = values / values.sum(axis=1, keepdims=True) * 1e6
-    card = training.decoder_card
-    rows, genes = plan.profiles.match_genes(card["genes"], card.get("gene_ids"))
+    rows, genes = plan.profiles.match_genes(model.genes, model.gene_ids)
     used = table["cell_type"].isin(plan.types).to_numpy()
     samples = describe_samples(table[used])
     profiles = np.full((len(samples), len(plan.types), len(genes)), np.nan)
@@ -345,19 +340,17 @@ def truth_of_profiles(training, plan):
     return Truth(samples, profiles, genes)
 
 
-def bulks_of_samples(training, plan, names):
+def bulks_of_samples(model, reference, plan, names):
     """TestBulks of the reference's own samples ``names``: the sums of all of their cells."""
     index = plan.samples.index.get_indexer(names)
-    genes = training.genes[0]
-    X, measured = align_genes(
-        plan.bulk[index], training.cells.var_names, genes, "the decoder", report=False
-    )
-    sums, _ = sum_groups(training, group_by_sample(training, names), len(names))
+    genes = model.genes
+    X, measured = align_genes(plan.bulk[index], reference.genes, genes, "the decoder", report=False)
+    sums, _ = sum_groups(model, reference, group_by_sample(reference, names), len(names))
     shares = sums.sum(axis=2)  # (S, K)
     return TestBulks(X.toarray(), measured, shares / shares.sum(axis=1, keepdims=True))
 
 
-def mix_profiles(training, plan, truth, rng):
+def mix_profiles(model, reference, plan, truth, rng):
     """TestBulks that mix each sample's own profiles by Dirichlet weights.
 
     A sample that lacks a type is mixed of the others. Within a compared type, cell types have the
@@ -367,29 +360,23 @@ def mix_profiles(training, plan, truth, rng):
     weights = np.zeros(there.shape)
     for s, types in enumerate(there):
         weights[s, types] = rng.dirichlet(plan.mixing[types])
-    G = len(training.genes[0])
+    G = len(model.genes)
     counts, measured = np.zeros((len(weights), G)), np.isin(np.arange(G), truth.genes)
     counts[:, truth.genes] = np.einsum("st,stp->sp", weights, np.nan_to_num(truth.profiles))
-    share = training_shares(training)  # (K)
+    share = training_shares(model, reference)  # (K)
     within = plan.member * share[:, None]  # (K, T)
     within = within / np.maximum(within.sum(axis=0), 1e-12)
     return TestBulks(counts, measured, weights @ within.T)
 
 
-def training_shares(training):
+def training_shares(model, reference):
     """Share of each cell type in the counts of all training cells (K)."""
-    sums, _ = sum_groups(training, np.where(training.held_out, -1, 0), 1)
+    sums, _ = sum_groups(model, reference, np.where(reference.held_out, -1, 0), 1)
     shares = sums[0].sum(axis=1)
     return shares / shares.sum()
 
 
 # ------------------------------------------------------------------------- bulk2sc's own answers
-
-
-def encode(training, counts, measured, names):
-    """mu, var (S, K, D) and pi (S, K) of bulks (S, G) in the decoder's genes, in one call."""
-    bulks = counts, measured, training.genes, names, training.folder
-    return encode_in_all_genes(training.encoder, *bulks)[:3]
 
 
 @dataclass
@@ -404,7 +391,7 @@ class Answer:
     """Counts that each type is expected to give to a bulk (S, K, G); None if not calibrated."""
 
 
-def answer_bulks(training, counts, measured, names):
+def answer_bulks(model, counts, measured, names):
     """The Answer of each method of GENERATED to bulks.
 
     Args:
@@ -413,8 +400,8 @@ def answer_bulks(training, counts, measured, names):
     Returns:
         dict: method -> Answer.
     """
-    decoder = training.decoder
-    encoded = encode(training, counts, measured, names)
+    decoder = model.decoder
+    encoded = encode(model, Bulk(counts, measured, names, str(model.folder)))[:3]
     shape = (len(counts), *decoder.mu.shape)
     constant = (decoder.mu.expand(shape), decoder.var.expand(shape), encoded[2])
     answers = {}
@@ -459,20 +446,20 @@ def generate_type(decoder, answer, s, k, n, seed):
 # -------------------------------------------------------------------------------------- baselines
 
 
-def condition_sums(training, plan, conditions):
+def condition_sums(model, reference, plan, conditions):
     """Sums of the training cells by condition and type (C, K, G)."""
-    sample, names = samples_of(training.cells)
+    sample, names = reference.sample, reference.samples
     condition = pd.Index(conditions).get_indexer(plan.samples["condition"].loc[names])[sample]
-    group = np.where(training.held_out, -1, condition)
-    return sum_groups(training, group, len(conditions))[0]
+    group = np.where(reference.held_out, -1, condition)
+    return sum_groups(model, reference, group, len(conditions))[0]
 
 
-def condition_moments(training, plan):
+def condition_moments(model, plan):
     """Moments of the training cells of A and of B: mu, var (2, K, D) float64, or None.
 
     A type that no sample of a condition has gets the mean of these samples' shrunk moments.
     """
-    file = training.folder / "scGMVAE_model.pt"
+    file = model.folder / "scGMVAE_model.pt"
     card = load_model(file, scGMVAE)[1].get("samples") if file.exists() else None
     if card is None:
         return None
@@ -491,17 +478,21 @@ def by_condition(values, samples, conditions):
     return np.where((index >= 0)[:, None, None], values[index], np.nan)
 
 
-def baseline_sums(training, plan, bulks):
+def baseline_sums(model, reference, plan, bulks):
     """Baselines that read the bulks: dict method -> counts (S, K, G)."""
-    shares = bulks.shares + 1e-6 * training_shares(training)  # so that no type is missing
+    shares = bulks.shares + 1e-6 * training_shares(model, reference)  # so that no type is missing
     shares /= shares.sum(axis=1, keepdims=True)
-    rows = training.train
-    profiles = mean_counts(training.decoder_counts(rows), training.codes[rows], shares.shape[1])
+    rows = reference.train
+    profiles = mean_counts(
+        model.counts(reference, rows),
+        reference.codes[rows],
+        shares.shape[1],
+    )
     profiles /= np.maximum(profiles.sum(axis=1, keepdims=True), 1e-12)
     conditions = natural_order(plan.samples["condition"])
-    states = condition_sums(training, plan, conditions)  # (C, K, G)
+    states = condition_sums(model, reference, plan, conditions)  # (C, K, G)
     type_of = np.tile(np.arange(len(profiles)), len(conditions))
-    genes = training.genes[0]
+    genes = model.genes
     in_theta = bulks.measured & ~np.array([bool(PROTOCOL_GENES.fullmatch(g)) for g in genes])
     Z = bayesprism_expression(
         bulks.counts,
@@ -517,16 +508,16 @@ def baseline_sums(training, plan, bulks):
     }
 
 
-def condition_profiles(training, plan, samples):
+def condition_profiles(model, reference, plan, samples):
     """Baselines that know the condition of each sample: dict method -> CPM (S, T, G)."""
     if plan.reference_conditions is None:
         return {}
     a, b = plan.reference_conditions
-    sums = condition_sums(training, plan, list(dict.fromkeys((a, b))))[[0, -1]]  # (2, K, G)
+    sums = condition_sums(model, reference, plan, list(dict.fromkeys((a, b))))[[0, -1]]  # (2, K, G)
     values = {"training cells of the condition": merge_types(sums, plan.member)}
-    moments = condition_moments(training, plan)
+    moments = condition_moments(model, plan)
     if moments is not None:
-        decoder = training.decoder
+        decoder = model.decoder
         mu, var = (torch.from_numpy(part).to(decoder.mu) for part in moments)
         share = sums.sum(axis=2)  # (2, K)
         pi = torch.from_numpy(share / share.sum(axis=1, keepdims=True)).to(mu)
@@ -541,44 +532,46 @@ def condition_profiles(training, plan, samples):
 # Each returns rows (donor, method, metric, type or "" for all types, value).
 
 
-def measure_contrasts(training, plan, cfg):
+def measure_contrasts(model, reference, plan, cfg):
     """Everything that is measured of the states of samples, of one training.
 
     Raises:
         InputError: see :func:`find_test_samples`.
     """
-    test = find_test_samples(training, plan)
+    test = find_test_samples(model, reference, plan)
     mix_rng, null_rng = (np.random.default_rng([cfg.seed, i]) for i in range(2))
     rows, left_out = [], Counter()
     for draw in range(cfg.n_draws):
         if plan.mixing is not None:
-            bulks = mix_profiles(training, plan, test.truth, mix_rng)
+            bulks = mix_profiles(model, reference, plan, test.truth, mix_rng)
         elif draw == 0:  # nothing of these bulks is drawn
-            bulks = bulks_of_samples(training, plan, test.names)
-        predicted = predict_profiles(training, plan, test, bulks, cfg, draw)
+            bulks = bulks_of_samples(model, reference, plan, test.names)
+        predicted = predict_profiles(model, reference, plan, test, bulks, cfg, draw)
         rows += measure_fold_changes(plan, test, predicted, left_out)
-        rows += measure_null(training, plan, test, cfg, null_rng, draw)
+        rows += measure_null(model, reference, plan, test, cfg, null_rng, draw)
     for method, n in (+left_out).items():
         print(
-            f"{training.folder}: {method} has no expression of {n} types of donors (over "
+            f"{model.folder}: {method} has no expression of {n} types of donors (over "
             f"{cfg.n_draws} draws), which are left out of its metrics"
         )
     if plan.mixing is None:
-        rows += measure_auroc(training, plan, test, bulks, cfg)
+        rows += measure_auroc(model, reference, plan, test, bulks, cfg)
     return rows
 
 
-def find_test_samples(training, plan):
+def find_test_samples(model, reference, plan):
     """The samples whose cells are generated, what is true of them, and which are compared.
 
     Raises:
         InputError: no sample, or no pair of samples, can be compared.
     """
-    truth_of = truth_of_cells if plan.profiles is None else truth_of_profiles
-    truth = truth_of(training, plan)
+    if plan.profiles is None:
+        truth = truth_of_cells(model, reference, plan)
+    else:
+        truth = truth_of_profiles(model, plan)
     names = list(truth.samples.index)
     if plan.mixing is None:
-        names = keep_known(held_out_samples(training), names, plan)
+        names = keep_known(held_out_samples(model, reference), names, plan)
     paired = is_paired(truth.samples, plan.conditions)
     samples = truth.samples.loc[names]
     contrasts = list_contrasts(samples, plan.conditions, paired)
@@ -586,12 +579,12 @@ def find_test_samples(training, plan):
     if not contrasts:
         found = [f"{name}: {condition}" for name, condition in samples["condition"].items()]
         raise InputError(
-            f"{training.folder}: found no two test samples to compare ({some(found, 8)}), expected "
+            f"{model.folder}: found no two test samples to compare ({some(found, 8)}), expected "
             f"{a} and {b} of {'one donor' if paired else 'different donors'}"
         )
     whose = "of the same donor" if paired else "of other donors, their mean"
     print(
-        f"{training.folder}: {len(names)} test samples, {len(contrasts)} donors whose {b} is "
+        f"{model.folder}: {len(names)} test samples, {len(contrasts)} donors whose {b} is "
         f"compared with {a} {whose}; {len(truth.genes):,} genes, {len(plan.types)} cell types"
     )
     every = list_contrasts(truth.samples, plan.conditions, paired)
@@ -614,17 +607,17 @@ def keep_known(held_out, known, plan):
     return [name for name in held_out if name in known]
 
 
-def predict_profiles(training, plan, test, bulks, cfg, draw):
+def predict_profiles(model, reference, plan, test, bulks, cfg, draw):
     """Every method's profiles of the test samples: dict method -> CPM (S, T, P)."""
-    answers = answer_bulks(training, bulks.counts, bulks.measured, test.names)
+    answers = answer_bulks(model, bulks.counts, bulks.measured, test.names)
     sums = {
-        method: generate_sums(training.decoder, answer, cfg.cells_per_sample, cfg.seed + draw)
+        method: generate_sums(model.decoder, answer, cfg.cells_per_sample, cfg.seed + draw)
         for method, answer in answers.items()
     }
     sums[EXPECTED] = answers["bulk2sc"].expected
-    sums |= baseline_sums(training, plan, bulks)
+    sums |= baseline_sums(model, reference, plan, bulks)
     predicted = {method: merge_types(values, plan.member) for method, values in sums.items()}
-    predicted |= condition_profiles(training, plan, test.truth.samples.loc[test.names])
+    predicted |= condition_profiles(model, reference, plan, test.truth.samples.loc[test.names])
     return {method: profiles[..., test.truth.genes] for method, profiles in predicted.items()}
 
 
@@ -670,52 +663,51 @@ def another_donor(test, pair, donor, types):
     return [(*key, float(np.mean(value))) for key, value in values.items()]
 
 
-def measure_auroc(training, plan, test, bulks, cfg):
+def measure_auroc(model, reference, plan, test, bulks, cfg):
     """Random-forest AUROC of generated cells against the same sample's held-out cells, by type.
 
     As many cells on either side, of the reference's own types with FEWEST_CELLS in the sample.
     """
-    space = CellMetrics(training.cells, training.held_out, training.codes, cfg.n_trees)
-    sample = group_by_sample(training, test.names)
-    answers = answer_bulks(training, bulks.counts, bulks.measured, test.names)
+    space = CellMetrics(reference.cells, reference.held_out, reference.codes, cfg.n_trees)
+    sample = group_by_sample(reference, test.names)
+    answers = answer_bulks(model, bulks.counts, bulks.measured, test.names)
     rng = np.random.default_rng(cfg.seed)
     values = {}
     for s in test.compared:
         name, own = test.names[s], np.flatnonzero(sample == s)
         donor = plan.samples["donor"][name]
-        for k in np.flatnonzero(np.bincount(training.codes[own]) >= FEWEST_CELLS):
-            real = own[training.codes[own] == k]
+        for k in np.flatnonzero(np.bincount(reference.codes[own]) >= FEWEST_CELLS):
+            real = own[reference.codes[own] == k]
             drawn = {
-                method: cells_like(training, answer, s, k, len(real), cfg.seed)
+                method: cells_like(model, reference, answer, s, k, len(real), cfg.seed)
                 for method, answer in answers.items()
             }
             drawn["training cells of the condition"] = draw_training_cells(
-                training, plan, name, k, len(real), rng
+                reference, plan, name, k, len(real), rng
             )
-            pcs = space.features(training.cells.X[real]).pcs
+            pcs = space.features(reference.cells.X[real]).pcs
             for method, X in drawn.items():
                 if X is not None:
                     auroc = random_forest_auroc(pcs, space.features(X).pcs, cfg.seed, cfg.n_trees)
-                    key = donor, method, training.cell_types[k]
+                    key = donor, method, model.cell_types[k]
                     values.setdefault(key, []).append(auroc)
     return mean_rows(values, "AUROC against the sample's own cells, PCs")
 
 
-def cells_like(training, answer, s, k, n, seed):
+def cells_like(model, reference, answer, s, k, n, seed):
     """Counts (n x genes of the data) of generated cells of type k of bulk s."""
-    X = generate_type(training.decoder, answer, s, k, n, seed)
-    names = list(training.cells.var_names)
-    return align_genes(X, training.genes[0], names, "the decoder", report=False)[0]
+    X = generate_type(model.decoder, answer, s, k, n, seed)
+    return align_genes(X, model.genes, reference.genes, "the decoder", report=False)[0]
 
 
-def draw_training_cells(training, plan, name, k, n, rng):
+def draw_training_cells(reference, plan, name, k, n, rng):
     """Counts of n training cells of type k in the condition of a sample; None if too few."""
     condition = plan.samples["condition"]
-    same = group_by_sample(training, condition.index[condition == condition[name]]) >= 0
-    pool = np.flatnonzero(same & ~training.held_out & (training.codes == k))
+    same = group_by_sample(reference, condition.index[condition == condition[name]]) >= 0
+    pool = np.flatnonzero(same & ~reference.held_out & (reference.codes == k))
     if len(pool) < FEWEST_CELLS:
         return None
-    return training.cells.X[rng.permutation(pool)[:n]]
+    return reference.cells.X[rng.permutation(pool)[:n]]
 
 
 def mean_rows(values, metric):
@@ -730,45 +722,45 @@ def mean_rows(values, metric):
 # -------------------------------------------------------------- bulks that differ in proportions
 
 
-def measure_null(training, plan, test, cfg, rng, draw):
+def measure_null(model, reference, plan, test, cfg, rng, draw):
     """False changes between bulks of one sample's own types that differ in proportions alone.
 
     Each sample is mixed twice, by two draws of proportions and without any noise, and all bulks are
     read in one call. Generated cells are compared at as many cells of a type as half of the real
     ones.
     """
-    profiles, n_cells, measured = null_profiles(training, plan, test)
+    profiles, n_cells, measured = null_profiles(model, reference, plan, test)
     counts, sample = mix_null(profiles, rng)  # (2 S, G)
-    answers = answer_bulks(training, counts, measured, np.array(test.names)[sample])
+    answers = answer_bulks(model, counts, measured, np.array(test.names)[sample])
     values = {}
     for s in test.compared:
         name, pair = test.names[s], np.flatnonzero(sample == s)
-        shares = null_shares(training.decoder, answers, pair, n_cells[s], cfg.seed + draw)
+        shares = null_shares(model.decoder, answers, pair, n_cells[s], cfg.seed + draw)
         if plan.mixing is None:
-            own = np.flatnonzero(group_by_sample(training, [name]) == 0)
-            shares["real cells, two halves"] = halves_share(training, own, n_cells[s], rng)
+            own = np.flatnonzero(group_by_sample(reference, [name]) == 0)
+            shares["real cells, two halves"] = halves_share(model, reference, own, n_cells[s], rng)
         for method, of_types in shares.items():
             for k in np.flatnonzero((n_cells[s] > 0) & ~np.isnan(of_types)):
-                key = test.truth.samples["donor"][name], method, training.cell_types[k]
+                key = test.truth.samples["donor"][name], method, model.cell_types[k]
                 values.setdefault(key, []).append(of_types[k])
     return mean_rows(values, "false changes, same state")
 
 
-def null_profiles(training, plan, test):
+def null_profiles(model, reference, plan, test):
     """What the null mixes: profiles of each sample's types, and cells to compare of each type.
 
     Returns:
         ``(profiles, n_cells, measured)``: (S, K or T, G), zero where a sample lacks a type;
         (S, K); and a mask (G).
     """
-    truth, names, G = test.truth, test.names, len(training.genes[0])
+    truth, names, G = test.truth, test.names, len(model.genes)
     if plan.mixing is not None:
         profiles = np.zeros((len(names), len(plan.types), G))
         profiles[..., truth.genes] = np.nan_to_num(truth.profiles)
         in_types = plan.member.any(axis=1)  # (K)
         n_cells = np.tile(np.where(in_types, NULL_CELLS, 0), (len(names), 1))
         return profiles, n_cells, np.isin(np.arange(G), truth.genes)
-    sums, n_cells = sum_groups(training, group_by_sample(training, names), len(names))
+    sums, n_cells = sum_groups(model, reference, group_by_sample(reference, names), len(names))
     n_compared = np.where(n_cells >= FEWEST_CELLS, n_cells // 2, 0)
     mean = sums / np.maximum(n_cells, 1)[:, :, None]
     return mean, n_compared, np.ones(G, bool)
@@ -816,15 +808,15 @@ def generate_types(decoder, answer, s, n_cells, seed):
     return sums
 
 
-def halves_share(training, own, n_cells, rng):
+def halves_share(model, reference, own, n_cells, rng):
     """Shares of false changes (K) between random halves of the real cells ``own`` of a sample."""
     K = len(n_cells)
     sides = []
     order = rng.permutation(own)
-    rank = pd.Series(training.codes[order]).groupby(training.codes[order]).cumcount().to_numpy()
+    rank = pd.Series(reference.codes[order]).groupby(reference.codes[order]).cumcount().to_numpy()
     for low in (0, 1):
-        n = n_cells[training.codes[order]]  # cells of a half, of the type of each cell
+        n = n_cells[reference.codes[order]]  # cells of a half, of the type of each cell
         rows = order[(rank >= low * n) & (rank < (low + 1) * n)]
-        sums = sum_by_type(training.decoder_counts(rows), training.codes[rows], K)
+        sums = sum_by_type(model.counts(reference, rows), reference.codes[rows], K)
         sides.append(merge_types(sums, np.eye(K)))
     return false_changes(*sides)

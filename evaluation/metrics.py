@@ -19,7 +19,8 @@ from sklearn.metrics import f1_score, pairwise_distances, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from data import choose_genes, library_size, log_normalise
+from counts.genes import choose_genes
+from data import library_size, log_normalise
 
 METRICS = {  # every metric in the order of the tables, and its best possible value
     "random-forest AUROC, PCs": 0.5,

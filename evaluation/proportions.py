@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from data import DatasetSettings, align_genes, codes_of, draw_test_bulks, load_cells, samples_of
+from counts.pseudobulks import draw_test_bulks
+from data import DatasetSettings, Reference, align_genes, mean_counts
+from deconvolution.encode import encode_samples
 from deconvolution.published import METHODS, deconvolve, nnls_proportions, read_reference
 from evaluation.metrics import pearson_within, proportion_metrics, to_lineages
-from generation import encode_samples
-from readers.bulk import read_bulk
+from readers.bulk import Bulk, read_bulk
 from readers.counts import read_counts
 from readers.labels import check_same_start, natural_order
 from readers.lineages import lineages_in, read_fractions, read_lineages
@@ -35,52 +36,49 @@ NNLS = "NNLS"  # on the encoder's genes, unlike the other estimators
 
 
 class Methods:
-    """Every method, of one training.
+    """Every method, of one model and the cells that it was trained on.
 
     Args:
-        training: as evaluate.py has it. cfg: settings; without ``compare``, NNLS is the only one
-            beside bulk2sc.
+        model: Model. reference: Reference. cfg: settings; without ``compare``, NNLS is the only
+            method beside bulk2sc.
     """
 
-    def __init__(self, training, cfg):
-        self.training, self.seed = training, cfg.seed
-        self.profiles = training.profiles()
-        self.reference = None
+    def __init__(self, model, reference, cfg):
+        self.model, self.reference, self.seed = model, reference, cfg.seed
+        rows, K = reference.train, len(model.cell_types)
+        codes = reference.codes[rows]
+        X, _ = reference.counts(model.encoder_genes, "the encoder", rows)
+        self.profiles = mean_counts(X, codes, K)  # (K, G)
+        self.peers = None
         if cfg.compare:
-            rows, names = training.train, samples_of(training.cells)[1]
-            sample = samples_of(training.cells)[0][rows] if len(names) > 1 else None
-            self.reference = read_reference(
-                training.decoder_counts(rows),
-                training.codes[rows],
-                len(training.cell_types),
-                training.genes[0],
-                sample,
-            )
+            sample = reference.sample[rows] if len(reference.samples) > 1 else None
+            X, _ = reference.counts(model.genes, "the decoder", rows)
+            self.peers = read_reference(X, codes, K, model.genes, sample)
 
-    def predict(self, bulk, measured, names, where):
+    def predict(self, bulk):
         """Proportions of bulks: dict method -> (S, K).
 
         bulk2sc answers as bulk2sc.py does, mRNA content included. NNLS reads the encoder's genes,
         the other methods all genes.
 
         Args:
-            bulk: counts in the decoder's genes (S, G). measured: mask (G). names: of the bulks
-                (S). where: what messages name.
+            bulk: Bulk in the decoder's genes (S).
 
         Raises:
             InputError: a bulk has no counts in any gene of the encoder.
         """
-        genes, encoder_genes = self.training.genes
-        answer = encode_samples(self.training.models, bulk, measured, names, where, n_halves=0)
-        X, _ = align_genes(sp.csr_matrix(bulk), genes, encoder_genes, where, report=False)
+        values, measured, genes = bulk.dense(), bulk.measured, self.model.genes
+        encoded = encode_samples(self.model, bulk, n_halves=0)
+        encoder_genes = self.model.encoder_genes
+        X, _ = align_genes(sp.csr_matrix(values), genes, encoder_genes, bulk.where, report=False)
         read = np.isin(encoder_genes, np.array(genes)[measured])
         results = {
-            "bulk2sc": answer.cells.cpu().numpy(),
+            "bulk2sc": encoded.cells.cpu().numpy(),
             NNLS: nnls_proportions(X.toarray()[:, read], self.profiles[:, read]),
         }
-        if self.reference is not None:
-            peers = [name for name in METHODS if name != NNLS]
-            results |= deconvolve(bulk, measured, self.reference, self.seed, peers)
+        if self.peers is not None:
+            names = [name for name in METHODS if name != NNLS]
+            results |= deconvolve(values, measured, self.peers, self.seed, names)
         return results
 
 
@@ -147,21 +145,22 @@ def measure_pseudobulks(methods, lineage_of, cfg, rng):
 
     None, if no cells were held out. lineage_of: lineage of each type (K), or None.
     """
-    training = methods.training
-    if len(training.test) == 0:
-        print(f"{training.folder}: no cells were held out, so no pseudobulks are made of them")
+    model, reference = methods.model, methods.reference
+    if len(reference.test) == 0:
+        print(f"{model.folder}: no cells were held out, so no pseudobulks are made of them")
         return []
-    print(f"{training.folder}: proportions of pseudobulks", flush=True)
-    X, names = training.decoder_counts(training.test), training.cell_types
-    read = np.isin(training.genes[0], training.genes[1])  # by the encoder
+    print(f"{model.folder}: proportions of pseudobulks", flush=True)
+    X, names = model.counts(reference, reference.test), model.cell_types
+    read = np.isin(model.genes, model.encoder_genes)
+    measured = pd.Index(model.genes).isin(reference.genes)  # np.isin takes seconds
     rows = []
     for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws * cfg.compare:
         bulk, true = draw_test_bulks(
-            X, training.test_codes, len(names), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
+            X, reference.test_codes, len(names), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
         )
         if suffix:
             bulk = rng.poisson(shift_platform(bulk, rng, read))
-        results = methods.predict(bulk, training.measured, range(len(bulk)), cfg.data)
+        results = methods.predict(Bulk(bulk, measured, range(len(bulk)), cfg.data))
         rows += score(true, results, names, suffix, "type")
         if lineage_of is not None:
             rows += score_lineages(true, results, lineage_of, f"{suffix}, lineages")
@@ -204,7 +203,7 @@ def set_names(cfg):
 
 
 def read_other_cells(cfg):
-    """Read the data sets of --shift-data: dict name -> AnnData with ``.obs["cell_type"]``.
+    """Read the data sets of --shift-data: dict name -> Reference.
 
     Raises:
         InputError: as :func:`data.load_cells` and :func:`set_names`; or --shift-cells names a
@@ -215,11 +214,11 @@ def read_other_cells(cfg):
     sets, n_selected = {}, 0
     for name, path, label in zip(set_names(cfg), cfg.shift_data, labels, strict=True):
         try:
-            sets[name] = load_cells(DatasetSettings(data=path, labels=label), found=False)
+            sets[name] = Reference.load(DatasetSettings(data=path, labels=label), found=False)
         except InputError as error:
             raise InputError(str(error).replace("--labels", "--shift-labels")) from error
-        if cfg.shift_cells and (kept := find_selected(path, *cfg.shift_cells)) is not None:
-            sets[name], n_selected = select_cells(sets[name], kept, path), n_selected + 1
+        if cfg.shift_cells and (found := find_selected(path, *cfg.shift_cells)) is not None:
+            sets[name], n_selected = select_cells(sets[name].cells, found, path), n_selected + 1
     if cfg.shift_cells and not n_selected:
         raise InputError(
             f"--shift-cells: found no column {cfg.shift_cells[0]} in .obs of --shift-data, "
@@ -248,7 +247,7 @@ def find_selected(path, column, value):
 
 
 def select_cells(cells, barcodes, path):
-    """The cells (AnnData) that are among the barcodes; the others are counted.
+    """Reference of the cells (AnnData) that are among the barcodes; the others are counted.
 
     Raises:
         InputError: none is.
@@ -257,20 +256,19 @@ def select_cells(cells, barcodes, path):
     print(f"{path}: {kept.sum():,} of {cells.n_obs:,} labelled cells are those of --shift-cells")
     if not kept.any():
         raise InputError(f"--shift-cells: found none of the labelled cells of {path}")
-    return cells[kept].copy()
+    return Reference.of(cells[kept].copy())
 
 
-def keep_shared_lineages(name, cells, lineage_of, model_lineages):
+def keep_shared_lineages(name, reference, lineage_of, model_lineages):
     """OtherCells of the cells whose lineage the model has; the others are counted.
 
     Args:
-        name: of the set. cells: AnnData (N). lineage_of: of each of its types.
+        name: of the set. reference: Reference (N). lineage_of: of each of its types.
 
     Raises:
         InputError: fewer than two lineages are shared.
     """
-    codes, _ = codes_of(cells)
-    lineage = np.array(lineage_of, dtype=object)[codes]
+    lineage = np.array(lineage_of, dtype=object)[reference.codes]
     found = lineages_in(lineage)
     shared = [name for name in model_lineages if name in found]
     if len(shared) < 2:
@@ -281,10 +279,10 @@ def keep_shared_lineages(name, cells, lineage_of, model_lineages):
     rows = np.flatnonzero(np.isin(lineage, shared))
     print(
         f"{name}: {len(rows):,} cells of {len(shared)} lineages ({some(shared, 8)}), "
-        f"{cells.n_obs - len(rows):,} of none of them left out"
+        f"{len(lineage) - len(rows):,} of none of them left out"
     )
     codes = np.array([shared.index(lineage[i]) for i in rows])
-    return OtherCells(name, cells.X[rows], list(cells.var_names), codes, shared)
+    return OtherCells(name, reference.X[rows], reference.genes, codes, shared)
 
 
 def measure_other_cells(methods, lineage_of, other, cfg, rng):
@@ -294,13 +292,13 @@ def measure_other_cells(methods, lineage_of, other, cfg, rng):
     Genes that the set lacks are marked as absent. lineage_of: of the model's types (K).
     """
     where = f"--shift-data {other.name}"
-    X, measured = align_genes(other.X, other.genes, methods.training.genes[0], where)
+    X, measured = align_genes(other.X, other.genes, methods.model.genes, where)
     n_lineages, rows = len(other.lineages), []
     for _ in range(cfg.n_draws):
         bulk, true = draw_test_bulks(
             X, other.codes, n_lineages, cfg.n_pseudobulks, cfg.cells_per_bulk, rng
         )
-        results = methods.predict(bulk, measured, range(len(bulk)), where)
+        results = methods.predict(Bulk(bulk, measured, range(len(bulk)), where))
         results = {
             method: to_lineages(pi, lineage_of, other.lineages) for method, pi in results.items()
         }
@@ -319,8 +317,9 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
     Raises:
         InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
     """
-    card, lineages = methods.training.decoder_card, list(fractions.columns)
-    bulk, measured, samples = read_bulk(cfg.bulk, card["genes"], card.get("gene_ids"), cfg)
+    lineages = list(fractions.columns)
+    bulk = read_bulk(cfg.bulk, methods.model.genes, methods.model.gene_ids, cfg)
+    samples = bulk.samples
     check_same_start(fractions.index, samples, cfg.fractions)
     index = fractions.index.get_indexer([str(name).strip() for name in samples])
     known = index >= 0
@@ -334,9 +333,11 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
         f"{cfg.bulk}: {n} samples with measured fractions, {len(samples) - n} without; "
         f"{len(fractions) - n} of {cfg.fractions} are not in it"
     )
-    bulk = bulk[np.flatnonzero(known)].toarray()
+    chosen = Bulk(
+        bulk.values[np.flatnonzero(known)], bulk.measured, np.array(samples)[known], cfg.bulk
+    )
     true = to_lineages(fractions.to_numpy()[index[known]], lineages, lineages)
-    results = methods.predict(bulk, measured, np.array(samples)[known], cfg.bulk)
+    results = methods.predict(chosen)
     predictions = {method: to_lineages(pi, lineage_of, lineages) for method, pi in results.items()}
     rows = score(true, predictions, lineages, ", real bulk")
     for method, predicted in with_constant(true, predictions).items():
@@ -364,7 +365,7 @@ def plan_proportions(cfg, cell_types):
     if cfg.lineages is None:
         return ProportionPlan()
     sets = read_other_cells(cfg)
-    types = {name: codes_of(cells)[1] for name, cells in sets.items()}
+    types = {name: reference.cell_types for name, reference in sets.items()}
     known = {cell_type for names in types.values() for cell_type in names}
     lineage_of = read_lineages(cfg.lineages, cell_types, known)
     lineages = lineages_in(lineage_of)
@@ -372,9 +373,9 @@ def plan_proportions(cfg, cell_types):
     if cfg.fractions is not None:
         fractions = read_fractions(cfg.fractions, lineages, cfg.lineages)
     others = []
-    for name, cells in sets.items():
+    for name, reference in sets.items():
         of_set = read_lineages(cfg.lineages, types[name], None, name)
-        others.append(keep_shared_lineages(name, cells, of_set, lineages))
+        others.append(keep_shared_lineages(name, reference, of_set, lineages))
     return ProportionPlan(lineage_of, fractions, tuple(others))
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from data import HOUSEKEEPING
-from generation import MISFIT
+from counts.genes import HOUSEKEEPING
+from deconvolution.fit import MISFIT
 from plots.style import ORIGIN_COLORS, plain_text, pyplot, type_colors
 from runtime.writing import write_whole
 
@@ -319,7 +319,7 @@ PLATFORM = {
 
 def describe_cells(samples, cells, shown, reference):
     """What the page says of generated cells: tables, numbers and pictures."""
-    decoder, genes, names = samples.decoder, samples.genes, samples.names
+    decoder, genes, names = samples.model.decoder, samples.model.genes, samples.names
     cell_types = samples.proportions.cell_types
     X, latent, codes, bulk = shown.all()
     means = decoder.type_means().cpu().numpy()  # (K, G)
@@ -384,12 +384,12 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
             (G).
     """
     proportions, pictures, of_cells = samples.proportions, {}, {}
-    genes, cell_types = samples.genes, proportions.cell_types
+    genes, cell_types = samples.model.genes, proportions.cell_types
     if cells is not None:
         of_cells = describe_cells(samples, cells, shown, reference)
         pictures = of_cells.pop("pictures")
     pictures["proportions"] = proportions_picture(proportions)
-    calibrate, platform = samples.how
+    calibrate, platform = samples.calibration
     fit = fit_rows(samples)
     remarked = samples.unknown.is_flagged | samples.is_shallow | (samples.fit["misfit"] > MISFIT)
     calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")

@@ -16,17 +16,13 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from data import (
-    align_genes,
-    choose_state_genes,
-    library_size,
-    load_cells,
-    samples_of,
-    sum_by_type,
-)
+from counts.genes import choose_state_genes
+from data import Reference, align_genes, library_size, sum_by_type
+from deconvolution.encode import encode
 from deconvolution.expression import estimate_expression
 from evaluation.contrasts import choose_conditions
-from generation import CHUNK, decode, encode_in_all_genes
+from generation import CHUNK, decode
+from readers.bulk import Bulk
 from readers.labels import natural_order
 from runtime.errors import InputError, some
 
@@ -116,56 +112,49 @@ def first_donor(obs, held_out, conditions):
     return None
 
 
-def generate_donor(found, reference, settings):
+def generate_donor(found, model, reference, settings):
     """DonorCells: at most --max-cells real cells, and as many generated from the two bulks.
 
     Args:
-        found: DonorSamples. reference, settings: of make_figures.py.
+        found: DonorSamples. model: Model. reference: Reference. settings: of make_figures.py.
     """
-    sample = pd.Index(found.samples).get_indexer(reference.obs["sample"])  # (N), -1 in others
+    sample = pd.Index(found.samples).get_indexer(reference.cells.obs["sample"])  # (N), -1 in others
     rows = np.flatnonzero(sample >= 0)
     rows = np.random.default_rng(settings.seed).permutation(rows)[: settings.max_cells]
     rows = rows[np.argsort(sample[rows], kind="stable")]
     codes, sample = reference.codes[rows], sample[rows]
-    decoder, genes = reference.decoder, (reference.genes, reference.encoder_genes)
-    bulk, measured = sum_all_cells(settings, found.samples, reference.genes)
-    encoded, expression = encode_samples(bulk, measured, genes, reference.encoder, decoder)
-    generator = torch.Generator(decoder.mu.device).manual_seed(settings.seed)
-    generated = generate_like(codes, sample, encoded, expression.log_factor, decoder, generator)
+    bulk = sum_all_cells(settings, found.samples, model.genes)
+    encoded, expression = encode_donor(bulk, model)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
+    log_factor = expression.log_factor
+    generated = generate_like(codes, sample, encoded, log_factor, model.decoder, generator)
     real = reference.X[rows]
     return DonorCells(found, codes, sample, real, generated, expression.profiles)
 
 
 def sum_all_cells(settings, names, genes):
-    """Bulks of samples: the sums of all of their cells, unlabelled ones as well.
+    """Bulk of samples: the sums of all of their cells, unlabelled ones as well.
 
     Args:
         settings: of the dataset. names: of the samples (S). genes: of the result (G).
-
-    Returns:
-        counts (S, G), and the mask of the genes that the data has (G).
     """
-    cells = load_cells(settings, need_labels=False)
-    sample, every = samples_of(cells)
-    sums = sum_by_type(cells.X, sample, len(every))[[every.index(name) for name in names]]
-    bulk, measured = align_genes(sums, cells.var_names, genes, settings.data, report=False)
-    return bulk.toarray(), measured
+    cells = Reference.load(settings, need_labels=False)
+    sums = sum_by_type(cells.X, cells.sample, len(cells.samples))
+    sums = sums[[cells.samples.index(name) for name in names]]
+    values, measured = align_genes(sums, cells.genes, genes, settings.data, report=False)
+    return Bulk(values, measured, names, "the donor's samples")
 
 
-def encode_samples(bulk, measured, genes, encoder, decoder):
-    """Encode bulks and estimate the expression of their cell types, as bulk2sc.py does by default.
-
-    Args:
-        bulk: counts (S, G) in the decoder's genes. measured: mask (G). genes: ``(decoder's,
-            encoder's)``.
+def encode_donor(bulk, model):
+    """Encode a Bulk and estimate the expression of its cell types, as bulk2sc.py does by default.
 
     Returns:
         mu, var (S, K, D) and pi (S, K); and :class:`deconvolution.expression.Expression`.
     """
-    names, where = range(len(bulk)), "the donor's samples"
-    *encoded, _ = encode_in_all_genes(encoder, bulk, measured, genes, names, where)
-    calibrate = "types" if encoder.n_state else "none"
-    return encoded, estimate_expression(decoder, encoded, bulk, measured, calibrate)
+    *encoded, _ = encode(model, bulk)
+    calibrate = "types" if model.encoder.n_state else "none"
+    bulks = bulk.dense(), bulk.measured
+    return encoded, estimate_expression(model.decoder, encoded, *bulks, calibrate)
 
 
 @torch.inference_mode()
@@ -244,8 +233,10 @@ def pick_genes(asked, reference, conditions):
         return list(dict.fromkeys(asked))
     if set(STATE_GENES) <= set(genes):
         return list(STATE_GENES)
-    condition = pd.Index(conditions).get_indexer(reference.obs["condition"])  # (N), -1 in others
-    rows = np.flatnonzero((condition >= 0) & reference.train)
+    condition = pd.Index(conditions).get_indexer(
+        reference.cells.obs["condition"]
+    )  # (N), -1 in others
+    rows = np.flatnonzero((condition >= 0) & ~reference.held_out)
     var = pd.DataFrame({"gene_ids": genes}, index=genes)
     cells = anndata.AnnData(reference.X[rows], var=var)
     return choose_state_genes(cells, reference.codes[rows], condition[rows], len(STATE_GENES))

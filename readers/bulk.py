@@ -9,6 +9,7 @@ flag that settles it.
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,27 @@ LARGE = 20e6  # bytes of a file, from which reading it takes seconds
 FEWEST_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
 
 
+@dataclass
+class Bulk:
+    """Bulk samples in the genes of a model."""
+
+    values: sp.csr_matrix
+    """Counts, TPM or CPM (S x G), float64; a dense array will do as well."""
+    measured: np.ndarray
+    """Mask of the genes that were measured in all samples (G)."""
+    samples: list
+    """Names (S)."""
+    where: str = "bulk"
+    """What messages name."""
+
+    def __repr__(self):
+        return f"{len(self.samples):,} bulk samples ({some(self.samples)})"
+
+    def dense(self):
+        """The values as an array (S, G)."""
+        return self.values.toarray() if sp.issparse(self.values) else self.values
+
+
 def read_bulk(paths, genes, gene_ids=None, options=None):
     """Read bulk samples of one file, of several, or of a folder of quantifications.
 
@@ -49,8 +71,7 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
             (M). gene_ids: their other names (M), "" where there is none. options: BulkOptions.
 
     Returns:
-        ``(X, measured, samples)``: CSR float64 (S x M), a mask (M) of the genes found in all files,
-        and the names of the samples (S).
+        Bulk, in the genes of the model (M).
 
     Raises:
         InputError: a file is unreadable, has too few genes of the model, is on a logarithmic scale,
@@ -63,18 +84,18 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     said = set() if len(files) > MOST_REPORTS else None
     parts = [read_file(path, finder, genes, gene_ids, options, said) for path in files]
     name_after_files(parts, files)
-    X = sp.vstack([part[0] for part in parts]).tocsr()
-    measured = np.all([part[1] for part in parts], axis=0)
-    samples = [name for part in parts for name in part[2]]
+    X = sp.vstack([part.values for part in parts]).tocsr()
+    measured = np.all([part.measured for part in parts], axis=0)
+    samples = [name for part in parts for name in part.samples]
     if len(files) > 1:
         check_together(parts, measured, samples, files)
         X = X @ sp.diags_array(measured.astype(np.float64))
         X.eliminate_zeros()
-    return X.tocsr(), measured, samples
+    return Bulk(X.tocsr(), measured, samples, parts[0].where if len(parts) == 1 else "--bulk")
 
 
 def read_file(path, finder, genes, gene_ids, options, said=None):
-    """``(X, measured, samples)`` of one file, as :func:`read_bulk`, and a report.
+    """Bulk of one file, as :func:`read_bulk`, and a report.
 
     said: notes on the files before, which are not repeated; None to print all.
     """
@@ -90,7 +111,7 @@ def read_file(path, finder, genes, gene_ids, options, said=None):
     check_values(bulk, bulk.values, path)
     check_found(bulk, finder, genes, gene_ids, path)
     report(bulk, genes, gene_ids, path, said)
-    return *sum_by_gene(bulk, len(genes)), list(bulk.samples)
+    return Bulk(*sum_by_gene(bulk, len(genes)), list(bulk.samples), str(path))
 
 
 def as_list(paths):
@@ -100,11 +121,11 @@ def as_list(paths):
 
 def name_after_files(parts, files):
     """Name samples after their files, if each file has one sample and several call it the same."""
-    names = [name for part in parts for name in part[2]]
+    names = [name for part in parts for name in part.samples]
     if len(set(names)) < len(names) == len(files):
         print(f"--bulk: samples named after their files, as several call theirs {some(set(names))}")
         for part, path in zip(parts, files, strict=True):
-            part[2][:] = [sample_name(path)]
+            part.samples = [sample_name(path)]
 
 
 def check_together(parts, measured, samples, files):
@@ -122,7 +143,7 @@ def check_together(parts, measured, samples, files):
         )
     if not measured.any():
         raise InputError(f"--bulk: found no gene of the model that is in all of {len(files)} files")
-    n_some = np.any([part[1] for part in parts], axis=0).sum() - measured.sum()
+    n_some = np.any([part.measured for part in parts], axis=0).sum() - measured.sum()
     print(
         f"--bulk: {len(samples)} bulk samples of {len(files)} files ({some(samples)})"
         + (f"; {n_some:,} genes that are not in all of them left out" if n_some else "")

@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from data import draw_pseudobulks, mean_counts
+from counts.pseudobulks import draw_pseudobulks
+from data import mean_counts
 from states.moments import SampleMoments, mix_moments
 
 
@@ -63,7 +64,7 @@ class BulkCells:
 
 
 @dataclass
-class Bulks:
+class Pseudobulks:
     """Pseudobulks and what the encoder should say of them."""
 
     counts: np.ndarray
@@ -107,7 +108,7 @@ def draw_from_samples(cells, share, n_cells, pool, rng):
             :func:`data.draw_pseudobulks` takes them (B).
 
     Returns:
-        bulk (B, G) and a Bulks without counts.
+        bulk (B, G) and a Pseudobulks without counts.
     """
     (B, S), K = share.shape, cells.n_types
     group = cells.sample * K + cells.codes
@@ -127,7 +128,7 @@ def draw_from_samples(cells, share, n_cells, pool, rng):
     # A type that the bulk lacks has the moments that the bulk's samples have of it.
     weight = np.where(pi[:, None] > 0, drawn, of_sample[:, :, None])
     mu, var = mix_moments(weight / weight.sum(axis=1, keepdims=True), cells.moments)
-    return bulk, Bulks(None, pi, of_sample, mu.astype(np.float32), var.astype(np.float32))
+    return bulk, Pseudobulks(None, pi, of_sample, mu.astype(np.float32), var.astype(np.float32))
 
 
 def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
@@ -138,7 +139,7 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
             are drawn. noise: largest sd of the platform factor, default ``cfg.noise``.
 
     Returns:
-        Bulks.
+        Pseudobulks.
     """
     B, K = cfg.batch_size, cells.n_types
     if cells.sample is None:
@@ -151,7 +152,7 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
     pool = None if clean else pool
     if cells.sample is None:
         bulk, pi = draw_pseudobulks(cells.X, cells.codes, proportions, n_cells, rng, pool)
-        bulks = Bulks(None, pi)
+        bulks = Pseudobulks(None, pi)
     else:
         bulk, bulks = draw_from_samples(cells, share, n_cells, pool, rng)
     if not clean:
@@ -167,7 +168,7 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
 
 def concatenate(batches):
     """One Bulks of many."""
-    return Bulks(
+    return Pseudobulks(
         *(
             None if parts[0] is None else np.concatenate(parts)
             for parts in zip(*(dataclasses.astuple(b) for b in batches), strict=True)

@@ -1058,7 +1058,7 @@ def judge(case, folder):
     quiet = io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            X, present, samples = reader.read_bulk(case.make(folder), genes, gene_ids, *arguments)
+            bulk = reader.read_bulk(case.make(folder), genes, gene_ids, *arguments)
     except InputError as error:
         text = str(error)
         clear = "\n" not in text and len(text) < 700
@@ -1067,8 +1067,8 @@ def judge(case, folder):
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
     if case.right is None:
-        return "silently wrong", f"read as {len(samples)} samples"
-    return compare(case.right, X, present, samples, genes)
+        return "silently wrong", f"read as {len(bulk.samples)} samples"
+    return compare(case.right, bulk.values, bulk.measured, bulk.samples, genes)
 
 
 def compare(expected, X, present, samples, genes):

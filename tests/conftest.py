@@ -42,6 +42,11 @@ from runtime.script import parse_args, run_script  # noqa: E402
 CELL_TYPES = ["B cells", "CD4+/CD25 T", "Natural killer  cells"]
 
 
+def unpack(bulk):
+    """Values, mask of measured genes and samples of a Bulk."""
+    return bulk.values, bulk.measured, bulk.samples
+
+
 def refused(call, *words):
     """Check that the call raises an InputError of one line that has these words."""
     with pytest.raises(InputError) as error:

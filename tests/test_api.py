@@ -7,6 +7,7 @@ import pytest
 
 import api
 from conftest import CELL_TYPES, make_cells, refused, run_inside
+from generation import CellSource
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 
@@ -29,12 +30,12 @@ def test_functions_give_what_the_script_gives(trained, bulk, tmp_path):
                       "--seed", 4, "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = anndata.read_h5ad(out)
-    models = api.load(trained, "cpu")
+    model = api.load(trained, "cpu")
     adata = anndata.AnnData(table.to_numpy(np.float32), None, pd.DataFrame(index=table.columns))
     adata.obs_names = table.index
     for given in (path, table, adata):
-        samples = api.deconvolve(given, models)
-        cells = api.generate(samples, models, n_cells=25, seed=4)
+        samples = api.deconvolve(given, model)
+        cells = api.generate(samples, model, n_cells=25, seed=4)
         assert (cells.X != expected.X).nnz == 0
         assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
         np.testing.assert_allclose(cells.obsm["X_latent"], expected.obsm["X_latent"])
@@ -48,35 +49,35 @@ def test_functions_give_what_the_script_gives(trained, bulk, tmp_path):
 
 def test_generation_again_does_not_change_the_fit(trained, bulk):
     """Sums of the cells are of one generation."""
-    models = api.load(trained, "cpu")
-    samples = api.deconvolve(bulk[0], models)
-    first = api.generate(samples, models, n_cells=30)
+    model = api.load(trained, "cpu")
+    samples = api.deconvolve(bulk[0], model)
+    first = api.generate(samples, model, n_cells=30)
     fit = samples.fit["agreement"].copy()
-    second = api.generate(samples, models, n_cells=30)
+    second = api.generate(samples, model, n_cells=30)
     assert (first.X != second.X).nnz == 0 and list(first.obs_names) == list(second.obs_names)
     pd.testing.assert_series_equal(samples.fit["agreement"], fit)
-    third = api.generate(samples, models, n_cells=30, seed=1)
+    third = api.generate(samples, model, n_cells=30, seed=1)
     assert not set(first.obs_names) & set(third.obs_names)
 
 
 def test_no_cells_have_all_genes(trained, bulk):
-    models = api.load(trained, "cpu")
-    cells = api.generate(api.deconvolve(bulk[0], models), models, n_cells=0)
+    model = api.load(trained, "cpu")
+    cells = api.generate(api.deconvolve(bulk[0], model), model, n_cells=0)
     assert cells.shape == (0, 60) and "gene_ids" in cells.var
 
 
 def test_mixtures_need_no_bulk(trained):
-    models = api.load(trained, "cpu")
+    model = api.load(trained, "cpu")
     table = pd.DataFrame(np.eye(3), index=["x", "y", "z"], columns=CELL_TYPES)
-    cells = api.generate(api.mixtures(table, models), models, n_cells=5)
+    cells = api.generate(api.mixtures(table, model), model, n_cells=5)
     assert list(cells.obs["cell_type"]) == list(np.repeat(CELL_TYPES, 5))
     assert list(cells.obs["sample"]) == list(np.repeat(["x", "y", "z"], 5))
 
 
 def test_known_proportions_take_the_place_of_estimates(trained, bulk):
-    models = api.load(trained, "cpu")
+    model = api.load(trained, "cpu")
     known = pd.DataFrame({CELL_TYPES[1]: [0.5]}, index=["b"])
-    table = api.deconvolve(bulk[0], models, proportions=known).proportions.to_table()
+    table = api.deconvolve(bulk[0], model, proportions=known).proportions.to_table()
     row = table[(table["sample"] == "b") & (table["cell_type"] == CELL_TYPES[1])].iloc[0]
     assert row["known"] and row["proportion"] == pytest.approx(0.5)
 
@@ -84,16 +85,16 @@ def test_known_proportions_take_the_place_of_estimates(trained, bulk):
 def test_training_from_anndata_gives_models(tmp_path):
     cells = make_cells()
     settings = {"n_genes": 40, "device": "cpu", "held_out": 0.2}
-    models = api.train(cells, tmp_path / "w", epochs=2, **settings)
-    assert models.decoder_card["cell_types"] == CELL_TYPES
-    assert models.decoder_card["genes"] == list(cells.var_names)
+    model = api.train(cells, tmp_path / "w", epochs=2, **settings)
+    assert model.cell_types == CELL_TYPES
+    assert model.genes == list(cells.var_names)
     assert (tmp_path / "w" / "bulkEncoder_model.pt").is_file()
-    made = api.generate(api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), models), models, 4)
+    made = api.generate(api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), model), model, 4)
     assert made.n_obs == 4 and set(made.obs["cell_type"]) == {CELL_TYPES[0]}
 
 
 def test_errors_are_one_line_that_names_what_was_found(trained, bulk, tmp_path):
-    models = api.load(trained, "cpu")
+    model = api.load(trained, "cpu")
     table = bulk[0]
     wrong = {
         "-1": table - table.iloc[0, 0] - 1,
@@ -102,7 +103,7 @@ def test_errors_are_one_line_that_names_what_was_found(trained, bulk, tmp_path):
     }
     for words, given in wrong.items():
         with pytest.raises(InputError, match=words) as error:
-            api.deconvolve(given, models)
+            api.deconvolve(given, model)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="expected one for each of 3"):
         api.train(make_cells(), tmp_path, epochs=(1, 2))
@@ -112,16 +113,16 @@ def test_errors_are_one_line_that_names_what_was_found(trained, bulk, tmp_path):
 
 def test_shipped_weights_are_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert api.load("weights/pbmc1k", "cpu").decoder_card["genes"]
+    assert api.load("weights/pbmc1k", "cpu").genes
     (tmp_path / "weights").mkdir()
     with pytest.raises(InputError, match="no such file"):  # a folder of one's own comes first
         api.load("weights", "cpu")
 
 
 def test_a_series_is_one_sample(trained, bulk):
-    models = api.load(trained, "cpu")
-    both = api.deconvolve(bulk[0].loc[["a"]], models)
-    one = api.deconvolve(bulk[0].loc["a"], models)
+    model = api.load(trained, "cpu")
+    both = api.deconvolve(bulk[0].loc[["a"]], model)
+    one = api.deconvolve(bulk[0].loc["a"], model)
     assert one.names == ["a"]
     np.testing.assert_array_equal(one.proportions.cells, both.proportions.cells)
 
@@ -141,7 +142,7 @@ def test_a_series_is_one_sample(trained, bulk):
             lambda t: {"bulk": t.set_axis(pd.MultiIndex.from_product([["x"], t.index]), axis=0)},
             ["bulk: found names of samples in 2 levels"],
         ),
-        (lambda t: {"models": "weights"}, ["models: found 'weights', expected what load() gives"]),
+        (lambda t: {"model": "weights"}, ["model: found 'weights', expected what load() gives"]),
         (lambda t: {"options": {"log": "2"}}, ["options: found dict, expected BulkOptions"]),
         (lambda t: {"calibrate": "typse"}, ["calibrate: found 'typse', expected auto, none"]),
         (lambda t: {"mrna_content": 1}, ["mrna_content: found 1"]),
@@ -153,7 +154,7 @@ def test_a_series_is_one_sample(trained, bulk):
     ],
 )
 def test_wrong_arguments_of_deconvolve_are_named(trained, bulk, change, words):
-    given = {"bulk": bulk[0], "models": api.load(trained, "cpu")}
+    given = {"bulk": bulk[0], "model": api.load(trained, "cpu")}
     refused(lambda: api.deconvolve(**(given | change(bulk[0]))), *words)
 
 
@@ -173,10 +174,10 @@ def test_wrong_arguments_of_deconvolve_are_named(trained, bulk, change, words):
     ],
 )
 def test_wrong_arguments_of_generate_are_named(trained, given, words):
-    models = api.load(trained, "cpu")
-    source = api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), models)
-    refused(lambda: api.generate(**({"source": source, "models": models} | given)), *words)
-    assert api.generate(source, models, np.int64(2)).n_obs == 2
+    model = api.load(trained, "cpu")
+    source = api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), model)
+    refused(lambda: api.generate(**({"source": source, "model": model} | given)), *words)
+    assert api.generate(source, model, np.int64(2)).n_obs == 2
 
 
 @pytest.mark.parametrize(
@@ -199,10 +200,10 @@ def test_wrong_arguments_of_train_are_named(tmp_path, given, words):
 
 
 def test_what_functions_give_is_shown_in_a_line(trained, bulk):
-    models = api.load(trained, "cpu")
-    samples = api.deconvolve(bulk[0], models)
-    assert repr(models) == f"Models of 3 cell types ({', '.join(CELL_TYPES)}) x 60 genes"
+    model = api.load(trained, "cpu")
+    samples = api.deconvolve(bulk[0], model)
+    assert repr(model) == f"Model of 3 cell types ({', '.join(CELL_TYPES)}) x 60 genes"
     assert repr(samples) == "2 bulk samples (a, b) of 3 cell types, 60 genes"
-    assert repr(samples.to_bulks()) == "2 bulks or mixtures to generate (a, b)"
+    assert repr(CellSource.of_samples(samples)) == "2 bulks or mixtures to generate (a, b)"
     assert repr(samples.proportions) == "Proportions of 3 cell types in 2 samples"
     refused(lambda: api.load(None), "weights: found None")

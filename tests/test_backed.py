@@ -12,9 +12,9 @@ import torch
 
 from conftest import QUICK, assert_one_line_error, make_cells, run_inside, train
 from data import (
+    Reference,
     TrainingSettings,
     align_genes,
-    codes_of,
     library_size,
     load_cells,
     mean_counts,
@@ -72,8 +72,8 @@ def test_cells_are_those_in_memory(tmp_path, monkeypatch, many, form):
     on_disk, in_memory = load(path, backed=True), load(path)
     assert list(on_disk.obs_names) == list(in_memory.obs_names) and on_disk.n_obs == many.n_obs - 1
     assert (on_disk.var == in_memory.var).all(axis=None)
-    codes, cell_types = codes_of(on_disk)
-    assert (codes == codes_of(in_memory)[0]).all() and cell_types == codes_of(in_memory)[1]
+    codes, same = Reference.of(on_disk).codes, Reference.of(in_memory)
+    assert (codes == same.codes).all() and Reference.of(on_disk).cell_types == same.cell_types
     assert (library_size(on_disk.X) == library_size(in_memory.X)).all()
     assert (mean_counts(on_disk.X, codes, 3) == mean_counts(in_memory.X, codes, 3)).all()
     rows = np.random.default_rng(0).permutation(on_disk.n_obs)[:200]
@@ -122,7 +122,7 @@ def test_samples_keep_rare_types(tmp_path, monkeypatch):
     path = write(tmp_path / "cells.h5ad", cells)
     on_disk = load(path, backed=True)
     monkeypatch.setattr(backed, "BUFFER", 1000 * on_disk.X.cell_bytes)
-    codes, _ = codes_of(on_disk)
+    codes = Reference.of(on_disk).codes
     sample, rows = sample_in_memory(on_disk, codes, np.random.default_rng(0), "genes")
     assert list(np.bincount(codes[rows])) == [664, 500, 20]
     in_memory = load(path)

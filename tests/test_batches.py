@@ -10,7 +10,8 @@ import scipy.sparse as sp
 import torch
 
 from conftest import OF_SAMPLES, assert_one_line_error, run_inside
-from data import batches_of, choose_marker_genes, choose_state_genes
+from counts.genes import choose_marker_genes, choose_state_genes
+from data import Reference
 from models import BulkEncoder
 from runtime.weights import load_model
 from states.moments import SampleMoments, relative_to_batches
@@ -113,7 +114,7 @@ def test_what_differs_between_batches_is_no_state():
 def test_one_batch_is_none(names, found):
     cells = anndata.AnnData(np.zeros((2, 1)))
     cells.obs["batch"] = pd.Categorical(names)
-    codes = batches_of(cells)
+    codes = Reference(cells).batch
     assert codes is None if found is None else list(codes) == found
 
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from conftest import QUICK, ROOT, make_cells, run_inside, train
+from data import Reference
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -52,13 +53,15 @@ def test_held_out_likelihood_knows_types_and_genes(tmp_path):
     settings["train_gmvae.py"] = [*QUICK["train_gmvae.py"], "--epochs", 16]
     train("--data", tmp_path / "cells.h5ad", "--weights", tmp_path, settings=settings)
     training, held_out = benchmark.reference(str(tmp_path / "cells.h5ad"), None)
-    assert held_out.n_obs == 42 and not set(held_out.obs_names) & set(training.obs_names)
     elbo = benchmark.our_elbo(tmp_path, training, held_out)
+    held_out = held_out.cells
+    assert held_out.n_obs == 42 and not set(held_out.obs_names) & set(training.cells.obs_names)
     renamed, permuted = held_out.copy(), held_out.copy()
     types = held_out.obs["cell_type"].cat
     renamed.obs["cell_type"] = pd.Categorical.from_codes((types.codes + 1) % 3, types.categories)
     permuted.X = held_out.X[:, np.random.default_rng(0).permutation(held_out.n_vars)]
-    wrong = [benchmark.our_elbo(tmp_path, training, cells) for cells in (renamed, permuted)]
+    others = (Reference.of(cells) for cells in (renamed, permuted))
+    wrong = [benchmark.our_elbo(tmp_path, training, cells) for cells in others]
     assert elbo > wrong[0] + 5 and elbo > wrong[1] + 20
     # A Poisson with the mean profile, without types and dispersions, scores lower.
     profile = np.asarray(training.X.sum(axis=0)).ravel() + 0.5

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from bulk_cases import KINDS, cases_of, judge, model
-from conftest import assert_one_line_error, make_cells, refused, run_inside
+from conftest import assert_one_line_error, make_cells, refused, run_inside, unpack
 from readers import bulk
 from readers.bulk import read_bulk
 from readers.bulk_options import BulkOptions
@@ -96,7 +96,7 @@ def test_negative_and_missing_values_are_counted_and_the_cure_works(tmp_path):
     with pytest.raises(InputError) as error:
         read_bulk(negative, genes)
     assert "--log" not in str(error.value)  # which could not help
-    assert read_bulk(negative.clip(lower=0), genes)[1].all()
+    assert read_bulk(negative.clip(lower=0), genes).measured.all()
     logs = np.log2(table) - 2
     with pytest.raises(InputError, match="--log 10 undoes a logarithm$"):
         read_bulk(logs, genes)
@@ -116,10 +116,10 @@ def test_negative_and_missing_values_are_counted_and_the_cure_works(tmp_path):
     refused(lambda: read_bulk(empty, genes), "leave out the samples without any value (b)")
     merged.T.to_csv(tmp_path / "merged.csv", na_rep="NA")
     refused(lambda: read_bulk(tmp_path / "merged.csv", genes), "merged.csv", *words)
-    assert read_bulk(merged.dropna(axis=1), genes)[1].sum() == 250
+    assert read_bulk(merged.dropna(axis=1), genes).measured.sum() == 250
     merged.iloc[:2].T.to_csv(tmp_path / "a.csv")
     merged.iloc[2:, 50:].T.to_csv(tmp_path / "b.csv")
-    X, present, samples = read_bulk([tmp_path / "a.csv", tmp_path / "b.csv"], genes)
+    X, present, samples = unpack(read_bulk([tmp_path / "a.csv", tmp_path / "b.csv"], genes))
     assert samples == list("abcd") and present.sum() == 250
 
 

@@ -17,6 +17,7 @@ from conftest import (
     run_inside,
     train,
 )
+from data import Reference
 from evaluation import baselines, contrasts, metrics
 from readers import profiles
 from runtime.errors import InputError
@@ -262,10 +263,10 @@ def test_halves_of_real_cells_have_the_same_number_and_share_no_cell():
     codes = np.repeat([0, 1], [9, 5])
     counts = sp.csr_matrix(np.eye(14) * 1000)
     seen = []
-    training = SimpleNamespace(codes=codes)
-    training.decoder_counts = lambda rows: seen.append(rows) or counts[rows]
-    n_cells = np.array([4, 0])
-    share = contrasts.halves_share(training, np.arange(14), n_cells, np.random.default_rng(0))
+    reference = SimpleNamespace(codes=codes)
+    model = SimpleNamespace(counts=lambda _, rows: seen.append(rows) or counts[rows])
+    n_cells, rng = np.array([4, 0]), np.random.default_rng(0)
+    share = contrasts.halves_share(model, reference, np.arange(14), n_cells, rng)
     assert [len(rows) for rows in seen] == [4, 4] and len(set(np.concatenate(seen))) == 8
     assert share[0] == 1 and np.isnan(share[1])  # every gene in one half alone
 
@@ -431,15 +432,15 @@ def test_evaluate_mixes_profiles_of_other_samples_to_bulks(evaluated, tmp_path):
 def test_whole_samples_must_be_held_out():
     cells = make_donors()
     cells.obs["sample"] = cells.obs["sample"].astype("category")
-    training = SimpleNamespace(cells=cells, folder=Path("w"))
-    training.held_out = np.zeros(cells.n_obs, bool)
+    model = SimpleNamespace(folder=Path("w"))
+    reference = Reference(cells, held_out=np.zeros(cells.n_obs, bool))
     with pytest.raises(InputError, match="scDecoder_model.pt: found no sample, expected whole"):
-        contrasts.held_out_samples(training)
-    training.held_out[:5] = True
+        contrasts.held_out_samples(model, reference)
+    reference.held_out[:5] = True
     with pytest.raises(InputError, match="samples held out in part"):
-        contrasts.held_out_samples(training)
-    training.held_out = (cells.obs["donor"] == "d3").to_numpy()
-    assert contrasts.held_out_samples(training) == ["d3_control", "d3_treated"]
+        contrasts.held_out_samples(model, reference)
+    reference.held_out = (cells.obs["donor"] == "d3").to_numpy()
+    assert contrasts.held_out_samples(model, reference) == ["d3_control", "d3_treated"]
 
 
 def test_no_type_has_enough_cells(trained_samples, sample_h5ad, tmp_path):

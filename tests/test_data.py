@@ -11,20 +11,11 @@ import pytest
 import scanpy
 import scipy.sparse as sp
 
-import data
-from conftest import CELL_TYPES, refused, write_10x, write_10x_h5, write_labels
-from data import (
-    PROTOCOL_GENES,
-    DatasetSettings,
-    align_genes,
-    batch_bulks,
-    choose_genes,
-    choose_marker_genes,
-    codes_of,
-    draw_pseudobulks,
-    load_cells,
-    split_cells,
-)
+from conftest import CELL_TYPES, refused, unpack, write_10x, write_10x_h5, write_labels
+from counts import pseudobulks
+from counts.genes import PROTOCOL_GENES, choose_genes, choose_marker_genes
+from counts.pseudobulks import batch_bulks, draw_pseudobulks
+from data import DatasetSettings, Reference, align_genes, load_cells, split_cells
 from readers.bulk import read_bulk
 from readers.counts import check_counts, read_counts
 from readers.labels import natural_order
@@ -39,7 +30,7 @@ def test_embedded_counts_are_the_published_integers():
     assert adata.shape == (700, 765)
     assert adata.X.dtype == np.int32 and sp.issparse(adata.X)
     assert adata.X.max() == 259 and adata.X.min() == 0
-    assert len(codes_of(adata)[1]) == 10
+    assert len(Reference.of(adata).cell_types) == 10
     assert set(adata.var["gene_ids"]) == {""}  # the file has none
 
 
@@ -167,7 +158,7 @@ def test_labels_from_csv_with_and_without_header(tmp_path, cells, header):
     labels = write_labels(tmp_path / "labels.csv", cells, header)
     read = load_cells(DatasetSettings(data=folder, labels=str(labels)))
     assert list(read.obs["cell_type"]) == list(cells.obs["cell_type"])
-    assert codes_of(read)[1] == CELL_TYPES  # the double blank survives
+    assert Reference.of(read).cell_types == CELL_TYPES  # the double blank survives
 
 
 def test_label_order_in_the_file_does_not_matter(tmp_path, cells):
@@ -201,7 +192,7 @@ def test_unknown_and_missing_labels_are_counted_and_left_out(tmp_path, cells, ca
     read = load_cells(DatasetSettings(data=tmp_path / "a.h5ad"))
     assert read.n_obs == cells.n_obs - 5
     assert "5 of 90 cells are Unknown or unlabelled and left out" in capsys.readouterr().out
-    assert codes_of(read)[1] == CELL_TYPES
+    assert Reference.of(read).cell_types == CELL_TYPES
     assert list(read.obs["cell_type"]) == list(labels[read.obs_names])
 
 
@@ -321,7 +312,7 @@ def test_split_is_stratified_repeatable_and_leaves_every_type_a_cell():
 
 def test_pseudobulks_are_sums_of_the_cells_they_say(cells):
     """With one distinct cell per type the sum is known exactly from the proportions."""
-    codes, _ = codes_of(load_labels(cells))
+    codes = Reference.of(load_labels(cells)).codes
     one = np.array([np.flatnonzero(codes == k)[0] for k in range(3)])
     proportions = np.array([[1.0, 0, 0], [0.2, 0.3, 0.5]])
     rng = np.random.default_rng(0)
@@ -356,7 +347,7 @@ def test_batch_bulks_of_large_references_are_the_same(cells, monkeypatch):
     """Small references are summed as dense matrices, others as sparse ones."""
     parts = []
     for most in (10**9, 0):
-        monkeypatch.setattr(data, "MOST_DENSE", most)
+        monkeypatch.setattr(pseudobulks, "MAX_DENSE", most)
         parts.append(list(batch_bulks(cells.X, 20, 9, np.random.default_rng(0), 4)))
     for (dense, a), (sparse, b) in zip(*parts, strict=True):
         assert np.array_equal(a, b) and np.array_equal(dense, sparse)
@@ -388,7 +379,7 @@ def ids_of(genes):
 def check_read(path, bulk_table, gene_ids=None):
     """The file at path gives every value of the table, in the order of the model's genes."""
     genes = list(bulk_table.columns[::-1])
-    X, present, samples = read_bulk(path, genes, gene_ids and gene_ids[::-1])
+    X, present, samples = unpack(read_bulk(path, genes, gene_ids and gene_ids[::-1]))
     assert samples == list(bulk_table.index) and present.all()
     np.testing.assert_allclose(X.toarray(), bulk_table[genes].to_numpy())
 
@@ -401,7 +392,7 @@ def test_bulk_in_either_orientation(tmp_path, bulk_table, capsys, genes_in_rows,
     table.to_csv(path, sep="\t" if suffix == "tsv" else ",")
     check_read(path, bulk_table)
     genes = [*bulk_table.columns[12:1:-1], "ABSENT"]
-    X, present, samples = read_bulk(path, genes)
+    X, present, samples = unpack(read_bulk(path, genes))
     assert samples == list(bulk_table.index) and present.tolist() == [True] * 11 + [False]
     np.testing.assert_allclose(X.toarray()[:, :11], bulk_table[genes[:11]].to_numpy())
     assert X[:, 11].nnz == 0
@@ -441,7 +432,7 @@ def test_repeated_genes_of_a_bulk_are_summed(tmp_path, bulk_table, capsys, genes
     one = ["GENE1", "GENE1", "ENSG00000000001.3", "ENSG00000000001.3_PAR_Y"]
     repeated.columns = [symbols[0], *one, *symbols[5:]]
     (repeated.T if genes_in_rows else repeated).to_csv(tmp_path / "bulk.csv")
-    X, present, _ = read_bulk(tmp_path / "bulk.csv", symbols, ids_of(symbols))
+    X, present, _ = unpack(read_bulk(tmp_path / "bulk.csv", symbols, ids_of(symbols)))
     assert present.tolist() == [True] * 2 + [False] * 3 + [True] * 15
     np.testing.assert_allclose(X[:, [1]].toarray().ravel(), expected)
     np.testing.assert_allclose(X[:, [5]].toarray().ravel(), bulk_table["GENE5"])
@@ -478,7 +469,7 @@ def test_names_of_genes_come_before_other_names(tmp_path, bulk_table):
     """A second name that is another gene's first name belongs to that gene; case counts."""
     genes, others = ["GENE0", "GENE1", "Gene2"], ["GENE1", "GENE5", ""]
     bulk_table.to_csv(tmp_path / "bulk.csv")
-    X, present, _ = read_bulk(tmp_path / "bulk.csv", genes, others)
+    X, present, _ = unpack(read_bulk(tmp_path / "bulk.csv", genes, others))
     assert present.tolist() == [True, True, False]
     expected = bulk_table[["GENE1", "GENE5"]].sum(axis=1)
     np.testing.assert_allclose(X[:, [1]].toarray().ravel(), expected)
@@ -491,7 +482,7 @@ def test_large_bulk_by_ids_in_seconds(tmp_path, genes_in_rows):
     table = pd.DataFrame(counts, [f"{i:03d}" for i in range(100)], [f"{i}.4" for i in ids])
     (table.T if genes_in_rows else table).to_csv(tmp_path / "bulk.csv")
     genes, start = [f"GENE{i}" for i in range(10000)], time.monotonic()
-    X, present, samples = read_bulk(tmp_path / "bulk.csv", genes, ids[:10000])
+    X, present, samples = unpack(read_bulk(tmp_path / "bulk.csv", genes, ids[:10000]))
     assert time.monotonic() - start < 20  # a second or two; a loop over values takes minutes
     assert samples == list(table.index) and present.all()
     assert (X.toarray() == counts[:, :10000]).all()
@@ -576,7 +567,7 @@ def test_genes_without_values_are_absent(tmp_path, bulk_table, capsys, genes_in_
     lines = (table.T if genes_in_rows else table).to_csv().splitlines()
     commas = "," * (4 if genes_in_rows else 21)
     (tmp_path / "bulk.csv").write_text("\n".join([*(f"{x}," for x in lines), commas]) + "\n")
-    X, present, samples = read_bulk(tmp_path / "bulk.csv", list(bulk_table.columns))
+    X, present, samples = unpack(read_bulk(tmp_path / "bulk.csv", list(bulk_table.columns)))
     assert samples == list(bulk_table.index)
     assert np.flatnonzero(~present).tolist() == [3, 4]
     np.testing.assert_allclose(X[:, 5:].toarray(), bulk_table.iloc[:, 5:])
@@ -663,7 +654,9 @@ def test_few_known_genes_are_a_warning(tmp_path, bulk_table, capsys):
     genes = [*bulk_table.columns[:4], *(f"OTHER{i}" for i in range(4))]
     read_bulk(tmp_path / "bulk.csv", genes, [f"ENSG{i}" for i in range(8)])
     assert capsys.readouterr().err == ""  # half of them are enough
-    _, present, _ = read_bulk(tmp_path / "bulk.csv", genes[1:], [f"ENSG{i}" for i in range(1, 8)])
+    _, present, _ = unpack(
+        read_bulk(tmp_path / "bulk.csv", genes[1:], [f"ENSG{i}" for i in range(1, 8)])
+    )
     assert present.sum() == 3
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and warning.count("\n") == 1 and "poor" in warning
@@ -686,7 +679,7 @@ def test_pbmc1k_reads_as_described():
     if not folder.is_dir():
         pytest.skip("PBMC 1K is not available (../shared/data/pbmc1k_v3)")
     cells = load_cells(DatasetSettings(data=folder))
-    assert cells.shape == (863, 14688) and len(codes_of(cells)[1]) == 8
+    assert cells.shape == (863, 14688) and len(Reference.of(cells).cell_types) == 8
     assert cells.var_names.is_unique
 
 
@@ -700,7 +693,7 @@ def test_ids_of_a_real_reference_name_its_genes(tmp_path, capsys):
     counts = np.random.default_rng(0).lognormal(3, 2, len(with_id)).astype(int) + 1
     bulk = pd.DataFrame({"donor": counts}, index=with_id[0] + ".11")
     bulk.to_csv(tmp_path / "bulk.tsv", sep="\t")
-    X, present, _ = read_bulk(tmp_path / "bulk.tsv", list(table[1]), list(table[0]))
+    X, present, _ = unpack(read_bulk(tmp_path / "bulk.tsv", list(table[1]), list(table[0])))
     assert np.flatnonzero(present).tolist() == with_id.index.tolist()
     assert (X[:, with_id.index].toarray().ravel() == counts).all()
     assert "12,455 of the model's 14,688 genes found (84.8 %: 12,455 by" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def test_dtangle_of_markers_that_no_other_type_has():
     """There it is exact up to its exponent: fractions of RNA come out as p^(1/0.943)."""
     mean = np.zeros((2, 40))
     mean[0, :20], mean[1, 20:] = 1000, 3000  # the second type has three times the RNA
-    reference = published.Reference(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
+    reference = published.Reference.of(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
     cells = np.array([[0.5, 0.5], [0.2, 0.8]])
     found = published.dtangle(cells @ mean, reference)
     rna = cells * [1, 3] / (cells @ [1, 3])[:, None]
@@ -74,7 +74,7 @@ def test_dtangle_reads_the_tenth_of_markers_with_the_highest_ratio():
     mean = np.full((2, 40), 10.0)
     mean[0, :20] = np.arange(20) + 100.0  # the last two of type 0 are its tenth
     mean[1, 20:] = 100 + np.arange(20)
-    reference = published.Reference(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
+    reference = published.Reference.of(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
     bulk = np.full((1, 40), 60.0)
     before = published.dtangle(bulk, reference)
     moved = bulk.copy()
@@ -168,7 +168,7 @@ def test_music_trusts_genes_that_agree_between_cells(reference, mixtures):
     wrong = bulk.copy()
     wrong[:, wild] *= 2
     steady, varied = (
-        published.Reference(**(vars(reference) | {"variance": variance}))
+        published.Reference.of(**(vars(reference) | {"variance": variance}))
         for variance in (
             np.full_like(reference.variance, 1e-9),
             np.where(np.isin(np.arange(GENES), wild), 1.0, 1e-9) * np.ones((3, 1)),

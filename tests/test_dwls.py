@@ -1,5 +1,7 @@
 """The Bulk Encoder's second estimate of proportions: its signature, and the mean of both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -8,7 +10,9 @@ import torch
 from conftest import ROOT, assert_one_line_error, make_cells, run_inside
 from data import mean_counts
 from deconvolution import dwls
-from generation import encode_samples, load_models, proportion_sd
+from deconvolution.encode import encode_samples, proportion_sd
+from models import Model
+from readers.bulk import Bulk
 
 GENES = [f"GENE{i}" for i in range(300)]
 
@@ -120,21 +124,22 @@ def test_error_of_the_mean_by_hand():
 
 
 def test_bulks_get_the_mean_of_both_estimates():
-    encoder, card, decoder, decoder_card = load_models(ROOT / "weights" / "pbmc1k", "cpu")
+    model = Model.load(ROOT / "weights" / "pbmc1k")
+    decoder, card = model.decoder, model.encoder_metadata
     rng = np.random.default_rng(0)
     pi = rng.dirichlet(np.ones(len(decoder.mu)), 4)
     bulk = rng.poisson(pi @ decoder.type_means().numpy() * rng.lognormal(0, 0.3, 14688)) + 0.0
     measured, names = np.ones(bulk.shape[1], bool), list("abcd")
 
-    def ask(card, mrna_content):
-        models = encoder, card, decoder, decoder_card
-        return encode_samples(models, bulk, measured, names, "x", mrna_content)
+    def ask(metadata, mrna_content):
+        asked = replace(model, encoder_metadata=metadata)
+        return encode_samples(asked, Bulk(bulk, measured, names), mrna_content)
 
     alone = {name: value for name, value in card.items() if name != "signature"}
     second = dwls.Signature(**card["signature"])
     for content in ("reference", "published"):
         both, first = ask(card, content), ask(alone, content)
-        other = second.proportions(bulk, decoder_card["genes"], measured)
+        other = second.proportions(bulk, model.genes, measured)
         scale = np.array(card["content"]) / both.content  # from cells by counts to cells by mRNA
         counted = first.cells.numpy() / scale
         mean = 0.7 * counted / counted.sum(axis=1, keepdims=True) + 0.3 * other

@@ -17,11 +17,11 @@ from sklearn.datasets import make_blobs
 import evaluate
 import generation
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
-from data import codes_of, load_cells, log_normalise, split_cells
+from data import Reference, log_normalise, split_cells
 from deconvolution.published import METHODS, nnls_proportions
 from evaluation import baselines, metrics
 from evaluation import proportions as proportion_tests
-from models import scDecoder
+from models import Model, scDecoder
 from readers import lineages
 from runtime.errors import InputError
 
@@ -31,7 +31,7 @@ def fitted():
     """CellMetrics of 300 synthetic cells, half of them held out; and these cells."""
     cells = make_cells((120, 100, 80))
     cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
-    codes, _ = codes_of(cells)
+    codes = Reference.of(cells).codes
     held_out = split_cells(codes, 0.5, 0)
     return metrics.CellMetrics(cells, held_out, codes, n_trees=30), cells, codes, held_out
 
@@ -449,7 +449,7 @@ def test_copula_keeps_the_correlations_that_independent_genes_lose():
 
 @pytest.fixture(scope="module")
 def truth():
-    """A Training whose decoder is the truth: it drew the 260 cells, half of them held out."""
+    """Model and Reference: the decoder drew the 260 cells, half of them held out."""
     torch.manual_seed(0)
     decoder = scDecoder(3, 16, 80, 3, "nb", 0.0).eval()
     with torch.no_grad():
@@ -463,8 +463,8 @@ def truth():
     generator = torch.Generator().manual_seed(5)
     cells.X = generation.new_cells(decoder, torch.as_tensor(codes), generator)
     card = {"genes": list(cells.var_names), "cell_types": CELL_TYPES}
-    held_out = split_cells(codes, 0.5, 0)
-    return evaluate.Training(None, cells, codes, decoder, card, None, card, held_out)
+    reference = Reference(cells, codes, CELL_TYPES, split_cells(codes, 0.5, 0))
+    return Model(None, decoder, card, card), reference
 
 
 def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
@@ -472,20 +472,22 @@ def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
 
     The worse model's own ceiling is no higher, as its cells are compared with cells of its own.
     """
-    cfg, before = evaluate.Settings(n_trees=20), truth.cells.copy()
+    model, reference = truth
+    cfg, before = evaluate.Settings(n_trees=20), reference.cells.copy()
     generator = torch.Generator().manual_seed(1)
-    space = metrics.CellMetrics(truth.cells, truth.held_out, truth.codes, cfg.n_trees)
-    narrow = copy.deepcopy(truth.decoder)
+    space = metrics.CellMetrics(reference.cells, reference.held_out, reference.codes, 20)
+    narrow = copy.deepcopy(model.decoder)
     narrow.var.fill_(1e-6)
     names = ["excess of AUROC, PCs", "excess of AUROC, genes"]
     found = {"ceiling": [], "narrow's own": [], "truth": [], "narrow": []}
     for seed in range(2):
-        ceiling = evaluate.compare_perfect(truth, generator, seed, cfg)
+        ceiling = evaluate.compare_perfect(*truth, generator, seed, cfg)
         found["ceiling"].append([overall(ceiling)[m] for m in list(metrics.METRICS)[:2]])
-        own = evaluate.compare_perfect(replace(truth, decoder=narrow), generator, seed, cfg)
+        other = replace(model, decoder=narrow), reference
+        own = evaluate.compare_perfect(*other, generator, seed, cfg)
         found["narrow's own"].append([overall(own)[m] for m in list(metrics.METRICS)[:2]])
-        for method, decoder in (("truth", truth.decoder), ("narrow", narrow)):
-            drawn = evaluate.draw_decoded(truth, decoder, generator)
+        for method, decoder in (("truth", model.decoder), ("narrow", narrow)):
+            drawn = evaluate.draw_decoded(*truth, generator, decoder=decoder)
             excess = overall(evaluate.excess_auroc(space.compare(*drawn, seed), ceiling))
             assert list(excess) == names
             found[method].append(list(excess.values()))
@@ -494,7 +496,7 @@ def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
         assert mean[method] == pytest.approx(np.full(2, 0.5), abs=0.15), method
     assert mean["truth"] == pytest.approx(np.zeros(2), abs=0.1)
     assert (mean["narrow"] > 0.15).all()
-    assert abs(truth.cells.X - before.X).nnz == 0  # the data stay as they are
+    assert abs(reference.cells.X - before.X).nnz == 0  # the data stay as they are
 
 
 def test_summary_is_over_trainings_where_there_are_several():
@@ -528,13 +530,13 @@ def means(table):
 
 @pytest.mark.draws
 def test_by_default_cells_and_proportions_beside_their_ceilings(trained, h5ad, tmp_path):
-    """What to conclude comes first. Nothing is written to the weights, and twice to evaluation/."""
+    """What to conclude comes first. Nothing is written to the weights, and twice to results/."""
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
     flags = ["--data", h5ad, "--weights", trained, *FEW]
     done = run_inside("evaluate.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
-    folder = tmp_path / "evaluation"
+    folder = tmp_path / "results"
     assert {path.name for path in folder.iterdir()} == {"evaluation.csv", "evaluation.png"}
     table = read_table(folder)
     of_cells = {"bulk2sc", "perfect model", "unseen real cells", "cell-type NB"}
@@ -680,8 +682,8 @@ def test_model_trained_anew(weights, h5ad, no_forests, monkeypatch):
     """It is measured on cells of its model, whose settings and split it takes."""
     retrain, kept = evaluate.retrain, []
 
-    def retrain_and_keep(training, *arguments):
-        kept.extend([training, retrain(training, *arguments)])
+    def retrain_and_keep(model, reference, *arguments):
+        kept.extend([(model, reference), retrain(model, reference, *arguments)])
         return kept[1]
 
     monkeypatch.setattr(evaluate, "retrain", retrain_and_keep)
@@ -695,19 +697,19 @@ def test_model_trained_anew(weights, h5ad, no_forests, monkeypatch):
         "excess of AUROC, PCs", "excess of AUROC, genes",
     }  # fmt: skip
     assert anew["fold-change correlation"] > 0.5
-    model, anew = kept
+    (model, reference), (anew, simulated) = kept
     assert anew.decoder.config == model.decoder.config
     for name in ("epochs", "lr", "n_components", "seed"):
-        assert anew.decoder_card["settings"][name] == model.decoder_card["settings"][name]
-    of_types = [np.bincount(training.codes[training.test]) for training in (model, anew)]
+        assert anew.metadata["settings"][name] == model.metadata["settings"][name]
+    of_types = [np.bincount(cells.test_codes) for cells in (reference, simulated)]
     assert (of_types[0] == of_types[1]).all()
     assert not any(
         torch.equal(a, b)
         for a, b in zip(anew.decoder.parameters(), model.decoder.parameters(), strict=True)
     )
     # What it learned from are cells of the model, not the real ones.
-    assert abs(anew.cells.X - model.cells.X).nnz > 0
-    assert (anew.cells.obs_names == model.cells.obs_names).all()
+    assert abs(simulated.X - reference.X).nnz > 0
+    assert (simulated.cells.obs_names == reference.cells.obs_names).all()
     (weights / "scGMVAE_model.pt").unlink()
     assert_one_line_error(run_inside("evaluate.py", *where, *FEW), "scGMVAE_model.pt")
     done = run_inside("evaluate.py", *where, "--proportions-only")
@@ -793,12 +795,9 @@ def test_swapped_fractions_score_badly(trained, h5ad, measured):
     cfg = evaluate.Settings(
         data=h5ad, weights=trained, n_draws=1, n_pseudobulks=5, compare=True, **paths
     )
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    loaded = generation.load_weights(trained, cells, cell_types, "cpu")
-    training = evaluate.Training(trained, cells, codes, *loaded)
-    plan = proportion_tests.plan_proportions(cfg, cell_types)
-    methods = proportion_tests.Methods(training, cfg)
+    model, reference = evaluate.load_trained(trained, Reference.load(cfg), "cpu")
+    plan = proportion_tests.plan_proportions(cfg, model.cell_types)
+    methods = proportion_tests.Methods(model, reference, cfg)
     rows = proportion_tests.measure_foreign(methods, plan, cfg)
     values = {(method, metric.split()[1]): v for method, metric, key, v in rows if key is None}
     for method in ("bulk2sc", "DWLS", "NNLS"):

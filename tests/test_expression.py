@@ -27,8 +27,8 @@ from deconvolution.expression import (
     expected_bulk,
     mean_fractions,
 )
-from generation import generate_cells, load_models
-from models import scDecoder, shrink_means
+from generation import generate_cells
+from models import Model, scDecoder, shrink_means
 
 # --------------------------------------------------------------------------------- tilted clouds
 
@@ -412,7 +412,7 @@ def test_uniform_factors_turn_the_expected_sum_into_the_bulk():
 
 def test_profiles_of_types_are_those_of_their_generated_cells(trained_samples):
     """And the expected sum is theirs, in the proportions of the bulk."""
-    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    decoder = Model.load(trained_samples).decoder
     mu, var = decoder.mu[None], decoder.var[None]
     profiles = TypeProfiles(decoder, mu, var)[:]
     np.testing.assert_allclose(profiles.sum(axis=2), 1, rtol=1e-5)
@@ -452,7 +452,7 @@ def test_profiles_of_states_are_nearer_to_long_draws_than_short_ones(trained_sam
     By their mean: of one that is just not far, either may be nearer. Over three seeds and two kinds
     of CPU, errors are .27 to .62 of those of short draws.
     """
-    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    decoder = Model.load(trained_samples).decoder
     steps = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
     size = torch.tensor([0.0, 0.05, 0.2, 0.5, 1.0, 1.0])[:, None, None]
     mu = decoder.mu + size * decoder.var.sqrt() * steps
@@ -472,7 +472,7 @@ def test_profiles_of_states_are_nearer_to_long_draws_than_short_ones(trained_sam
 
 def test_expression_of_some_samples_is_that_of_all(trained_samples, monkeypatch):
     """The same whether all bulks fit into memory or not."""
-    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    decoder = Model.load(trained_samples).decoder
     rng = np.random.default_rng(0)
     step = torch.from_numpy(rng.standard_normal((5, 1, 1))).float()
     encoded = decoder.mu + 0.3 * step, decoder.var.expand(5, -1, -1), torch.full((5, 3), 1 / 3)
@@ -502,7 +502,7 @@ def test_the_platform_is_read_from_some_of_many_bulks(monkeypatch):
 
 def test_each_cell_takes_the_factors_of_its_own_type_and_sample(trained_samples):
     """A gene is raised in each type of each sample, or one in all types of a sample."""
-    _, _, decoder, _ = load_models(trained_samples, "cpu")
+    decoder = Model.load(trained_samples).decoder
     mu, var = (part.expand(2, 3, -1) for part in (decoder.mu, decoder.var))
     encoded = mu, var, torch.full((2, 3), 1 / 3)
     by_type, by_sample = torch.zeros(2, 3, 60), torch.zeros(2, 60)
@@ -628,7 +628,8 @@ def test_platform_is_left_out_or_not(trained_samples, bulk_csv, tmp_path):
 def test_without_states_nothing_changes_unless_asked(tmp_path):
     """The shipped weights are of one sample; bulks of them that differ in proportions alone."""
     rng = np.random.default_rng(0)
-    _, _, decoder, card = load_models(ROOT / "weights", "cpu")
+    model = Model.load(ROOT / "weights")
+    decoder, card = model.decoder, model.metadata
     means = decoder.type_means().numpy()
     bulk = rng.dirichlet(np.ones(len(means)), 3) @ means * 1000
     path = tmp_path / "bulk.csv"

@@ -18,8 +18,7 @@ from conftest import (
     make_cells,
     run_inside,
 )
-from data import codes_of, load_cells
-from generation import load_weights
+from data import Reference
 from make_figures import (
     HOUSEKEEPING,
     Settings,
@@ -29,7 +28,7 @@ from make_figures import (
     principal_components,
     reconstruct,
 )
-from models import scGMVAE
+from models import Model, scGMVAE
 from plots import cells as cell_plots
 from plots import states as state_figures
 from plots import training as training_plots
@@ -94,7 +93,7 @@ def test_layers_of_many_points_are_images_in_vector_files(tmp_path, n):
 
 def test_bad_input_ends_in_one_line(tmp_path, trained, h5ad):
     where = ["--data", h5ad, "--weights", tmp_path / "none", "--out", tmp_path / "out"]
-    assert_one_line_error(run_inside("make_figures.py", *where), "scDecoder_model.pt")
+    assert_one_line_error(run_inside("make_figures.py", *where), "bulkEncoder_model.pt")
     assert not (tmp_path / "out").exists()
     assert_one_line_error(run_inside("make_figures.py", "--max-cells", 3), "--max-cells", "3")
 
@@ -102,10 +101,9 @@ def test_bad_input_ends_in_one_line(tmp_path, trained, h5ad):
 @pytest.fixture(scope="module")
 def loaded(trained, h5ad):
     cfg = Settings(data=h5ad, weights=trained)
-    cells = load_cells(cfg)
-    codes, cell_types = codes_of(cells)
-    decoder, card, *_ = load_weights(trained, cells, cell_types, "cpu")
-    return cfg, cells, codes, decoder, card, load_model(trained / "scGMVAE_model.pt", scGMVAE)
+    reference, model = Reference.load(cfg), Model.load(trained)
+    parts = reference.cells, reference.codes, model.decoder, model.metadata
+    return cfg, *parts, load_model(trained / "scGMVAE_model.pt", scGMVAE)
 
 
 def test_reconstructed_cells_are_those_cells(loaded):
@@ -356,11 +354,12 @@ def test_bulks_are_sums_of_all_cells(tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     settings = Settings(data=tmp_path / "cells.h5ad", samples="sample")
     genes = ["GENE7", "absent", "GENE0"]
-    bulk, measured = state_figures.sum_all_cells(settings, ("s3", "s1"), genes)
+    bulk = state_figures.sum_all_cells(settings, ("s3", "s1"), genes)
+    values = bulk.dense()
     sums = [cells.X[i::3].sum(axis=0).A1 for i in (2, 0)]
     columns = cells.var_names.get_indexer(["GENE7", "GENE0"])
-    assert (bulk[:, [0, 2]] == np.array(sums)[:, columns]).all()
-    assert list(measured) == [True, False, True] and not bulk[:, 1].any()
+    assert (values[:, [0, 2]] == np.array(sums)[:, columns]).all()
+    assert list(bulk.measured) == [True, False, True] and not values[:, 1].any()
 
 
 def test_state_mixing_is_a_quarter_each_for_the_same_cells_and_a_half_for_others():

@@ -11,15 +11,11 @@ import torch
 
 from conftest import make_cells
 from data import DatasetSettings
-from generation import (
-    add_to_sums,
-    bulk_fit,
-    calibration,
-    decode_cells,
-    encode_bulks,
-    misfit,
-    sum_agreement,
-)
+from deconvolution.encode import encode_bulks
+from deconvolution.expression import calibration
+from deconvolution.fit import bulk_fit, misfit, sum_agreement
+from deconvolution.samples import add_to_sums
+from generation import decode_cells
 from models import BulkEncoder, find_spikes, fit_dispersion, mean_profile, scDecoder, scGMVAE
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model

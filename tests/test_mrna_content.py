@@ -6,8 +6,10 @@ import torch
 
 from conftest import ROOT
 from deconvolution import mrna_content
+from deconvolution.encode import choose_content, encode_samples
 from deconvolution.mrna_content import counts_reads, published_content, to_cells
-from generation import choose_content, encode_samples, load_models
+from models import Model
+from readers.bulk import Bulk
 from runtime.errors import InputError
 
 RIBOSOMAL = [f"RPL{i}" for i in range(3, 15)]
@@ -98,17 +100,17 @@ def test_without_ribosomal_genes_the_other_genes_tell(noise, reads):
     assert found == reads and "factor" in why
 
 
-# --------------------------------------------------------------------- bulks of the shipped models
+# --------------------------------------------------------------------- bulks of the shipped model
 
 
 @pytest.fixture(scope="module")
-def models():
-    return load_models(ROOT / "weights" / "pbmc1k", "cpu")
+def model():
+    return Model.load(ROOT / "weights" / "pbmc1k")
 
 
-def mix(models, reads, seed=0, S=3):
+def mix(model, reads, seed=0, S=3):
     """Bulks of the model's own types (S, G), as single cells or as whole transcripts count them."""
-    decoder, genes = models[2], models[3]["genes"]
+    decoder, genes = model.decoder, model.genes
     pi = np.random.default_rng(seed).dirichlet(np.ones(len(decoder.mu)), S)
     bulk = pi @ decoder.type_means().numpy()
     if reads:
@@ -116,38 +118,39 @@ def mix(models, reads, seed=0, S=3):
     return bulk, pi
 
 
-def encode(models, bulk, **options):
+def encode(model, bulk, **options):
     names = [f"s{i}" for i in range(len(bulk))]
-    return encode_samples(models, bulk, np.ones(bulk.shape[1], bool), names, "x.csv", **options)
+    measured = np.ones(bulk.shape[1], bool)
+    return encode_samples(model, Bulk(bulk, measured, names, "x.csv"), **options)
 
 
 @pytest.mark.parametrize("reads", [False, True])
-def test_bulks_of_whole_transcripts_are_counted_by_published_content(models, reads, capsys):
-    bulk, _ = mix(models, reads)
-    answer = encode(models, bulk)
+def test_bulks_of_whole_transcripts_are_counted_by_published_content(model, reads, capsys):
+    bulk, _ = mix(model, reads)
+    answer = encode(model, bulk)
     said = capsys.readouterr().out
     assert ("as published" in said) == reads and ("as counted in the reference" in said) != reads
-    named = encode(models, bulk, mrna_content="published" if reads else "reference")
+    named = encode(model, bulk, mrna_content="published" if reads else "reference")
     assert torch.equal(answer.cells, named.cells)
 
 
-def test_content_moves_fractions_of_cells_and_not_what_makes_the_bulk(models):
+def test_content_moves_fractions_of_cells_and_not_what_makes_the_bulk(model):
     """Monocytes hold more mRNA than their counts say, so fewer of them make the same bulk."""
-    bulk, _ = mix(models, reads=False)
+    bulk, _ = mix(model, reads=False)
     as_counted, published = (
-        encode(models, bulk, mrna_content=m) for m in ("reference", "published")
+        encode(model, bulk, mrna_content=m) for m in ("reference", "published")
     )
     counts, content = as_counted.content, published.content
     expected = to_cells(as_counted.cells.numpy().astype(float), counts, content)
     np.testing.assert_allclose(published.cells, expected, atol=1e-5)
     torch.testing.assert_close(published.mixing(), as_counted.mixing(), atol=1e-5, rtol=0)
-    monocytes = [k for k, name in enumerate(models[1]["cell_types"]) if "onocyte" in name]
+    monocytes = [k for k, name in enumerate(model.cell_types) if "onocyte" in name]
     assert (published.cells[:, monocytes] < as_counted.cells[:, monocytes]).all()
     assert (published.sd > 0).all()
 
 
-def test_known_cells_are_mixed_by_their_content(models):
-    answer = encode(models, mix(models, reads=True)[0])
+def test_known_cells_are_mixed_by_their_content(model):
+    answer = encode(model, mix(model, reads=True)[0])
     cells = torch.full_like(answer.cells, 1 / answer.cells.shape[1])
     mixing = answer.mixing(cells).numpy()
     expected = answer.content / answer.library
@@ -164,10 +167,10 @@ def test_published_content_needs_types_that_somebody_measured():
     assert choose_content("auto", ["Hepatocytes", "Acinar"], counts, True, "", "x.csv") is counts
 
 
-def test_intervals_widen_with_the_distance_from_the_reference(models):
-    bulk, _ = mix(models, reads=False)
+def test_intervals_widen_with_the_distance_from_the_reference(model):
+    bulk, _ = mix(model, reads=False)
     moved = bulk * np.random.default_rng(1).lognormal(0, 0.6, bulk.shape[1])
-    assert (encode(models, moved).sd.mean() > 2 * encode(models, bulk).sd.mean()).item()
+    assert (encode(model, moved).sd.mean() > 2 * encode(model, bulk).sd.mean()).item()
 
 
 def test_genes_that_are_hardly_expressed_do_not_hide_another_protocol():

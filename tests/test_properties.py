@@ -24,15 +24,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import write_10x, write_10x_h5
-from data import (
-    DatasetSettings,
-    align_genes,
-    batch_bulks,
-    codes_of,
-    draw_pseudobulks,
-    load_cells,
-    split_cells,
-)
+from counts.pseudobulks import batch_bulks, draw_pseudobulks
+from data import DatasetSettings, Reference, align_genes, load_cells, split_cells
 from models import (
     BulkEncoder,
     NegativeBinomialLoss,
@@ -286,7 +279,7 @@ def check_labels(settings, expected):
     adata, _ = captured(load_cells, settings)
     assert list(adata.obs_names) == list(expected)
     assert list(adata.obs["cell_type"]) == list(expected.values())
-    codes, names = codes_of(adata)
+    codes, names = Reference.of(adata).codes, Reference.of(adata).cell_types
     assert codes.dtype == np.int64 and len(set(names)) == len(names)
     assert [names[k] for k in codes] == list(expected.values())
     assert set(names) == set(expected.values()) and names == natural_order(names)
@@ -821,9 +814,9 @@ def test_a_bulk_reads_the_same_from_every_form(bulk, form):
     with folder() as where:
         path = where / f"bulk.{form.rsplit(' ')[-1]}"
         write_bulk(path, table, form)
-        (X, read, samples), out = captured(read_bulk, path, genes, gene_ids)
-    assert samples == list(table.index) and read.tolist() == present
-    np.testing.assert_allclose(X.toarray(), expected, rtol=1e-12)
+        read, out = captured(read_bulk, path, genes, gene_ids)
+    assert read.samples == list(table.index) and read.measured.tolist() == present
+    np.testing.assert_allclose(read.dense(), expected, rtol=1e-12)
     known = table.columns[[not name.startswith("unknown") for name in table.columns]]
     n = len(known) - sum(present)
     assert (f" {n} repeated genes summed" in out) == (n > 0)
@@ -843,9 +836,9 @@ def test_names_of_samples_may_hold_separators(samples, form):
     with folder() as where:
         path = where / f"bulk.{form.rsplit(' ')[-1]}"
         write_bulk(path, table, form)
-        (X, present, read), _ = captured(read_bulk, path, genes)
-    assert read == samples and present.all()
-    assert (X.toarray() == table.to_numpy()).all()
+        read, _ = captured(read_bulk, path, genes)
+    assert read.samples == samples and read.measured.all()
+    assert (read.dense() == table.to_numpy()).all()
 
 
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5), SEEDS)

@@ -18,7 +18,7 @@ from deconvolution.proportions import (
     reference_composition,
     rna_fractions,
 )
-from generation import load_models
+from models import Model
 from plots import cells as cell_plots
 from plots.cells import write_proportions
 from plots.style import type_colors
@@ -325,7 +325,7 @@ def test_rna_fractions_are_those_of_the_generated_counts(trained, bulk, tmp_path
     total = pd.Series(of_x.X.sum(axis=1).A1).groupby(of_x.obs["cell_type"].to_numpy()).sum()
     share = (total / total.sum())[CELL_TYPES].to_numpy()
     np.testing.assert_allclose(wide(cells, "rna_fraction")[0], share, atol=0.03)
-    _, _, decoder, _ = load_models(trained, "cpu")
+    decoder = Model.load(trained).decoder
     content = decoder.type_means().sum(dim=1).numpy()
     weight = content * [0.5, 0.3, 0.2]
     np.testing.assert_allclose(wide(cells, "rna_fraction")[0], weight / weight.sum(), atol=0.01)
@@ -386,7 +386,7 @@ def test_mixtures_are_the_types_own_cells(trained, tmp_path):
     done, cells = generate(tmp_path / "g.h5ad", weights, *flags)
     assert "in the ratio of the reference's cells" in done.stdout
     np.testing.assert_allclose(wide(cells, "proportion"), [[0.6, 0.2, 0.2]])
-    _, _, decoder, _ = load_models(trained, "cpu")
+    decoder = Model.load(trained).decoder
     z = cells.obsm["X_latent"][(cells.obs["cell_type"] == B).to_numpy()]
     mu, sd = decoder.mu[0].numpy(), decoder.var[0].sqrt().numpy()
     np.testing.assert_allclose((z.mean(axis=0) - mu) / sd, 0, atol=0.1)

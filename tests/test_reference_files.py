@@ -13,7 +13,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from conftest import make_cells, refused, write_10x, write_10x_h5, write_labels
-from data import DatasetSettings, TrainingSettings, codes_of, library_size, load_cells
+from data import DatasetSettings, Reference, TrainingSettings, library_size, load_cells
 from readers import counts
 from readers.backed import read_backed
 from readers.counts import COUNT_LAYERS, check_orientation, read_counts
@@ -66,13 +66,13 @@ def test_numbers_found_as_cell_types_are_refused(tmp_path, cells, kind, backed):
     refused(lambda: load_cells(settings), path, *words)
     settings.labels = "cell_type"  # asked for by name
     read = load_cells(settings)
-    assert codes_of(read)[1][0] in ("0", "0.0")
+    assert Reference.of(read).cell_types[0] in ("0", "0.0")
     assert read.n_obs == (np.sum(codes != 1) if kind == "missing" else cells.n_obs)
 
 
 def test_one_name_among_numbers_is_no_column_of_codes(tmp_path, cells):
     cells.obs["cell_type"] = ["B2", *["3"] * (cells.n_obs - 1)]
-    assert codes_of(load(write(tmp_path / "a.h5ad", cells)))[1] == ["3", "B2"]
+    assert Reference.of(load(write(tmp_path / "a.h5ad", cells))).cell_types == ["3", "B2"]
 
 
 def test_numbers_in_the_csv_beside_the_data_are_refused(tmp_path, cells):
@@ -80,7 +80,7 @@ def test_numbers_in_the_csv_beside_the_data_are_refused(tmp_path, cells):
     cells.obs["cell_type"] = np.arange(cells.n_obs) % 4
     labels = write_labels(folder / "barcode_to_celltype.csv", cells)
     refused(lambda: load(folder), labels, "numbers such as 0, 1, 2", f"--labels {labels}")
-    assert codes_of(load(folder, labels=str(labels)))[1] == ["0", "1", "2", "3"]
+    assert Reference.of(load(folder, labels=str(labels))).cell_types == ["0", "1", "2", "3"]
 
 
 def as_seurat_disk(path, cells, first=0, link=False):
@@ -391,7 +391,7 @@ def test_columns_that_leave_a_choice_are_listed_and_can_be_named(tmp_path, pbmc)
     assert list(read.obs["cell_type"]) == list(types.str.upper())
     assert list(load(data, labels=f"{path}:CellType").obs["cell_type"]) == list(types)
     numbers = load(data, labels=f"{path}:seurat_clusters")  # asked for by name
-    assert codes_of(numbers)[1] == ["0", "1", "2", "3"]
+    assert Reference.of(numbers).cell_types == ["0", "1", "2", "3"]
     samples = load(data, labels=f"{path}:celltype", samples=f"{path}:tissue")
     assert set(samples.obs["sample"]) == {"blood"}
     refused(lambda: load(data, labels=f"{path}:nothing"), "a column nothing", "seurat_clusters")
@@ -477,7 +477,7 @@ def test_labels_beside_the_matrix_below_are_found(tmp_path, cells):
     assert list(load(tmp_path).obs["cell_type"]) == list(cells.obs["cell_type"])
     cells.obs["cell_type"] = "B"
     write_labels(tmp_path / "barcode_to_celltype.csv", cells)  # as annotate.py writes it
-    assert codes_of(load(tmp_path))[1] == ["B"]
+    assert Reference.of(load(tmp_path)).cell_types == ["B"]
 
 
 def test_a_10x_folder_itself_comes_before_those_below(tmp_path, cells, capsys):

@@ -21,18 +21,16 @@ from conftest import (
     make_sample_cells,
     run_inside,
 )
+from counts.genes import choose_state_genes
+from counts.pseudobulks import batch_bulks_of_samples
 from data import (
+    Reference,
     TrainingSettings,
     align_genes,
-    batch_bulks_of_samples,
     choose_held_out,
-    choose_state_genes,
-    codes_of,
-    donors_of,
     load_cells,
-    samples_of,
 )
-from models import BulkEncoder, encode_cells, scGMVAE
+from models import BulkEncoder, Model, encode_cells, scGMVAE
 from readers.labels import FOUND_FILE
 from runtime.errors import InputError
 from runtime.weights import load_model
@@ -128,10 +126,11 @@ def test_samples_donors_and_conditions_are_read_from_columns_or_tables(sample_h5
     for read in (by_column, by_table):
         assert list(read.obs["sample"].astype(str)) == list(cells.obs["sample"])
         assert list(read.obs["donor"].astype(str)) == list(cells.obs["donor"])
-    codes, names = samples_of(by_table)
+    reference = Reference(by_table)
+    names = reference.samples
     assert names == sorted(set(cells.obs["sample"])) and len(names) == 8
-    assert [names[code] for code in codes] == list(cells.obs["sample"])
-    assert list(donors_of(by_table)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [names[code] for code in reference.sample] == list(cells.obs["sample"])
+    assert list(reference.by_sample(reference.codes_in("donor"))) == [0, 0, 1, 1, 2, 2, 3, 3]
     alone = load(sample_h5ad, samples="sample")  # each sample a donor of its own
     assert list(alone.obs["donor"]) == list(cells.obs["sample"])
     settings = TrainingSettings(data=str(sample_h5ad), samples="sample")
@@ -148,20 +147,22 @@ def test_cells_without_a_sample_are_counted_and_left_out(tmp_path, capsys, backe
     cells.obs.loc[unknown, "sample"] = "NA"
     read = load(write(tmp_path / "cells.h5ad", cells), samples="sample", backed=backed)
     assert list(read.obs_names) == list(cells.obs_names[~unknown])
-    assert codes_of(read)[1] == [CELL_TYPES[0], CELL_TYPES[2]]
+    assert Reference.of(read).cell_types == [CELL_TYPES[0], CELL_TYPES[2]]
     assert f"{unknown.sum()} of 96 cells have no sample and are left out" in capsys.readouterr().out
     rows = cells.obs_names[~unknown] + ",a\n"
     (tmp_path / "samples.csv").write_text("barcode,sample\n" + "".join(rows) + "elsewhere,b\n")
     read = load(tmp_path / "cells.h5ad", samples=str(tmp_path / "samples.csv"))
     assert list(read.obs_names) == list(cells.obs_names[~unknown])
-    assert samples_of(read)[1] == ["a"]  # the other one has no cell
+    assert Reference.of(read).samples == ["a"]  # the other one has no cell
 
 
 def test_columns_named_sample_and_donor_mean_nothing_without_the_flag(sample_h5ad):
     """Regression: a reference with such columns was split by donors though no flag said so."""
     cells = load(sample_h5ad)
-    assert samples_of(cells) == (pytest.approx(np.zeros(288)), ["all cells"])
-    mask, fraction = choose_held_out(cells, codes_of(cells)[0], TrainingSettings())
+    reference = Reference.of(cells)
+    assert not reference.sample.any() and len(reference.sample) == 288
+    assert reference.samples == ["all cells"]
+    mask, fraction = choose_held_out(cells, Reference.of(cells).codes, TrainingSettings())
     assert fraction == 0.2 and mask.sum() == 57
     assert len(set(make_sample_cells().obs["donor"][mask])) == 4
 
@@ -171,7 +172,7 @@ def test_samples_and_donors_in_numbers_keep_their_order(tmp_path):
     number = {f"d{i}": 5 * i for i in range(1, 5)}
     cells.obs["donor"] = cells.obs["donor"].map(number)
     read = load(write(tmp_path / "cells.h5ad", cells), samples="donor")
-    assert samples_of(read)[1] == ["5", "10", "15", "20"]
+    assert Reference.of(read).samples == ["5", "10", "15", "20"]
 
 
 BAD_TABLES = {
@@ -251,7 +252,7 @@ def test_a_condition_that_differs_within_a_sample_is_an_error(sample_h5ad):
 def held_out_donors(cells, **settings):
     """Names of the donors that are held out of cells; none of their cells is trained on."""
     cfg = TrainingSettings(samples="sample", **settings)
-    mask, fraction = choose_held_out(cells, codes_of(cells)[0], cfg)
+    mask, fraction = choose_held_out(cells, Reference.of(cells).codes, cfg)
     names = set(cells.obs["donor"][mask])
     assert not names & set(cells.obs["donor"][~mask]) and fraction == mask.mean()
     return names
@@ -281,7 +282,7 @@ def test_cells_are_held_out_where_all_samples_are_of_one_donor(tmp_path):
     cells = make_sample_cells(10)
     path = write(tmp_path / "cells.h5ad", cells[(cells.obs["donor"] == "d1").to_numpy()].copy())
     cells = load(path, samples="sample", donors="donor")
-    mask, fraction = choose_held_out(cells, codes_of(cells)[0], TrainingSettings())
+    mask, fraction = choose_held_out(cells, Reference.of(cells).codes, TrainingSettings())
     assert fraction == 0.2 and list(cells.obs["cell_type"][mask].value_counts()) == [4, 4, 4]
 
 
@@ -945,7 +946,7 @@ def test_a_batch_starts_at_the_composition_of_its_own_sample(
     cells = make_sample_cells()
     other = (cells.obs["sample"] == "d1 control") & (cells.obs["cell_type"] != CELL_TYPES[0])
     write(tmp_path / "x.h5ad", cells[~other].copy())
-    model, content = load_model(trained_samples / "bulkEncoder_model.pt", BulkEncoder)
+    model = Model.load(trained_samples)
     starts, encode_bulks = [], generation.encode_bulks
 
     def spy(*arguments, start):
@@ -955,7 +956,7 @@ def test_a_batch_starts_at_the_composition_of_its_own_sample(
     monkeypatch.setattr(generation, "encode_bulks", spy)
     settings = bulk2sc.Settings(data=str(tmp_path / "x.h5ad"), samples="sample", batch_size=10)
     rng = np.random.default_rng(0)
-    parts = generation.encode_batches(settings, 60, model, content["genes"], "cpu", rng)
+    parts = generation.encode_batches(settings, 60, model, rng)
     pi, start = torch.cat([part[2] for part in parts]), torch.cat(starts)  # (60, K) each
     pure = start[:, 0] > 0.9
     assert 0 < pure.sum() < 30

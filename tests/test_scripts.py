@@ -25,7 +25,7 @@ from conftest import (
     write_10x,
     write_labels,
 )
-from generation import MISFIT
+from deconvolution.fit import MISFIT
 from models import scGMVAE
 from plots.style import type_colors
 from runtime.errors import InputError

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from data import PROTOCOL_GENES
+from counts.genes import PROTOCOL_GENES
 from deconvolution import unknown
 from deconvolution.unknown import (
     LINEAGES,

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import annotate
-from conftest import ROOT, make_cells, refused, run_inside, write_10x, write_10x_h5, write_labels
+from conftest import (
+    ROOT,
+    make_cells,
+    refused,
+    run_inside,
+    unpack,
+    write_10x,
+    write_10x_h5,
+    write_labels,
+)
 from data import DatasetSettings, load_cells
 from models import BulkEncoder, scDecoder, scGMVAE
 from readers import bulk_files, hdf5
@@ -276,7 +285,7 @@ def test_text_that_is_not_utf8(tmp_path, cells, encoding):
     if encoding == "utf-32":
         refused(lambda: read_bulk(bulk, ["GENE1", "GENE2"]), bulk)
     else:  # as spreadsheets save it: there is one reading
-        X, _, samples = read_bulk(bulk, ["GENE1", "GENE2"])
+        X, _, samples = unpack(read_bulk(bulk, ["GENE1", "GENE2"]))
         assert samples == ["Zürich"] and X.toarray().tolist() == [[5, 6]]
 
 

@@ -1,0 +1,1 @@
+"""What is computed from matrices of counts: variable genes, sums of cells."""
