@@ -91,9 +91,9 @@ from counts.genes import HOUSEKEEPING
 from counts.pseudobulks import draw_test_bulks
 from data import Reference, align_genes, library_size, log_normalise, mean_counts
 from deconvolution.encode import calibrate_to, encode_samples
+from deconvolution.estimators import nnls_proportions
 from deconvolution.fit import log_cpm
 from deconvolution.proportions import normal_interval
-from deconvolution.published import nnls_proportions
 from evaluation.metrics import concordance
 from generation import CHUNK, draw_types, new_cells
 from models import Model, encode_cells, scGMVAE

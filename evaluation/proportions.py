@@ -1,65 +1,52 @@
-"""Predicted against true proportions: the part of evaluate.py that measures the Bulk Encoder.
+"""Predicted against true proportions, of pseudobulks and of real bulks.
 
-Bulks are of four kinds, and each method reads the same ones:
-
-- pseudobulks of held-out cells ("within")
-- with --compare, the same after a simulated change of platform (", shift")
-- pseudobulks of other data sets, of other donors and protocols (", NAME of the set"), by lineage
-- real bulks whose lineages were measured (", real bulk")
+Each method reads the same bulks: pseudobulks of held-out cells ("within"), and real bulks whose
+lineages were measured (", real bulk").
 
 Notation in shape comments: S bulks, N cells, G genes of the decoder, K cell types, L lineages.
 """
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from counts.pseudobulks import draw_test_bulks
-from data import DatasetSettings, Reference, align_genes, mean_counts
+from data import align_genes, mean_counts
 from deconvolution.encode import encode_samples
-from deconvolution.published import METHODS, deconvolve, nnls_proportions, read_reference
+from deconvolution.estimators import NNLS, estimate_all, nnls_proportions, type_statistics
 from evaluation.metrics import pearson_within, proportion_metrics, to_lineages
 from readers.bulk import Bulk, read_bulk
-from readers.counts import read_counts
-from readers.labels import check_same_start, natural_order
+from readers.labels import check_same_start
 from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.errors import InputError, some
 
-BULKS_PER_PLATFORM = 20  # of those with a simulated change of platform
-SHIFT_DEPTH = 2e5  # counts of each of them in the genes of the Bulk Encoder
-NNLS = "NNLS"  # on the encoder's genes, unlike the other estimators
 
-# ------------------------------------------------------------------------------------- methods
-
-
-class Methods:
-    """Every method, of one model and the cells that it was trained on.
+class ProportionMethods:
+    """bulk2sc and what it is measured beside, of one model and the cells that it was trained on.
 
     Args:
-        model: Model. reference: Reference. cfg: settings; without ``compare``, NNLS is the only
-            method beside bulk2sc.
+        model: Model. reference: Reference. estimators: deconvolution.estimators.Estimators that
+            read all genes. seed: of theirs.
     """
 
-    def __init__(self, model, reference, cfg):
-        self.model, self.reference, self.seed = model, reference, cfg.seed
+    def __init__(self, model, reference, estimators=(), seed=0):
+        self.model, self.reference = model, reference
+        self.estimators, self.seed = estimators, seed
         rows, K = reference.train, len(model.cell_types)
         codes = reference.codes[rows]
         X, _ = reference.counts(model.encoder_genes, "the encoder", rows)
         self.profiles = mean_counts(X, codes, K)  # (K, G)
-        self.peers = None
-        if cfg.compare:
+        self.statistics = None
+        if estimators:
             sample = reference.sample[rows] if len(reference.samples) > 1 else None
-            X, _ = reference.counts(model.genes, "the decoder", rows)
-            self.peers = read_reference(X, codes, K, model.genes, sample)
+            X = model.counts(reference, rows)
+            self.statistics = type_statistics(X, codes, K, model.genes, sample)
 
     def predict(self, bulk):
         """Proportions of bulks: dict method -> (S, K).
 
         bulk2sc answers as bulk2sc.py does, mRNA content included. NNLS reads the encoder's genes,
-        the other methods all genes.
+        the other estimators all genes.
 
         Args:
             bulk: Bulk in the decoder's genes (S).
@@ -74,11 +61,11 @@ class Methods:
         read = np.isin(encoder_genes, np.array(genes)[measured])
         results = {
             "bulk2sc": encoded.cells.cpu().numpy(),
-            NNLS: nnls_proportions(X.toarray()[:, read], self.profiles[:, read]),
+            NNLS.name: nnls_proportions(X.toarray()[:, read], self.profiles[:, read]),
         }
-        if self.peers is not None:
-            names = [name for name in METHODS if name != NNLS]
-            results |= deconvolve(values, measured, self.peers, self.seed, names)
+        if self.estimators:
+            given = values, measured, self.statistics, self.estimators, self.seed
+            results |= estimate_all(*given)
         return results
 
 
@@ -120,30 +107,12 @@ def score_lineages(true, predictions, lineage_of, suffix):
     return score(to_lineages(true[filled], lineage_of, lineages), summed, lineages, suffix)
 
 
-# -------------------------------------------------------------- pseudobulks of held-out cells
+def measure_pseudobulks(methods, lineage_of, cfg, rng, suffix="", change=None):
+    """Proportions of pseudobulks of held-out cells; none, if no cells were held out.
 
-
-def shift_platform(bulk, rng, counted=slice(None)):
-    """Expected counts of bulks (S x G) as other platforms or donors would measure them.
-
-    Every 20 bulks share a platform: factors exp(0.6 t) of genes, with t from Student's t with 4
-    degrees of freedom and the logarithm cut at ±4. Each platform also loses a tenth of the genes,
-    which read 0 without being marked as absent. Rows sum to 200,000 over the genes in ``counted``;
-    Poisson noise is left to the caller. The Bulk Encoder trains on another model of noise:
-    log-normal, with each bulk's own sd, no lost genes and no shared platform.
-    """
-    n_platforms, n_genes = -(-len(bulk) // BULKS_PER_PLATFORM), bulk.shape[1]
-    t = rng.standard_t(4, (n_platforms, n_genes))
-    factors = np.exp(np.clip(0.6 * t, -4, 4))
-    factors[rng.random(factors.shape).argsort(axis=1) < round(0.1 * n_genes)] = 0
-    shifted = bulk * factors.repeat(BULKS_PER_PLATFORM, axis=0)[: len(bulk)]
-    return shifted / shifted[:, counted].sum(axis=1, keepdims=True) * SHIFT_DEPTH
-
-
-def measure_pseudobulks(methods, lineage_of, cfg, rng):
-    """Proportions of pseudobulks of held-out cells, with --compare also after a change of platform.
-
-    None, if no cells were held out. lineage_of: lineage of each type (K), or None.
+    Args:
+        lineage_of: lineage of each type (K), or None. suffix: of the metrics' names. change:
+            function of the bulks (S, G) that changes their counts, or None.
     """
     model, reference = methods.model, methods.reference
     if len(reference.test) == 0:
@@ -151,15 +120,13 @@ def measure_pseudobulks(methods, lineage_of, cfg, rng):
         return []
     print(f"{model.folder}: proportions of pseudobulks", flush=True)
     X, names = model.counts(reference, reference.test), model.cell_types
-    read = np.isin(model.genes, model.encoder_genes)
     measured = pd.Index(model.genes).isin(reference.genes)  # np.isin takes seconds
     rows = []
-    for suffix in [""] * cfg.n_draws + [", shift"] * cfg.n_draws * cfg.compare:
+    for _ in range(cfg.n_draws):
         bulk, true = draw_test_bulks(
             X, reference.test_codes, len(names), cfg.n_pseudobulks, cfg.cells_per_bulk, rng
         )
-        if suffix:
-            bulk = rng.poisson(shift_platform(bulk, rng, read))
+        bulk = bulk if change is None else change(bulk)
         results = methods.predict(Bulk(bulk, measured, range(len(bulk)), cfg.data))
         rows += score(true, results, names, suffix, "type")
         if lineage_of is not None:
@@ -167,156 +134,31 @@ def measure_pseudobulks(methods, lineage_of, cfg, rng):
     return rows
 
 
-# ------------------------------------------------------------------------- other data sets
-
-
-@dataclass
-class OtherCells:
-    """Cells of another data set, of the lineages that the model has as well."""
-
-    name: str
-    """Of the file or folder, as metrics have it."""
-    X: sp.csr_matrix
-    """Counts (N x G), in the data set's own genes."""
-    genes: list[str]
-    codes: np.ndarray
-    """Lineage of each cell (N)."""
-    lineages: list[str]
-    """Names of the lineages (L)."""
-
-
-def set_names(cfg):
-    """What tables call the data sets of --shift-data: the name of file or folder.
-
-    Raises:
-        InputError: two have one name, or one has that of another table.
-    """
-    names = [Path(path).name.removesuffix(".h5ad").removesuffix(".h5") for path in cfg.shift_data]
-    taken = ["shift", "lineages", "real bulk"]
-    for i, name in enumerate(names):
-        if name in taken + names[:i]:
-            raise InputError(
-                f"--shift-data: found {name} as name of a data set, which names another table; "
-                "expected file or folder names of their own"
-            )
-    return names
-
-
-def read_other_cells(cfg):
-    """Read the data sets of --shift-data: dict name -> Reference.
-
-    Raises:
-        InputError: as :func:`data.load_cells` and :func:`set_names`; or --shift-cells names a
-            column that no set has, or leaves no cell.
-    """
-    labels = cfg.shift_labels or (None,)
-    labels = labels * len(cfg.shift_data) if len(labels) == 1 else labels
-    sets, n_selected = {}, 0
-    for name, path, label in zip(set_names(cfg), cfg.shift_data, labels, strict=True):
-        try:
-            sets[name] = Reference.load(DatasetSettings(data=path, labels=label), found=False)
-        except InputError as error:
-            raise InputError(str(error).replace("--labels", "--shift-labels")) from error
-        if cfg.shift_cells and (found := find_selected(path, *cfg.shift_cells)) is not None:
-            sets[name], n_selected = select_cells(sets[name].cells, found, path), n_selected + 1
-    if cfg.shift_cells and not n_selected:
-        raise InputError(
-            f"--shift-cells: found no column {cfg.shift_cells[0]} in .obs of --shift-data, "
-            "expected it in one of them"
-        )
-    return sets
-
-
-def find_selected(path, column, value):
-    """Barcodes of the cells with a value in a column of .obs; None if there is no such column.
-
-    Raises:
-        InputError: no cell has it.
-    """
-    obs = read_counts(path).obs  # load_cells leaves out columns that could be taken for samples
-    if column not in obs:
-        print(f"{path}: has no column {column}, so all of its cells count")
-        return None
-    found = obs[column].astype(str)
-    if not (found == value).any():
-        raise InputError(
-            f"--shift-cells: found no cell with {column} {value} in {path}, expected one of "
-            f"{some(natural_order(found), 8)}"
-        )
-    return obs.index[found == value]
-
-
-def select_cells(cells, barcodes, path):
-    """Reference of the cells (AnnData) that are among the barcodes; the others are counted.
-
-    Raises:
-        InputError: none is.
-    """
-    kept = cells.obs_names.isin(barcodes)
-    print(f"{path}: {kept.sum():,} of {cells.n_obs:,} labelled cells are those of --shift-cells")
-    if not kept.any():
-        raise InputError(f"--shift-cells: found none of the labelled cells of {path}")
-    return Reference.of(cells[kept].copy())
-
-
-def keep_shared_lineages(name, reference, lineage_of, model_lineages):
-    """OtherCells of the cells whose lineage the model has; the others are counted.
+def read_truth(cfg, cell_types, other_types=()):
+    """Lineage of each cell type (K), and measured fractions of lineages (S x L); None without.
 
     Args:
-        name: of the set. reference: Reference (N). lineage_of: of each of its types.
-
-    Raises:
-        InputError: fewer than two lineages are shared.
+        cfg: settings, with ``lineages`` and ``fractions``. cell_types: of the model (K).
+            other_types: further names that --lineages may have.
     """
-    lineage = np.array(lineage_of, dtype=object)[reference.codes]
-    found = lineages_in(lineage)
-    shared = [name for name in model_lineages if name in found]
-    if len(shared) < 2:
-        raise InputError(
-            f"--shift-data: found {len(shared)} lineages in {name} that the model has (its own are "
-            f"{some(found)}, the model's {some(model_lineages)}), expected two or more"
-        )
-    rows = np.flatnonzero(np.isin(lineage, shared))
-    print(
-        f"{name}: {len(rows):,} cells of {len(shared)} lineages ({some(shared, 8)}), "
-        f"{len(lineage) - len(rows):,} of none of them left out"
-    )
-    codes = np.array([shared.index(lineage[i]) for i in rows])
-    return OtherCells(name, reference.X[rows], reference.genes, codes, shared)
-
-
-def measure_other_cells(methods, lineage_of, other, cfg, rng):
-    """Proportions of pseudobulks of another data set, over the lineages that it shares.
-
-    Proportions of lineages are from Dirichlet(1); within a lineage, cells are drawn at random.
-    Genes that the set lacks are marked as absent. lineage_of: of the model's types (K).
-    """
-    where = f"--shift-data {other.name}"
-    X, measured = align_genes(other.X, other.genes, methods.model.genes, where)
-    n_lineages, rows = len(other.lineages), []
-    for _ in range(cfg.n_draws):
-        bulk, true = draw_test_bulks(
-            X, other.codes, n_lineages, cfg.n_pseudobulks, cfg.cells_per_bulk, rng
-        )
-        results = methods.predict(Bulk(bulk, measured, range(len(bulk)), where))
-        results = {
-            method: to_lineages(pi, lineage_of, other.lineages) for method, pi in results.items()
-        }
-        rows += score(true, results, other.lineages, f", {other.name}")
-    return rows
-
-
-# --------------------------------------------------------------------------------- real bulks
+    if cfg.lineages is None:
+        return None, None
+    lineage_of = read_lineages(cfg.lineages, cell_types, set(other_types))
+    if cfg.fractions is None:
+        return lineage_of, None
+    return lineage_of, read_fractions(cfg.fractions, lineages_in(lineage_of), cfg.lineages)
 
 
 def measure_real_bulk(methods, lineage_of, fractions, cfg):
-    """Proportions of the real bulks of --bulk; nothing is drawn.
+    """Proportions of the real bulks of --bulk, if there are any; nothing is drawn.
 
-    lineage_of: lineage of each type (K). fractions: as :func:`read_fractions` gives them.
+    lineage_of, fractions: of :func:`read_truth`.
 
     Raises:
         InputError: as :func:`readers.bulk.read_bulk`; or no sample is in both files.
     """
+    if fractions is None:
+        return []
     lineages = list(fractions.columns)
     bulk = read_bulk(cfg.bulk, methods.model.genes, methods.model.gene_ids, cfg)
     samples = bulk.samples
@@ -343,47 +185,4 @@ def measure_real_bulk(methods, lineage_of, fractions, cfg):
     for method, predicted in with_constant(true, predictions).items():
         r = np.corrcoef(true.ravel(), predicted.ravel())[0, 1]
         rows.append((method, "proportions Pearson, real bulk", None, r))
-    return rows
-
-
-# ------------------------------------------------------------------------------ all of them
-
-
-@dataclass
-class ProportionPlan:
-    """What there is to compare predicted proportions with, read once for all trainings."""
-
-    lineage_of: list[str | None] | None = None
-    """Lineage of each cell type of the model (K)."""
-    fractions: pd.DataFrame | None = None
-    """Measured fractions of the lineages in real bulks (S x L)."""
-    others: tuple[OtherCells, ...] = ()
-
-
-def plan_proportions(cfg, cell_types):
-    """Read --lineages, --fractions and --shift-data; cell_types: of the model (K)."""
-    if cfg.lineages is None:
-        return ProportionPlan()
-    sets = read_other_cells(cfg)
-    types = {name: reference.cell_types for name, reference in sets.items()}
-    known = {cell_type for names in types.values() for cell_type in names}
-    lineage_of = read_lineages(cfg.lineages, cell_types, known)
-    lineages = lineages_in(lineage_of)
-    fractions = None
-    if cfg.fractions is not None:
-        fractions = read_fractions(cfg.fractions, lineages, cfg.lineages)
-    others = []
-    for name, reference in sets.items():
-        of_set = read_lineages(cfg.lineages, types[name], None, name)
-        others.append(keep_shared_lineages(name, reference, of_set, lineages))
-    return ProportionPlan(lineage_of, fractions, tuple(others))
-
-
-def measure_foreign(methods, plan, cfg):
-    """Proportions of real bulks and of other data sets: rows as of :func:`score`."""
-    rows, rng = [], np.random.default_rng(cfg.seed)
-    if plan.fractions is not None:
-        rows += measure_real_bulk(methods, plan.lineage_of, plan.fractions, cfg)
-    for other in plan.others:
-        rows += measure_other_cells(methods, plan.lineage_of, other, cfg, rng)
     return rows

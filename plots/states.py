@@ -20,11 +20,11 @@ from counts.genes import choose_state_genes
 from data import Reference, align_genes, library_size, sum_by_type
 from deconvolution.encode import encode
 from deconvolution.expression import estimate_expression
-from evaluation.contrasts import choose_conditions
 from generation import CHUNK, decode
 from readers.bulk import Bulk
 from readers.labels import natural_order
 from runtime.errors import InputError, some
+from states.conditions import choose_conditions
 
 # Shown unless others are asked for: two interferon-stimulated genes of all cells, two of monocytes,
 # and a marker of monocytes.

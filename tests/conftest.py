@@ -156,8 +156,7 @@ def run_inside(script, *arguments, cwd=ROOT, as_written=False):
     as_written: leaves a report to the script's own default.
     """
     arguments = arguments if as_written else without_report(script, arguments)
-    with mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]):
-        module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(".".join(Path(script).with_suffix("").parts))
     stdout, stderr, old_folder = io.StringIO(), io.StringIO(), os.getcwd()
     code = 0
     with (
@@ -407,3 +406,62 @@ def trained_samples(tmp_path_factory, sample_h5ad, worker_id):
             train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
 
     return train_once("trained_samples", tmp_path_factory, worker_id, train_into)
+
+
+# ------------------------------------------------------------- files and tables of evaluations
+
+MAP = "cell_type,lineage\n"
+FEW = ["--n-draws", 1, "--n-pseudobulks", 5, "--n-trees", 5]
+LINEAGES = ["B", "T and NK"]
+
+
+def read_table(folder):
+    return pd.read_csv(folder / "evaluation.csv", keep_default_na=False, na_values=["nan"])
+
+
+def means(table):
+    """Mean by method and metric, of all types together."""
+    return table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
+
+
+def write_measured(folder):
+    """Files of 12 bulks of known composition, of their fractions, and of the lineages.
+
+    Bulks are of another platform. Fractions are in percent, beside a column that is no lineage;
+    they lack one bulk and have another instead. Returns flags.
+    """
+    cells, rng = make_cells(seed=0), np.random.default_rng(5)
+    is_b = (cells.obs["cell_type"] == CELL_TYPES[0]).to_numpy()
+    share = np.linspace(0, 1, 12)
+    profile = np.stack([cells.X[mask].toarray().mean(axis=0) for mask in (is_b, ~is_b)])
+    profile *= rng.lognormal(0, 0.2, profile.shape[1])
+    bulk = pd.DataFrame(
+        np.stack([share, 1 - share], axis=1) @ profile,
+        index=[f"donor {i}" for i in range(12)],
+        columns=cells.var_names,
+    )
+    bulk.iloc[:, 5:].T.to_csv(folder / "bulk.csv")  # without five of the model's genes
+    fractions = pd.DataFrame({"T and NK": 70 * (1 - share), "Unknown": 30, "B": 70 * share})
+    fractions = fractions.set_axis(bulk.index).rename({"donor 3": "nobody"})
+    fractions.iloc[::-1].to_csv(folder / "fractions.csv", index_label="sample")
+    names = [f" {CELL_TYPES[0]},B", f"{CELL_TYPES[1]},T and NK", f"{CELL_TYPES[2]} ,T and NK"]
+    (folder / "map.csv").write_text(MAP + "\n".join(names) + "\n")
+    return [
+        *("--bulk", folder / "bulk.csv", "--fractions", folder / "fractions.csv"),
+        *("--lineages", folder / "map.csv"),
+    ]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """:func:`write_measured` in a folder of the test."""
+    return write_measured(tmp_path)
+
+
+@pytest.fixture
+def no_forests(monkeypatch):
+    """Without the slowest metric by far and the picture, where a test does not need them."""
+    from evaluation import metrics, tables
+
+    monkeypatch.setattr(metrics, "random_forest_auroc", lambda *_: 0.5)
+    monkeypatch.setattr(tables, "write_evaluation", lambda *_: None)

@@ -1,18 +1,13 @@
 """The benchmark at a small size, and its held-out likelihood."""
 
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 
-from conftest import QUICK, ROOT, make_cells, run_inside, train
+from benchmarks import benchmark
+from conftest import QUICK, make_cells, run_inside, train
 from data import Reference
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import benchmark  # noqa: E402
 
 
 @pytest.mark.draws

@@ -1,4 +1,4 @@
-"""Fold changes inside cell types: metrics, profiles, baselines; and evaluate.py on donors."""
+"""Fold changes inside cell types: metrics, profiles, baselines; and compare_states.py on donors."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from benchmarks import compare_states, state_methods, state_truth
 from conftest import (
     CELL_TYPES,
     OF_SAMPLES,
@@ -18,9 +19,10 @@ from conftest import (
     train,
 )
 from data import Reference
-from evaluation import baselines, contrasts, metrics
+from evaluation import metrics
 from readers import profiles
 from runtime.errors import InputError
+from states import conditions
 
 SHORT = ["B", "T", "NK"]  # profiled types, one for each of CELL_TYPES
 RAISED = slice(12, 18)  # genes that the treatment raises sixfold in B cells
@@ -196,7 +198,7 @@ def test_bayesprism_recovers_known_states_of_a_noise_free_mixture():
     bulk = 1e6 * parts.sum(axis=1)
     in_theta = np.arange(300) < 250
     bulk[0, 250:] *= 3  # what is not in θ does not move it, but is allotted all the same
-    Z = baselines.bayesprism_expression(bulk, states, type_of, in_theta, 2000)
+    Z = state_methods.bayesprism_expression(bulk, states, type_of, in_theta, 2000)
     assert Z.sum(axis=1) == pytest.approx(bulk, rel=1e-6)
     for k in (0, 1):
         expected = 1e6 * parts[:, type_of == k].sum(axis=1)
@@ -208,7 +210,7 @@ def test_one_factor_adds_up_to_the_bulk_and_is_the_same_in_all_types():
     rng = np.random.default_rng(0)
     p, bulk = rng.dirichlet(np.ones(50), 3), rng.gamma(1.0, 100, (2, 50))
     shares, measured = rng.dirichlet(np.ones(3), 2), np.arange(50) > 5
-    x = baselines.one_factor_expression(bulk, measured, shares, p)
+    x = state_methods.one_factor_expression(bulk, measured, shares, p)
     assert x.sum(axis=1)[:, measured] == pytest.approx(bulk[:, measured])
     factor = x / (shares[:, :, None] * (p + 1e-6))
     assert factor == pytest.approx(np.repeat(factor[:, :1], 3, axis=1))
@@ -218,10 +220,10 @@ def test_one_factor_adds_up_to_the_bulk_and_is_the_same_in_all_types():
 def test_types_are_merged_and_samples_averaged_where_they_have_a_type():
     sums = np.array([[[1.0, 1], [2, 0], [0, 0]]])  # (1, K, G)
     member = np.array([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])  # (K, T)
-    merged = contrasts.merge_types(sums, member)
+    merged = state_truth.merge_types(sums, member)
     assert merged[0, 0] == pytest.approx([0.75e6, 0.25e6]) and np.isnan(merged[0, 1:]).all()
     two = np.array([[[1.0, 3], [np.nan, np.nan]], [[3.0, 3], [np.nan, np.nan]]])
-    mean = contrasts.average_samples(two)
+    mean = state_truth.average_samples(two)
     assert mean[0].tolist() == [2, 3] and np.isnan(mean[1]).all()
 
 
@@ -232,8 +234,8 @@ def test_which_samples_are_compared():
     )
 
     def names(samples, conditions):
-        paired = contrasts.is_paired(samples, conditions)
-        found = contrasts.list_contrasts(samples, conditions, paired)
+        paired = state_truth.is_paired(samples, conditions)
+        found = state_truth.list_contrasts(samples, conditions, paired)
         return [(donor, list(samples.index[a]), list(samples.index[b])) for donor, a, b in found]
 
     assert names(samples, ("x", "y")) == [("d1", ["s1"], ["s2"])]
@@ -249,14 +251,14 @@ def test_which_samples_are_compared():
         (None, ["x"], ("x", "x")),
         (("y", "x"), ["x", "y", "z"], ("y", "x")),
     ):
-        assert contrasts.choose_conditions(asked, known, "--contrast") == expected
+        assert conditions.choose_conditions(asked, known, "--contrast") == expected
     for asked, known, words in (
         (None, ["x", "y", "z"], "found 3 conditions .x, y, z., expected --contrast"),
         (("x", "w"), ["x", "y"], "found w, expected two of x, y"),
         (("x", "x"), ["x", "y"], "found x twice"),
     ):
         with pytest.raises(InputError, match=f"--contrast: {words}"):
-            contrasts.choose_conditions(asked, known, "--contrast")
+            conditions.choose_conditions(asked, known, "--contrast")
 
 
 def test_halves_of_real_cells_have_the_same_number_and_share_no_cell():
@@ -266,7 +268,7 @@ def test_halves_of_real_cells_have_the_same_number_and_share_no_cell():
     reference = SimpleNamespace(codes=codes)
     model = SimpleNamespace(counts=lambda _, rows: seen.append(rows) or counts[rows])
     n_cells, rng = np.array([4, 0]), np.random.default_rng(0)
-    share = contrasts.halves_share(model, reference, np.arange(14), n_cells, rng)
+    share = compare_states.halves_share(model, reference, np.arange(14), n_cells, rng)
     assert [len(rows) for rows in seen] == [4, 4] and len(set(np.concatenate(seen))) == 8
     assert share[0] == 1 and np.isnan(share[1])  # every gene in one half alone
 
@@ -280,7 +282,6 @@ def test_halves_of_real_cells_have_the_same_number_and_share_no_cell():
         ["--conditions", "c"],
         ["--donors", "d"],
         ["--samples", "s", "--contrast", "a", "b"],
-        ["--samples", "s", "--contrasts-only"],
         ["--samples", "s", "--profiles", "p.csv"],
         ["--samples", "s", "--conditions", "c", "--profiles", "p.csv"],
         ["--samples", "s", "--conditions", "c", "--profile-table", "p.csv"],
@@ -290,7 +291,7 @@ def test_halves_of_real_cells_have_the_same_number_and_share_no_cell():
 )
 def test_flags_of_contrasts_need_each_other(flags):
     last = [f for f in flags if str(f).startswith("--")][-1]
-    assert_one_line_error(run_inside("evaluate.py", *flags), last, "found")
+    assert_one_line_error(run_inside("benchmarks/compare_states.py", *flags), last, "found")
 
 
 def make_donors():
@@ -320,18 +321,18 @@ def donors(tmp_path_factory):
     return where
 
 
-FAST = ["--contrasts-only", "--n-draws", 1, "--cells-per-sample", 400]
+FAST = ["--n-draws", 1, "--cells-per-sample", 400]
 
 
 @pytest.fixture
 def evaluated(donors, tmp_path, monkeypatch):
-    """A function that runs evaluate.py on these donors and returns what it prints and writes."""
-    monkeypatch.setattr(contrasts, "random_forest_auroc", lambda *_: 0.5)  # the slowest by far
+    """A function that runs compare_states.py on these donors: what it prints and writes."""
+    monkeypatch.setattr(compare_states, "random_forest_auroc", lambda *_: 0.5)  # the slowest by far
     out = tmp_path / "evaluation"
 
     def evaluate_donors(*flags):
         where = [*donors, "--conditions", "condition", "--out", out]
-        done = run_inside("evaluate.py", *where, *FAST, *flags)
+        done = run_inside("benchmarks/compare_states.py", *where, *FAST, *flags)
         if done.returncode:
             return done, None
         table = pd.read_csv(out / "evaluation.csv", keep_default_na=False, na_values=["nan"])
@@ -349,13 +350,15 @@ def test_evaluate_compares_cells_of_unseen_donors(evaluated):
     )
     assert "fold changes from control to treated inside cell types" in done.stdout
     assert "mean ± std over 2 donors" in done.stdout and "proportions of" not in done.stdout
-    generated = set(contrasts.GENERATED)
+    generated = set(state_methods.GENERATED)
     baseline = {"one factor per gene", "BayesPrism Z", "another donor's profiles"}
     baseline |= {"training cells of the condition", "decoder, moments of the condition"}
     overall = value.xs("", level="cell_type")
-    assert set(overall["fold change Pearson"].index) == generated | baseline | {contrasts.EXPECTED}
+    assert set(overall["fold change Pearson"].index) == generated | baseline | {
+        state_methods.EXPECTED
+    }
     assert set(overall["false changes, same state"].index) == {
-        *(*generated, contrasts.EXPECTED, "real cells, two halves")
+        *(*generated, state_methods.EXPECTED, "real cells, two halves")
     }
     assert set(overall.index.levels[0]) == set(metrics.CONTRAST_METRICS)
     of_b = value["fold change Pearson"].loc[CELL_TYPES[0]]
@@ -363,7 +366,7 @@ def test_evaluate_compares_cells_of_unseen_donors(evaluated):
         assert of_b[method] > 0.5, method
     assert abs(of_b["constant answer"]) < 0.4
     null = overall["false changes, same state"]
-    assert null[contrasts.EXPECTED] < 0.15 < null["real cells, two halves"]
+    assert null[state_methods.EXPECTED] < 0.15 < null["real cells, two halves"]
 
 
 def write_truth(folder, samples, factor=1.0):
@@ -435,19 +438,20 @@ def test_whole_samples_must_be_held_out():
     model = SimpleNamespace(folder=Path("w"))
     reference = Reference(cells, held_out=np.zeros(cells.n_obs, bool))
     with pytest.raises(InputError, match="scDecoder_model.pt: found no sample, expected whole"):
-        contrasts.held_out_samples(model, reference)
+        state_truth.held_out_samples(model, reference)
     reference.held_out[:5] = True
     with pytest.raises(InputError, match="samples held out in part"):
-        contrasts.held_out_samples(model, reference)
+        state_truth.held_out_samples(model, reference)
     reference.held_out = (cells.obs["donor"] == "d3").to_numpy()
-    assert contrasts.held_out_samples(model, reference) == ["d3_control", "d3_treated"]
+    assert state_truth.held_out_samples(model, reference) == ["d3_control", "d3_treated"]
 
 
 def test_no_type_has_enough_cells(trained_samples, sample_h5ad, tmp_path):
     """Twelve cells of a type in a sample are too few to be a truth."""
     done = run_inside(
-        "evaluate.py", "--data", sample_h5ad, *OF_SAMPLES, "--conditions", "treatment",
-        "--weights", trained_samples, "--contrasts-only", "--out", tmp_path / "evaluation",
+        "benchmarks/compare_states.py", "--data", sample_h5ad, *OF_SAMPLES,
+        "--conditions", "treatment",
+        "--weights", trained_samples, "--out", tmp_path / "evaluation",
     )  # fmt: skip
     assert_one_line_error(done, "--conditions treatment", "20 cells", "--profiles")
     assert not any(tmp_path.iterdir())  # nothing half-written

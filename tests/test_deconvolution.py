@@ -6,10 +6,14 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 
+from benchmarks.compare_proportions import find_estimators
+from benchmarks.estimators import bayesprism, dtangle, music, nu_svr
+from benchmarks.estimators.dwls import dwls_of_cells
 from conftest import make_cells
-from deconvolution import dwls, published
+from deconvolution import dwls, estimators
 
 GENES = 300
+ESTIMATORS = {each.name: each for each in (estimators.NNLS, *find_estimators())}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def cells():
 
 @pytest.fixture(scope="module")
 def reference(cells):
-    return published.read_reference(*cells, 3, [f"GENE{i}" for i in range(GENES)])
+    return estimators.type_statistics(*cells, 3, [f"GENE{i}" for i in range(GENES)])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def test_noise_free_mixtures_are_recovered_as_fractions_of_cells(
 ):
     """Fractions of RNA would be off by up to 0.17, as the third type has twice as much."""
     true, bulk = mixtures
-    found = published.deconvolve(bulk, EVERY_GENE, reference, methods=[method])[method]
+    found = estimators.estimate_all(bulk, EVERY_GENE, reference, [ESTIMATORS[method]])[method]
     if method.startswith("MuSiC"):  # its profiles are means of shares, not of counts
         tolerance = 0.02
     assert found.sum(axis=1) == pytest.approx(1)
@@ -62,9 +66,11 @@ def test_dtangle_of_markers_that_no_other_type_has():
     """There it is exact up to its exponent: fractions of RNA come out as p^(1/0.943)."""
     mean = np.zeros((2, 40))
     mean[0, :20], mean[1, 20:] = 1000, 3000  # the second type has three times the RNA
-    reference = published.Reference.of(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
+    reference = estimators.TypeStatistics(
+        mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool)
+    )
     cells = np.array([[0.5, 0.5], [0.2, 0.8]])
-    found = published.dtangle(cells @ mean, reference)
+    found = dtangle.dtangle(cells @ mean, reference)
     rna = cells * [1, 3] / (cells @ [1, 3])[:, None]
     expected = rna ** (1 / 0.943) / [1, 3]
     assert found == pytest.approx(expected / expected.sum(axis=1, keepdims=True), abs=1e-4)
@@ -74,12 +80,14 @@ def test_dtangle_reads_the_tenth_of_markers_with_the_highest_ratio():
     mean = np.full((2, 40), 10.0)
     mean[0, :20] = np.arange(20) + 100.0  # the last two of type 0 are its tenth
     mean[1, 20:] = 100 + np.arange(20)
-    reference = published.Reference.of(mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool))
+    reference = estimators.TypeStatistics(
+        mean, mean.sum(axis=1), mean, mean, mean, np.zeros(40, bool)
+    )
     bulk = np.full((1, 40), 60.0)
-    before = published.dtangle(bulk, reference)
+    before = dtangle.dtangle(bulk, reference)
     moved = bulk.copy()
     moved[0, [0, 19]] = [90, 30]  # the sum, and so the CPM of all others, stays
-    after = published.dtangle(moved, reference)
+    after = dtangle.dtangle(moved, reference)
     assert after[0, 0] < before[0, 0]  # gene 19 is read, gene 0 is not
 
 
@@ -111,7 +119,7 @@ def test_dwls_is_the_fixed_point_of_its_own_weights(reference, mixtures):
     """Noisy bulks: the solution solves the weighted problem that its own fit makes."""
     rng = np.random.default_rng(0)
     bulk = rng.poisson(mixtures[1][:1] * rng.lognormal(0, 0.3, GENES))
-    found = published.dwls_of_cells(bulk, reference, seed=3)[0]
+    found = dwls_of_cells(bulk, reference, seed=3)[0]
     genes = dwls.choose_signature(reference.mean, reference.change)
     S, b = reference.mean[:, genes].T, bulk[0, genes].astype(float)
     start = dwls.solve_nonnegative(S.T @ S, S.T @ b)
@@ -126,16 +134,16 @@ def test_dwls_is_the_fixed_point_of_its_own_weights(reference, mixtures):
 
 def test_dwls_repeats_for_a_seed(reference, mixtures):
     bulk = np.random.default_rng(0).poisson(mixtures[1] / 50)
-    first, again, other = (published.dwls_of_cells(bulk, reference, seed) for seed in (1, 1, 2))
+    first, again, other = (dwls_of_cells(bulk, reference, seed) for seed in (1, 1, 2))
     assert (first == again).all()
     assert np.abs(first - other).max() < 0.1
     # A bulk is read the same whatever stands beside it, and at any depth.
-    assert published.dwls_of_cells(bulk[:2], reference, 1) == pytest.approx(first[:2])
-    assert published.dwls_of_cells(bulk * 1e3, reference, 1) == pytest.approx(first, abs=1e-6)
+    assert dwls_of_cells(bulk[:2], reference, 1) == pytest.approx(first[:2])
+    assert dwls_of_cells(bulk * 1e3, reference, 1) == pytest.approx(first, abs=1e-6)
 
 
 def test_weights_of_music_by_hand():
-    weights = published.music_weights(
+    weights = music.music_weights(
         residual=np.array([0.0, 0.1]),
         x=np.array([2.0, 1.0]),
         size=np.array([1.0, 3.0]),
@@ -147,17 +155,17 @@ def test_weights_of_music_by_hand():
 def test_shares_vary_over_samples_where_there_are_several_and_over_cells_where_not():
     X = sp.csr_matrix([[1, 1], [3, 1], [1, 3], [2, 2], [1, 0], [0, 1]])
     codes = np.array([0, 0, 0, 0, 1, 1])
-    mean, variance = published.moments_of_shares(X, codes, 3)
+    mean, variance = estimators.moments_of_shares(X, codes, 3)
     assert mean[0] == pytest.approx([0.5, 0.5])
     assert variance[0] == pytest.approx(np.full(2, np.var([0.5, 0.75, 0.25, 0.5], ddof=1)))
     assert (mean[2] == 0).all() and (variance[2] == 0).all()  # a type without cells
     sample = np.array([0, 0, 1, 1, 0, 1])
-    mean, variance = published.moments_of_shares(X, codes, 3, sample)
+    mean, variance = estimators.moments_of_shares(X, codes, 3, sample)
     shares = [4 / 6, 3 / 8]  # of gene 0 in the summed counts of either sample
     assert mean[0, 0] == pytest.approx(np.mean(shares))
     assert variance[0, 0] == pytest.approx(np.var(shares, ddof=1))
     # The second type is in one sample alone, so cells stand for subjects again.
-    _, variance = published.moments_of_shares(X, codes, 3, np.array([0, 0, 1, 1, 0, 0]))
+    _, variance = estimators.moments_of_shares(X, codes, 3, np.array([0, 0, 1, 1, 0, 0]))
     assert variance[0, 0] == pytest.approx(np.var([0.5, 0.75, 0.25, 0.5], ddof=1))
 
 
@@ -168,28 +176,28 @@ def test_music_trusts_genes_that_agree_between_cells(reference, mixtures):
     wrong = bulk.copy()
     wrong[:, wild] *= 2
     steady, varied = (
-        published.Reference.of(**(vars(reference) | {"variance": variance}))
+        estimators.TypeStatistics(**(vars(reference) | {"variance": variance}))
         for variance in (
             np.full_like(reference.variance, 1e-9),
             np.where(np.isin(np.arange(GENES), wild), 1.0, 1e-9) * np.ones((3, 1)),
         )
     )
-    error = [np.abs(published.music(wrong, r) - true).max() for r in (steady, varied)]
+    error = [np.abs(music.music(wrong, r) - true).max() for r in (steady, varied)]
     assert error[1] < 0.5 * error[0]
 
 
 def test_fixed_point_by_hand_and_after_many_steps():
     x, phi = np.array([[3.0, 1.0]]), np.array([[0.75, 0.25], [0.25, 0.75]])
     # θ = ½, ½ explains ½ of each gene: ratios 6 and 2, so θ becomes ½ (4.5 + 0.5) : ½ (1.5 + 1.5).
-    once = published.bayesprism_fixed_point(x, phi, 1)
+    once = bayesprism.bayesprism_fixed_point(x, phi, 1)
     assert once == pytest.approx(np.array([[2.5 / 4, 1.5 / 4]]))
-    assert published.bayesprism_fixed_point(x, phi, 500) == pytest.approx(
+    assert bayesprism.bayesprism_fixed_point(x, phi, 500) == pytest.approx(
         np.array([[1.0, 0.0]]), abs=3e-3
     )
 
 
 def test_shares_of_states_are_positive():
-    phi = published.positive_shares(np.array([[0.0, 4.0, 0.0], [1.0, 1.0, 2.0]]))
+    phi = bayesprism.positive_shares(np.array([[0.0, 4.0, 0.0], [1.0, 1.0, 2.0]]))
     assert phi.sum(axis=1) == pytest.approx(1) and (phi > 0).all()
     assert phi[0, 0] == pytest.approx(1e-8, rel=1e-6)
 
@@ -207,8 +215,8 @@ def test_nu_svr_is_robust_to_genes_that_are_far_off(reference, mixtures):
     genes = dwls.choose_signature(reference.mean, reference.change)
     off = bulk.copy()
     off[:, genes[::40]] *= 5
-    svr = published.nu_svr(off, reference)
-    nnls = published.nnls_proportions(off[:, genes], reference.mean[:, genes])
+    svr = nu_svr.nu_svr(off, reference)
+    nnls = estimators.nnls_proportions(off[:, genes], reference.mean[:, genes])
     assert np.abs(svr - true).mean() < 0.5 * np.abs(nnls - true).mean()
     assert (svr >= 0).all()
 
@@ -255,14 +263,14 @@ def test_without_any_marker_every_gene_is_in_the_signature(reference):
 
 def test_types_without_cells_and_genes_that_were_not_measured(cells, mixtures):
     X, codes = cells
-    reference = published.read_reference(
+    reference = estimators.type_statistics(
         X, np.where(codes == 2, 3, codes), 4, [f"GENE{i}" for i in range(GENES)]
     )
     true, bulk = mixtures
     measured = np.arange(GENES) % 5 > 0
     garbage = np.where(measured, bulk, 1e9)
-    results = published.deconvolve(garbage, measured, reference)
-    assert list(results) == list(published.METHODS)
+    results = estimators.estimate_all(garbage, measured, reference, ESTIMATORS.values())
+    assert list(results) == list(ESTIMATORS)
     for method, found in results.items():
         assert found.shape == (6, 4) and (found[:, 2] == 0).all(), method
         assert found.sum(axis=1) == pytest.approx(1), method
@@ -273,13 +281,14 @@ def test_types_without_cells_and_genes_that_were_not_measured(cells, mixtures):
 def test_protocol_genes_are_found_by_name_and_left_out(cells, mixtures):
     names = [f"GENE{i}" for i in range(GENES)]
     names[:4] = ["RPL3", "MT-CO1", "MALAT1", "rps12"]
-    reference = published.read_reference(*cells, 3, names)
+    reference = estimators.type_statistics(*cells, 3, names)
     assert reference.is_protocol.sum() == 4
     bulk = mixtures[1].copy()
     moved = bulk * np.where(np.arange(GENES) < 4, 20, 1)
     methods = ["MuSiC", "MuSiC, no ribosomal/mitochondrial", "BayesPrism"]
     before, after = (
-        published.deconvolve(b, EVERY_GENE, reference, methods=methods) for b in (bulk, moved)
+        estimators.estimate_all(b, EVERY_GENE, reference, map(ESTIMATORS.get, methods))
+        for b in (bulk, moved)
     )
     differs = [np.abs(before[name] - after[name]).max() for name in methods]
     assert differs[0] > 1e-4 and max(differs[1:]) < 1e-9

@@ -16,11 +16,22 @@ from sklearn.datasets import make_blobs
 
 import evaluate
 import generation
-from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
+from conftest import (
+    CELL_TYPES,
+    FEW,
+    LINEAGES,
+    MAP,
+    assert_one_line_error,
+    make_cells,
+    means,
+    read_table,
+    run_inside,
+    write_measured,
+)
 from data import Reference, log_normalise, split_cells
-from deconvolution.published import METHODS, nnls_proportions
-from evaluation import baselines, metrics
-from evaluation import proportions as proportion_tests
+from deconvolution.estimators import nnls_proportions
+from evaluation import cells as of_cells
+from evaluation import metrics, proportions, tables
 from models import Model, scDecoder
 from readers import lineages
 from runtime.errors import InputError
@@ -258,40 +269,13 @@ def test_pearson_within_lineages_sees_what_concordance_over_all_entries_does_not
 
 def test_scores_have_every_lineage_and_the_constant_answer():
     true = np.array([[0.2, 0.8], [0.6, 0.4], [0.4, 0.6]])
-    rows = proportion_tests.score(true, {"a": true}, ["B", "T"], ", set")
+    rows = proportions.score(true, {"a": true}, ["B", "T"], ", set")
     value = {row[:3]: row[3] for row in rows}
     assert {row[0] for row in rows} == {"a", "constant answer"}
     assert value["a", "proportions Pearson within lineage, set", "T"] == pytest.approx(1)
     assert value["constant answer", "proportions Pearson within lineage, set", None] == 0
     rmse = np.sqrt(np.mean((true - true.mean(axis=0)) ** 2))
     assert value["constant answer", "proportions RMSE, set", None] == pytest.approx(rmse)
-
-
-def test_shifted_bulks_share_factors_within_a_platform_and_lose_a_tenth_of_genes():
-    rng = np.random.default_rng(0)
-    bulk = rng.gamma(2.0, 100.0, (45, 1000))  # three platforms, the last of five bulks
-    shifted = proportion_tests.shift_platform(bulk, rng)
-    assert shifted.sum(axis=1) == pytest.approx(2e5)
-    ratio = shifted / bulk
-    platform = np.arange(45) // 20
-    for p in range(3):
-        factors = ratio[platform == p]
-        lost = factors[0] == 0
-        assert lost.sum() == 100
-        # The same up to the depth of each bulk.
-        factors = factors[:, ~lost] / factors[:, ~lost].mean(axis=1, keepdims=True)
-        assert factors == pytest.approx(np.tile(factors[0], (len(factors), 1)))
-        assert ((ratio[platform == p] == 0) == lost).all()
-        spread = np.log(factors[0])
-        assert 0.6 < spread.std() < 1.1  # 0.6 sqrt(2), Student's t with 4 degrees of freedom
-        assert np.ptp(spread) <= 8 + 1e-9
-    first, second = ratio[0], ratio[20]
-    assert ((first == 0) & (second == 0)).sum() < 40  # another tenth; about 10 are shared
-    both = (first > 0) & (second > 0)
-    assert abs(np.corrcoef(np.log(first[both]), np.log(second[both]))[0, 1]) < 0.15
-
-
-MAP = "cell_type,lineage\n"
 
 
 def test_lineage_file(tmp_path, capsys):
@@ -355,93 +339,12 @@ def test_cell_type_nb_has_the_moments_of_the_type():
     cells = make_cells((400, 300, 20))
     X, codes = cells.X, cells.obs["cell_type"].astype("category").cat.codes.to_numpy()
     target = np.repeat([0, 1], 4000)
-    drawn = baselines.draw_cell_type_nb(X, codes, target, np.random.default_rng(0))
+    drawn = of_cells.draw_cell_type_nb(X, codes, target, np.random.default_rng(0))
     for k in (0, 1):
         real, generated = X[codes == k].toarray(), drawn[target == k].toarray()
         np.testing.assert_allclose(generated.mean(axis=0), real.mean(axis=0), rtol=0.2, atol=0.1)
         ratio = generated.var(axis=0) / real.var(axis=0)
         assert 0.9 < np.median(ratio) < 1.1
-
-
-@pytest.mark.parametrize("zero", [0.0, 0.4])
-@pytest.mark.parametrize("theta", [0.5, baselines.POISSON])
-def test_marginals_are_found_with_their_parameters(zero, theta):
-    """Poisson or negative binomial, zero-inflated or not, as the likelihood says."""
-    mean = np.array([0.5, 2, 6])
-    true = baselines.Marginals(np.full(3, zero), mean, np.full(3, theta))
-    drawn = true.draw(20_000, np.random.default_rng(0))
-    found = baselines.fit_marginals(sp.csc_matrix(drawn))
-    assert found.zero == pytest.approx(true.zero, abs=0.04)
-    assert found.mean == pytest.approx(true.mean, rel=0.1)
-    if theta < 1:
-        assert found.theta == pytest.approx(true.theta, rel=0.15)
-    else:  # zeros overdisperse a Poisson, so that its θ is found rather than infinite
-        assert (found.theta > 20).all()
-    x = np.arange(8)[:, None]
-    counted = np.stack([(drawn <= i).mean(axis=0) for i in range(8)])
-    assert found.cdf(x) == pytest.approx(counted, abs=0.015)
-    assert (found.cdf(x - 1)[0] == 0).all()
-    middle = (found.cdf(x - 1) + found.cdf(x)) / 2
-    reached = middle < 1 - 1e-9
-    assert (found.quantile(middle) == x)[reached].all()
-
-
-def test_marginals_have_the_highest_likelihood():
-    """Against a general optimiser, of few cells; rare genes and genes of every cell included."""
-    rng = np.random.default_rng(2)
-    X = rng.negative_binomial(1.5, 1.5 / (1.5 + 4), (60, 30)) * (rng.random((60, 30)) > 0.3)
-    X[:, 0], X[:, 1], X[:, 2] = 0, np.arange(60) == 5, np.arange(60) + 3
-    found = baselines.fit_marginals(sp.csc_matrix(X))
-    assert found.mean[0] == found.mean[1] == found.zero[2] == 0  # in one cell: not expressed
-    assert 5 < (found.zero > 0).sum() < 30
-    plain = baselines.fit_marginals(sp.csc_matrix(rng.negative_binomial(1.5, 0.3, (60, 300))))
-    assert 0 < (plain.zero > 0).mean() < 0.1  # p < 0.05, and one-sided
-    for g in range(2, 30):
-
-        def loss(parameters, x=X[:, g], inflated=found.zero[g] > 0):
-            mean, theta = np.exp(parameters[:2])
-            pi = inflated / (1 + np.exp(-parameters[2]))
-            pmf = (1 - pi) * scipy.stats.nbinom.pmf(x, theta, theta / (theta + mean))
-            return -np.log(pmf + pi * (x == 0)).sum()
-
-        own = np.log([found.mean[g], found.theta[g], (found.zero[g] + 1e-12) / (1 - found.zero[g])])
-        best = scipy.optimize.minimize(
-            loss, [1, 0, 0], method="Nelder-Mead", options={"maxiter": 900}
-        )
-        assert loss(own) < best.fun + 0.02, g
-
-
-def test_copula_keeps_the_correlations_that_independent_genes_lose():
-    """Also different ones in each type. Rare genes and small types have none."""
-    rng = np.random.default_rng(0)
-    codes = np.repeat([0, 1, 2], [400, 400, 6])
-    factor = rng.lognormal(0, 0.8, (806, 1))
-    mean = np.full((806, 4), 8.0)
-    mean[codes != 1, :2] *= factor[codes != 1]
-    mean[codes == 1, 1:3] *= factor[codes == 1]
-    mean[:, 3:] = 0.1 * factor
-    X, target = sp.csr_matrix(rng.poisson(mean)), np.repeat([0, 1, 2, 3], 1500)
-    copula = baselines.ScDesign2(X, codes, 0).draw(target).toarray()
-    independent = baselines.draw_cell_type_nb(X, codes, target, rng).toarray()
-
-    def correlations(counts, of):
-        return np.corrcoef(np.log1p(counts[of]), rowvar=False)
-
-    for k, pair in ((0, (0, 1)), (1, (1, 2))):
-        real = correlations(X.toarray(), codes == k)
-        drawn = correlations(copula, target == k)
-        assert real[pair] > 0.6 and drawn[pair] == pytest.approx(real[pair], abs=0.08)
-        assert abs(correlations(independent, target == k)[pair]) < 0.1
-        drawn[pair] = drawn[pair[::-1]] = 0
-        assert np.abs(drawn - np.eye(4)).max() < 0.15
-        for moment in (np.mean, np.var):
-            truth = moment(X[codes == k].toarray(), axis=0)
-            assert moment(copula[target == k], axis=0) == pytest.approx(truth, rel=0.3)
-    small = np.corrcoef(copula[target == 2][:, :2], rowvar=False)
-    assert abs(small[0, 1]) < 0.1
-    assert copula[target == 2].mean() > 3 and copula[target == 3].sum() == 0
-    again = baselines.ScDesign2(X, codes, 0).draw(target).toarray()
-    assert (again == copula).all()
 
 
 # ----------------------------------------------------------------------------- the perfect model
@@ -481,14 +384,14 @@ def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
     names = ["excess of AUROC, PCs", "excess of AUROC, genes"]
     found = {"ceiling": [], "narrow's own": [], "truth": [], "narrow": []}
     for seed in range(2):
-        ceiling = evaluate.compare_perfect(*truth, generator, seed, cfg)
+        ceiling = of_cells.compare_perfect(*truth, generator, seed, cfg)
         found["ceiling"].append([overall(ceiling)[m] for m in list(metrics.METRICS)[:2]])
         other = replace(model, decoder=narrow), reference
-        own = evaluate.compare_perfect(*other, generator, seed, cfg)
+        own = of_cells.compare_perfect(*other, generator, seed, cfg)
         found["narrow's own"].append([overall(own)[m] for m in list(metrics.METRICS)[:2]])
         for method, decoder in (("truth", model.decoder), ("narrow", narrow)):
-            drawn = evaluate.draw_decoded(*truth, generator, decoder=decoder)
-            excess = overall(evaluate.excess_auroc(space.compare(*drawn, seed), ceiling))
+            drawn = of_cells.draw_decoded(*truth, generator, decoder=decoder)
+            excess = overall(of_cells.excess_auroc(space.compare(*drawn, seed), ceiling))
             assert list(excess) == names
             found[method].append(list(excess.values()))
     mean = {method: np.mean(values, axis=0) for method, values in found.items()}
@@ -502,30 +405,19 @@ def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
 def test_summary_is_over_trainings_where_there_are_several():
     rows = [(w, "bulk2sc", "MMD2, PCs", "", v) for w, v in zip("aabb", (1, 3, 5, 7), strict=True)]
     table = pd.DataFrame(rows, columns=["weights", "method", "metric", "cell_type", "value"])
-    one = evaluate.summarise(table, 2).iloc[0]
+    one = tables.summarise(table, 2).iloc[0]
     assert (one["mean"], one["n"], one["best"]) == (4, 2, 0)
     assert one["std"] == pytest.approx(np.std([2, 6], ddof=1))
-    assert evaluate.summarise(table[table.weights == "a"], 1).iloc[0]["n"] == 2
+    assert tables.summarise(table[table.weights == "a"], 1).iloc[0]["n"] == 2
 
 
 # --------------------------------------------------------------------------------- the script
-
-FEW = ["--n-draws", 1, "--n-pseudobulks", 5, "--n-trees", 5]
 
 
 @pytest.fixture
 def weights(trained, tmp_path):
     """A copy of the trained weights to change."""
     return shutil.copytree(trained, tmp_path / "weights")
-
-
-def read_table(folder):
-    return pd.read_csv(folder / "evaluation.csv", keep_default_na=False, na_values=["nan"])
-
-
-def means(table):
-    """Mean by method and metric, of all types together."""
-    return table[table["cell_type"] == ""].set_index(["method", "metric"])["mean"].astype(float)
 
 
 @pytest.mark.draws
@@ -571,16 +463,16 @@ def test_conclusions_follow_the_numbers():
         rows = {"bulk2sc": ours, "perfect model": perfect, "cell-type NB": simple}
         names = [f"random-forest AUROC, {of}" for of in ("PCs", "genes")]
         values = {(method, name): v for method, v in rows.items() for name in names}
-        return evaluate.conclude_cells(pd.Series(values))
+        return tables.conclude_cells(pd.Series(values))
 
     assert "about as real as a perfect model's" in cells(0.68, 0.65, 0.67)[0]
     assert "less real than a perfect model's" in cells(0.73, 0.65, 0.82)[0]
     assert "no more real than cells of independent genes" in cells(0.83, 0.65, 0.82)[0]
-    assert evaluate.conclude_cells(pd.Series({("bulk2sc", "proportions RMSE"): 0.1})) == []
+    assert tables.conclude_cells(pd.Series({("bulk2sc", "proportions RMSE"): 0.1})) == []
 
     def proportions(*values, of=""):
         keys = [(m, f"proportions RMSE{of}") for m in ("bulk2sc", "NNLS", "constant answer")]
-        return evaluate.conclude_proportions(pd.Series(values, pd.MultiIndex.from_tuples(keys)))
+        return tables.conclude_proportions(pd.Series(values, pd.MultiIndex.from_tuples(keys)))
 
     assert "are better than the simple answers: RMSE 0.025" in proportions(0.025, 0.045, 0.11)[0]
     assert "not better than NNLS" in proportions(0.05, 0.045, 0.11)[0]
@@ -589,62 +481,11 @@ def test_conclusions_follow_the_numbers():
     assert proportions(0.1, 0.1, 0.1, of=", shift, lineages") == []
 
 
-@pytest.fixture(scope="module")
-def compared(trained, h5ad, tmp_path_factory):
-    """A run beside all other methods, also on real bulks: what it printed, and its folder."""
-    folder = tmp_path_factory.mktemp("compared")
-    flags = ["--n-draws", 2, "--n-pseudobulks", 25, "--n-trees", 5, "--compare"]
-    flags += [*write_measured(folder), "--out", folder]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "CELLS_PER_SUM", 300)
-        patch.setattr(evaluate, "write_evaluation", lambda *_: None)  # half of the time
-        done = run_inside("evaluate.py", "--data", h5ad, "--weights", trained, *flags)
+def test_real_bulk_against_measured_fractions(trained, h5ad, tmp_path, no_forests):
+    where = ["--data", h5ad, "--weights", trained, "--n-draws", 2, "--n-pseudobulks", 25]
+    given = [*write_measured(tmp_path), "--proportions-only", "--out", tmp_path / "e"]
+    done, folder = run_inside("evaluate.py", *where, *given), tmp_path / "e"
     assert done.returncode == 0, done.stderr
-    return done, folder
-
-
-def test_evaluate_compares_every_method_and_type(compared):
-    done, folder = compared
-    table = read_table(folder)
-    assert set(table["method"]) >= {
-        "bulk2sc", "calibrated", "other real cells", "unseen real cells", "cell-type NB",
-        "scDesign2 copula", "perfect model", "published recipe", "constant answer",
-        *METHODS,
-    }  # fmt: skip
-    assert set(table["metric"]) == set(MEASURED)
-    assert set(table["cell_type"]) == {"", *CELL_TYPES, *LINEAGES}
-    cells, *proportions = done.stdout.partition("metric (best")[2].split("\nproportions, ")
-    for metric in MEASURED:
-        assert metrics.setting_of(metric) or metric in cells
-    assert "NNLS" not in cells
-    assert [text.split("\n")[0] for text in proportions] == [
-        *("within", "lineages", "shift", "shift, lineages", "real bulk")
-    ]
-    for text in proportions:
-        assert all(name in text for name in ("RMSE (0)", "CCC (1)", "Pearson within"))
-        assert all(f"\n{name} " in text for name in ("bulk2sc", *METHODS))
-    value = means(table)
-    of_cells = {m for m in MEASURED if not metrics.setting_of(m)}
-    without = {m for m in of_cells if m.startswith(("excess", "sum"))}
-    assert set(value["perfect model"].index) == of_cells - without
-    for of in ("PCs", "genes"):
-        ceiling = value["perfect model", f"random-forest AUROC, {of}"]
-        for method in ("bulk2sc", "scDesign2 copula"):
-            excess = value[method, f"random-forest AUROC, {of}"] - ceiling
-            assert value[method, f"excess of AUROC, {of}"] == pytest.approx(excess)
-    of_real = table[table["method"].str.endswith("real cells")]
-    assert not of_real["metric"].str.startswith("excess").any()
-    # Regression: unpaired z leaves no variation within a type.
-    published = value["published recipe", "within-type variance ratio"]
-    assert published < 0.1 < value["bulk2sc", "within-type variance ratio"]
-    plain, calibrated = (
-        value[method, "sum of cells against bulk, Pearson"] for method in ("bulk2sc", "calibrated")
-    )
-    assert plain < calibrated <= 1
-
-
-def test_real_bulk_against_measured_fractions(compared):
-    done, folder = compared
     assert "11 samples with measured fractions, 1 without; 1 of" in done.stdout
     assert "columns that are no lineage left out (Unknown)" in done.stdout
     assert "Proportions of real bulk are " in done.stdout
@@ -653,7 +494,7 @@ def test_real_bulk_against_measured_fractions(compared):
         rows = table[(table["method"] == method) & (table["cell_type"] == "")].set_index("metric")
         mean = rows["mean"]
         assert rows.loc["proportions RMSE, real bulk", "n"] == 1  # nothing is drawn
-        assert rows.loc["proportions RMSE, shift", "n"] == 2
+        assert rows.loc["proportions RMSE", "n"] == 2
         assert mean["proportions RMSE, real bulk"] < 0.15
         assert mean["proportions CCC, real bulk"] > 0.85
         assert mean["proportions Pearson, real bulk"] > 0.9
@@ -676,44 +517,6 @@ def test_evaluate_generated_file_and_several_weights(weights, h5ad, tmp_path, no
     assert "over 2 trainings" in done.stdout
     table = pd.read_csv(tmp_path / "e" / "evaluation.csv")
     assert set(table[table["method"] == "bulk2sc"]["n"]) == {2}
-
-
-def test_model_trained_anew(weights, h5ad, no_forests, monkeypatch):
-    """It is measured on cells of its model, whose settings and split it takes."""
-    retrain, kept = evaluate.retrain, []
-
-    def retrain_and_keep(model, reference, *arguments):
-        kept.extend([(model, reference), retrain(model, reference, *arguments)])
-        return kept[1]
-
-    monkeypatch.setattr(evaluate, "retrain", retrain_and_keep)
-    out = weights.parent / "e"
-    where = ["--data", h5ad, "--weights", weights, "--retrain", "--out", out]
-    done = run_inside("evaluate.py", *where, *FEW)
-    assert done.returncode == 0, done.stderr
-    table = means(read_table(out))
-    anew = table["model trained anew"]
-    assert set(anew.index) == set(table["perfect model"].index) | {
-        "excess of AUROC, PCs", "excess of AUROC, genes",
-    }  # fmt: skip
-    assert anew["fold-change correlation"] > 0.5
-    (model, reference), (anew, simulated) = kept
-    assert anew.decoder.config == model.decoder.config
-    for name in ("epochs", "lr", "n_components", "seed"):
-        assert anew.metadata["settings"][name] == model.metadata["settings"][name]
-    of_types = [np.bincount(cells.test_codes) for cells in (reference, simulated)]
-    assert (of_types[0] == of_types[1]).all()
-    assert not any(
-        torch.equal(a, b)
-        for a, b in zip(anew.decoder.parameters(), model.decoder.parameters(), strict=True)
-    )
-    # What it learned from are cells of the model, not the real ones.
-    assert abs(simulated.X - reference.X).nnz > 0
-    assert (simulated.cells.obs_names == reference.cells.obs_names).all()
-    (weights / "scGMVAE_model.pt").unlink()
-    assert_one_line_error(run_inside("evaluate.py", *where, *FEW), "scGMVAE_model.pt")
-    done = run_inside("evaluate.py", *where, "--proportions-only")
-    assert_one_line_error(done, "--retrain", "--proportions-only")
 
 
 def test_evaluate_refuses_what_is_not_generated_cells(trained, h5ad, tmp_path):
@@ -741,161 +544,6 @@ def test_bulk_fractions_and_lineages_go_together(given):
     given = done.stderr.split(": found")[0]
     assert_one_line_error(done, *(f"no {flag}" for flag in missing), "together")
     assert all(flag in given for flag in flags)
-
-
-LINEAGES = ["B", "T and NK"]
-
-
-def write_measured(folder):
-    """Files of 12 bulks of known composition, of their fractions, and of the lineages.
-
-    Bulks are of another platform. Fractions are in percent, beside a column that is no lineage;
-    they lack one bulk and have another instead. Returns flags.
-    """
-    cells, rng = make_cells(seed=0), np.random.default_rng(5)
-    is_b = (cells.obs["cell_type"] == CELL_TYPES[0]).to_numpy()
-    share = np.linspace(0, 1, 12)
-    profile = np.stack([cells.X[mask].toarray().mean(axis=0) for mask in (is_b, ~is_b)])
-    profile *= rng.lognormal(0, 0.2, profile.shape[1])
-    bulk = pd.DataFrame(
-        np.stack([share, 1 - share], axis=1) @ profile,
-        index=[f"donor {i}" for i in range(12)],
-        columns=cells.var_names,
-    )
-    bulk.iloc[:, 5:].T.to_csv(folder / "bulk.csv")  # without five of the model's genes
-    fractions = pd.DataFrame({"T and NK": 70 * (1 - share), "Unknown": 30, "B": 70 * share})
-    fractions = fractions.set_axis(bulk.index).rename({"donor 3": "nobody"})
-    fractions.iloc[::-1].to_csv(folder / "fractions.csv", index_label="sample")
-    names = [f" {CELL_TYPES[0]},B", f"{CELL_TYPES[1]},T and NK", f"{CELL_TYPES[2]} ,T and NK"]
-    (folder / "map.csv").write_text(MAP + "\n".join(names) + "\n")
-    return [
-        *("--bulk", folder / "bulk.csv", "--fractions", folder / "fractions.csv"),
-        *("--lineages", folder / "map.csv"),
-    ]
-
-
-@pytest.fixture
-def measured(tmp_path):
-    """:func:`write_measured` in a folder of the test."""
-    return write_measured(tmp_path)
-
-
-@pytest.fixture
-def no_forests(monkeypatch):
-    """Without the slowest metric by far and the picture, where a test does not need them."""
-    monkeypatch.setattr(metrics, "random_forest_auroc", lambda *_: 0.5)
-    monkeypatch.setattr(evaluate, "write_evaluation", lambda *_: None)
-
-
-def test_swapped_fractions_score_badly(trained, h5ad, measured):
-    """Columns are swapped in the file. Also what --lineages alone measures."""
-    swapped = pd.read_csv(measured[3]).rename(columns={"B": "T and NK", "T and NK": "B"})
-    swapped.to_csv(measured[3], index=False)
-    paths = {"bulk": measured[1], "fractions": measured[3], "lineages": measured[5]}
-    cfg = evaluate.Settings(
-        data=h5ad, weights=trained, n_draws=1, n_pseudobulks=5, compare=True, **paths
-    )
-    model, reference = evaluate.load_trained(trained, Reference.load(cfg), "cpu")
-    plan = proportion_tests.plan_proportions(cfg, model.cell_types)
-    methods = proportion_tests.Methods(model, reference, cfg)
-    rows = proportion_tests.measure_foreign(methods, plan, cfg)
-    values = {(method, metric.split()[1]): v for method, metric, key, v in rows if key is None}
-    for method in ("bulk2sc", "DWLS", "NNLS"):
-        assert values[method, "Pearson"] < -0.8 and values[method, "RMSE,"] > 0.4
-    lineage_of = plan.lineage_of
-    for given, left_out in ((lineage_of, ("real bulk",)), (None, ("real bulk", "lineages"))):
-        rng = np.random.default_rng(0)
-        rows = proportion_tests.measure_pseudobulks(methods, given, cfg, rng)
-        expected = {m for m in metrics.METRICS if m.startswith("proportions")}
-        assert {row[1] for row in rows} == {m for m in expected if not m.endswith(left_out)}
-
-
-@pytest.fixture
-def other_donors(tmp_path):
-    """A data set of two of the model's types and one of its own, and a csv of lineages for both.
-
-    It lacks five of the model's genes. Half of its cells are treated, and in these the labels of B
-    and T cells are exchanged.
-    """
-    cells = make_cells((60, 50, 40), seed=0)[:, 5:].copy()
-    names = {CELL_TYPES[0]: "B", CELL_TYPES[1]: "T", CELL_TYPES[2]: "Platelets"}
-    kind = cells.obs["cell_type"].map(names)
-    treated = (kind.groupby(kind).cumcount() % 2 == 1).to_numpy()
-    wrong = {"B": "T", "T": "B", "Platelets": "Platelets"}
-    cells.obs["kind"] = np.where(treated, kind.map(wrong), kind)
-    cells.obs["condition"] = np.where(treated, "treated", "control")
-    cells.write_h5ad(tmp_path / "donors.h5ad")
-    rows = [f"{CELL_TYPES[0]},B cells", f"{CELL_TYPES[1]},T cells", f"{CELL_TYPES[2]},NK cells"]
-    (tmp_path / "all.csv").write_text(MAP + "\n".join([*rows, "B,B cells", "T,T cells"]) + "\n")
-    return [
-        *("--shift-data", tmp_path / "donors.h5ad", "--shift-labels", "kind"),
-        *("--lineages", tmp_path / "all.csv"),
-    ]
-
-
-def test_pseudobulks_of_other_donors(trained, h5ad, other_donors, tmp_path, no_forests):
-    flags = ["--data", h5ad, "--weights", trained, *FEW[:2], "--n-pseudobulks", 20]
-    flags += ["--proportions-only", *other_donors, "--out", tmp_path]
-    done = run_inside("evaluate.py", *flags, "--shift-cells", "condition", "control", "--compare")
-    assert done.returncode == 0, done.stderr
-    assert "75 of 150 labelled cells are those of --shift-cells" in done.stdout
-    assert "donors: 55 cells of 2 lineages (B cells, T cells), 20 of none" in done.stdout
-    assert "1 cell types of donors without a lineage left out (Platelets)" in done.stdout
-    assert "does not know" not in done.stdout
-    assert "has 55 of the model's 60 genes" in done.stdout
-    assert "random-forest" not in done.stdout  # cells are not measured
-    table = read_table(tmp_path)
-    table = table[table["metric"].str.endswith(", donors")]
-    assert set(table["metric"]) == set(metrics.proportion_names(", donors"))
-    assert set(table["cell_type"]) == {"", "B cells", "T cells"}
-    value = means(table)
-    for method in ("bulk2sc", "NNLS", "DWLS", "MuSiC", "nu-SVR", "BayesPrism"):
-        assert value[method, "proportions CCC, donors"] > 0.9, method
-    # All cells: half of them with wrong labels.
-    done = run_inside("evaluate.py", *flags)
-    assert done.returncode == 0, done.stderr
-    value = means(read_table(tmp_path))
-    assert value["bulk2sc", "proportions CCC, donors"] < 0.6
-    assert value["bulk2sc", "proportions CCC, lineages"] > 0.9
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--shift-data", "{0}"], ("--shift-data", "no --lineages")),
-        (["--shift-cells", "condition", "x"], ("--shift-cells", "no --shift-data")),
-        (["--proportions-only", "--generated", "g.h5ad"], ("--proportions-only", "--generated")),
-        (
-            ["--shift-data", "{0}", "{0}", "--lineages", "{1}"],
-            ("found donors as name", "names of their own"),
-        ),
-        (
-            ["--shift-data", "{0}", "--shift-labels", "a", "b", "--lineages", "{1}"],
-            ("--shift-labels", "found 2 for 1"),
-        ),
-        (
-            ["--shift-data", "{0}", "--shift-labels", "nothing", "--lineages", "{1}"],
-            ("--shift-labels nothing", "column of .obs"),
-        ),
-        (
-            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "batch", "1"],
-            ("no column batch",),
-        ),
-        (
-            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "condition", "1"],
-            ("no cell with condition 1", "expected one of control, treated"),
-        ),
-        (
-            ["--shift-data", "{0}", "--shift-labels", "condition", "--lineages", "{1}"],
-            ("none of its 5 cell types", "one of donors's"),
-        ),
-    ],
-)
-def test_other_donors_that_cannot_be_used(trained, h5ad, other_donors, flags, words):
-    paths = other_donors[1], other_donors[5]
-    flags = [flag.format(*paths) for flag in flags]
-    where = ["--data", h5ad, "--weights", trained]
-    assert_one_line_error(run_inside("evaluate.py", *where, *flags), *words)
 
 
 def test_samples_of_other_names_and_bulks_of_other_genes(trained, h5ad, measured, tmp_path):

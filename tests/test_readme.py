@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from annotate import export_10x
+from benchmarks import benchmark, compare_cells
 from conftest import FOLDERS, ROOT, run_inside, without_umap
 from readers.counts import read_counts
-from test_benchmark import benchmark
 
 # Pages with commands, in the order in which they run.
 GUIDES = [
@@ -58,7 +58,9 @@ SMALL = {
     "train_decoder.py": "--epochs 2 --n-hidden 16",
     "train_encoder.py": "--epochs 20",
     "bulk2sc.py": "--n-cells 20",
-    "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5 --no-compare",
+    "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5",
+    "benchmarks/compare_cells.py": "",  # only its flags; test_comparisons.py runs it
+    "benchmarks/compare_states.py": "--n-draws 1 --n-trees 5 --cells-per-sample 200",
     "make_figures.py": "--max-cells 40",
     "annotate.py": "",
     "simulate_bulks.py": "--n-bulks 6",
@@ -66,7 +68,11 @@ SMALL = {
     "examples/simulate_bulk.py": "",
 }
 # Shown, but their data cannot be had here, or they run in another test.
-NOT_RUN = ["examples/pbmc_reference.py", "examples/cellxgene.py"]
+NOT_RUN = [
+    "benchmarks/compare_proportions.py",
+    "examples/pbmc_reference.py",
+    "examples/cellxgene.py",
+]
 
 
 def commands(text):
@@ -124,7 +130,11 @@ def run_command(command, folder):
             shutil.copytree(folder / "w0", folder / name, dirs_exist_ok=True)
         words = ["tables/markers.csv" if word.startswith("https://") else word for word in words]
         words += shlex.split(SMALL[words[1]])
-        with mock.patch.object(benchmark, "main", lambda cfg: None), without_umap():
+        with (
+            mock.patch.object(benchmark, "main", lambda cfg: None),
+            mock.patch.object(compare_cells, "main", lambda cfg: None),
+            without_umap(),
+        ):
             done = run_inside(*words[1:], cwd=folder, as_written="cohort.h5ad" in words)
     else:
         assert words[0] in ("tar", "mv"), f"the pages run {words[0]}, unknown to this test"

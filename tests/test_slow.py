@@ -33,7 +33,7 @@ def test_trainings_reproduce_the_shipped_weights(tmp_path):
             ["reconstruction", "held_out_reconstruction", "kl", "held_out_pi"]
         ):
             assert retrained[column] == pytest.approx(shipped[column], rel=0.05), (name, column)
-    shipped, retrained = metrics_of(ROOT / "weights"), evaluate(tmp_path, "--compare")
+    shipped, retrained = metrics_of(ROOT / "weights"), evaluate(tmp_path)
     assert set(shipped.index) == set(retrained.index)
     # All other metrics are within 0 and 1.
     bounded = shipped.index.drop(["energy distance", "marker mean error"])
