@@ -19,10 +19,10 @@ from scipy.special import gammaln
 from torch import nn
 
 from data import DEPTH, library_size, sum_by_type
+from deconvolution import itakura_saito
 from runtime.device import in_batches, to_csr, to_sparse
 
 LIKELIHOODS = ("nb", "zinb", "mse_l1")
-UNROLLED = 10  # updates of the deconvolution with a gradient: more change nothing but the time
 MOST_IN_SHAPE = 20_000  # cells that a type's shape is fitted to; a random sample if more
 MOST_IN_DISPERSION = 5_000  # cells of a type that its dispersions are fitted to
 MOST_SPIKES = 5  # in a cell; with more it is taken for another kind of cell
@@ -938,19 +938,7 @@ class BulkEncoder(nn.Module):
         return t / share.clamp(min=0.25)
 
     def deconvolve(self, fractions, measured, signature=None, start=None, n_iterations=None):
-        """Proportions of cells under gene-wise multiplicative noise, by multiplicative updates.
-
-            min over π of  Σ_g w_g ( p_g / q_g - ln(p_g / q_g) - 1 ),   q = π S + ε,  p + ε for p
-            v ← β v + ln( ((w p / q²) Sᵀ) / ((w / q) Sᵀ) ),   ln π ← ln π + v
-
-        The Itakura-Saito divergence (Févotte, Bertin and Durrieu, Neural Computation 2009) counts
-        errors as ratios, because platforms change each gene by a factor; under least squares a few
-        highly expressed genes decide. w_g is learned and, after the first updates, divided by
-        1 + ln(p_g / q_g)², the weight of Cauchy's robust loss: a gene that is off by a large factor
-        reflects the platform rather than the cells. Stopping early regularises types that the data
-        can hardly tell apart. With momentum β (Polyak 1964), 34 updates at 0.7 come as far as 100
-        without. Only the last ``UNROLLED`` updates have a gradient: the ones before them start far
-        from the solution, and what they do to it has faded by then.
+        """Proportions of cells by :mod:`deconvolution.itakura_saito`, with learned gene weights.
 
         Args:
             fractions: (S, G). measured: (G). signature: (K, G), default the model's. start:
@@ -962,30 +950,10 @@ class BulkEncoder(nn.Module):
         """
         S = self.signature if signature is None else signature  # (K, G)
         there = torch.nonzero(measured).flatten()  # others would only be multiplied by 0
-        weight, S = self.log_weight[there].exp() * measured[there], S[:, there]
-        p = fractions[:, there] + self.floor  # (S, G)
-        even = torch.full_like(S[:, 0], 1 / len(S))  # (K)
-        log_pi = (even if start is None else start).clamp(min=1e-6).log().expand(len(p), -1)
         n = self.config["n_iterations"] if n_iterations is None else n_iterations
-        velocity = torch.zeros_like(log_pi)
-        # From an even start, q is at first too far off for its errors to mean much.
-        near = n // 5 if start is None else 0
-        for i in range(n):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= n - UNROLLED):
-                step = self.deconvolution_step(log_pi.exp(), p, weight, S, robust=i >= near)
-                velocity = self.momentum * velocity + step
-                log_pi = log_pi + velocity
-        return log_pi.softmax(dim=1)
-
-    def deconvolution_step(self, pi, p, weight, S, robust):
-        """ln of the factor of an update of :meth:`deconvolve`: pi (S, K), p (S, G), weight (G)."""
-        q = pi @ S + self.floor  # (S, G)
-        ratio = p / q
-        if robust:
-            weight = weight / (1 + torch.log(ratio).detach() ** 2)  # (S, G)
-        per_q = weight / q  # (S, G)
-        denominator = (per_q @ S.T).clamp(min=1e-12)  # (S, K)
-        return torch.log(((per_q * ratio) @ S.T / denominator).clamp(min=1e-12))
+        weight = self.log_weight[there].exp() * measured[there]
+        given = fractions[:, there], S[:, there], self.floor, n, weight
+        return itakura_saito.solve(*given, start, self.momentum)
 
     def forward(self, bulk, measured=None, one_platform=False, start=None):
         """Args:
