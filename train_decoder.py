@@ -84,7 +84,8 @@ from data import (
     mean_counts,
     sample_names,
 )
-from models import encode_cells, mean_profile, scDecoder, scGMVAE
+from distributions.fits import mean_profile
+from models import encode_cells, scDecoder, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished

@@ -104,7 +104,8 @@ from data import (
     sample_names,
     samples_of,
 )
-from models import encode_cells, mean_profile, scGMVAE
+from distributions.fits import mean_profile
+from models import encode_cells, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels

@@ -20,7 +20,8 @@ from scipy.special import gammaln
 
 from data import library_size
 from deconvolution.published import bayesprism_fixed_point, positive_shares
-from models import best_theta, scDecoder, scGMVAE
+from distributions.fits import best_theta
+from models import scDecoder, scGMVAE
 from runtime.device import pick_device
 from runtime.errors import InputError
 from runtime.weights import MIXTURE_FILES, load_model

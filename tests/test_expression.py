@@ -27,8 +27,9 @@ from deconvolution.expression import (
     expected_bulk,
     mean_fractions,
 )
+from distributions.fits import shrink_means
 from generation import generate_cells, load_models
-from models import scDecoder, shrink_means
+from models import scDecoder
 
 # --------------------------------------------------------------------------------- tilted clouds
 

@@ -11,6 +11,7 @@ import torch
 
 from conftest import make_cells
 from data import DatasetSettings
+from distributions.fits import find_spikes, fit_dispersion, mean_profile
 from generation import (
     add_to_sums,
     bulk_fit,
@@ -20,7 +21,7 @@ from generation import (
     misfit,
     sum_agreement,
 )
-from models import BulkEncoder, find_spikes, fit_dispersion, mean_profile, scDecoder, scGMVAE
+from models import BulkEncoder, scDecoder, scGMVAE
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model
 from train_encoder import encoder_losses
