@@ -23,8 +23,7 @@ from data import TrainingSettings, shipped
 from deconvolution.expression import mean_library
 from deconvolution.proportions import make_proportions
 from deconvolution.samples import BulkSamples
-from generation import CellSource, encode_mixtures, generate_cells
-from models import Model
+from generation import CellSource, Model, encode_mixtures, generate_cells
 from plots.style import type_colors
 from readers.bulk import Bulk, read_bulk
 from readers.bulk_options import BulkOptions

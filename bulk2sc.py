@@ -134,8 +134,7 @@ import pandas as pd
 from api import deconvolve, generate, mixtures, named_apart
 from data import Reference, shipped
 from deconvolution.fit import MISFIT
-from generation import CellSource, encode_batches
-from models import MODEL_FILES, Model
+from generation import MODEL_FILES, CellSource, Model, encode_batches
 from plots.cells import write_proportions
 from plots.report import N_SHOWN, ShownCells, write_report
 from readers.bulk import read_bulk

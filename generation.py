@@ -9,6 +9,7 @@ D latent dimensions.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,9 +21,71 @@ from deconvolution.encode import check_filled, encode_bulks
 from deconvolution.expression import Expression, mean_library, parts_of
 from deconvolution.proportions import Proportions, mixtures, reference_composition
 from deconvolution.samples import BulkSamples
+from models import BulkEncoder, scDecoder
 from runtime.errors import InputError, some
+from runtime.weights import check_cell_types, check_mixture, load_model, save_tensors
 
+MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
+
+
+@dataclass(eq=False)
+class Model:
+    """What generation needs: Bulk Encoder and scDecoder, and what their files say besides."""
+
+    encoder: BulkEncoder
+    decoder: scDecoder
+    encoder_metadata: dict
+    """``genes``, ``cell_types``, ``settings`` and more."""
+    metadata: dict
+    """The same of scDecoder, which has all genes."""
+    folder: Path | None = None
+    """Of the files."""
+
+    genes = property(lambda self: self.metadata["genes"], doc="Names (G), scDecoder's.")
+    gene_ids = property(lambda self: self.metadata.get("gene_ids"), doc="Their other names (G).")
+    encoder_genes = property(lambda self: self.encoder_metadata["genes"])
+    cell_types = property(lambda self: self.metadata["cell_types"], doc="Names (K).")
+    device = property(lambda self: self.decoder.mu.device)
+
+    def __repr__(self):
+        K, G = len(self.cell_types), len(self.genes)
+        return f"Model of {K} cell types ({some(self.cell_types)}) x {G:,} genes"
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Read the files of a folder of weights.
+
+        Raises:
+            InputError: see :func:`runtime.weights.load_model`; or they are not of one training.
+        """
+        encoder_file, decoder_file = (Path(folder) / name for name in MODEL_FILES)
+        encoder, encoder_metadata = load_model(encoder_file, BulkEncoder, device)
+        decoder, metadata = load_model(decoder_file, scDecoder, device)
+        check_mixture(encoder_file, encoder, decoder.mu, decoder.var, decoder_file)
+        return cls(encoder, decoder, encoder_metadata, metadata, Path(folder))
+
+    def split(self, reference):
+        """A Reference with those cells held out that the files list.
+
+        Raises:
+            InputError: its cell types or its cells are not those of the training.
+        """
+        encoder_file, decoder_file = (self.folder / name for name in MODEL_FILES)
+        check_cell_types(decoder_file, self.metadata, reference.cell_types)
+        check_cell_types(encoder_file, self.encoder_metadata, reference.cell_types)
+        return reference.split_as(self.metadata, decoder_file)
+
+    def counts(self, reference, rows):
+        """Counts of some cells of a Reference (n x G), CSR, in all genes of the model."""
+        return reference.counts(self.genes, "the model", rows)[0]
+
+    def save(self, folder):
+        """Write the files that :meth:`load` reads."""
+        networks = (self.encoder, self.encoder_metadata), (self.decoder, self.metadata)
+        for name, (network, metadata) in zip(MODEL_FILES, networks, strict=True):
+            state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+            save_tensors(Path(folder) / name, metadata | {"state": state})
 
 
 def encode_batches(cfg, n_batches, model, rng):

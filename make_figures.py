@@ -95,8 +95,8 @@ from deconvolution.estimators import nnls_proportions
 from deconvolution.fit import log_cpm
 from deconvolution.proportions import normal_interval
 from evaluation.metrics import concordance
-from generation import CHUNK, draw_types, new_cells
-from models import Model, encode_cells, scGMVAE
+from generation import CHUNK, Model, draw_types, new_cells
+from models import encode_cells, scGMVAE
 from plots.cells import (
     write_joint,
     write_legend,

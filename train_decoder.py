@@ -76,7 +76,8 @@ import torch
 
 from counts.genes import choose_marker_genes
 from data import Reference, library_size, mean_counts
-from models import encode_cells, mean_profile, scDecoder, scGMVAE
+from distributions.fits import mean_profile
+from models import encode_cells, scDecoder, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished

@@ -96,7 +96,8 @@ import torch
 
 from counts.genes import choose_genes
 from data import Reference, report_names
-from models import encode_cells, mean_profile, scGMVAE
+from distributions.fits import mean_profile
+from models import encode_cells, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
 from readers.fingerprint import digest
 from readers.labels import FOUND_FILE, natural_order, read_labels

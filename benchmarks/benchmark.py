@@ -261,7 +261,8 @@ def our_elbo(weights, training, held_out, n=10):
     p(z | y) is the shape of type y, from which cells are generated; p(y) is the fraction of type y
     among the training cells. n: draws of z.
     """
-    from models import encode_cells, nb_log_prob, scGMVAE
+    from distributions.negative_binomial import nb_log_prob
+    from models import encode_cells, scGMVAE
     from runtime.weights import load_model
 
     gmvae, card = load_model(weights / "scGMVAE_model.pt", scGMVAE)

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import scipy.stats
 from scipy.special import gammaln
 
-from models import best_theta
+from distributions.fits import best_theta
 
 POISSON = 1e8  # θ from which a negative binomial is a Poisson distribution
 FEWEST_IN_COPULA = 10  # cells of a type, below which correlations say nothing

@@ -27,9 +27,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from counts.genes import PROTOCOL_GENES
 from data import TABLES
+from deconvolution import itakura_saito
 
 TABLE = TABLES / "blood_types.csv"
 LINEAGES = ("Monocytes", "B cells", "Natural killer cells", "T cells")
@@ -166,23 +168,16 @@ def adapt_types(types, names, profiles):
 
 
 def fit_types(bulk, profiles, n_iterations=100):
-    """RNA shares of types in bulks (S, K), rows summing to 1.
-
-    As :meth:`models.BulkEncoder.deconvolve` does it: the Itakura-Saito divergence, with Cauchy's
-    weights from the 20th update on, so that genes off by a large factor hardly count.
+    """RNA shares of types in bulks (S, K), rows summing to 1 (:mod:`deconvolution.itakura_saito`).
 
     Args:
         bulk: fractions (S, G) of some genes. profiles: of the same genes (K, G).
     """
-    floor = 0.02 * profiles.sum(axis=1).mean() / profiles.shape[1]
-    b = bulk / bulk.sum(axis=1, keepdims=True) * profiles.sum(axis=1).mean() + floor
-    share = np.full((len(b), len(profiles)), 1 / len(profiles))
-    for i in range(n_iterations):
-        e = share @ profiles + floor
-        weight = 1 / (1 + np.log(b / e) ** 2) if i >= 20 else np.ones_like(b)
-        step = (weight * b / e**2) @ profiles.T
-        share = share * step / np.maximum((weight / e) @ profiles.T, 1e-12)
-    return share / share.sum(axis=1, keepdims=True)
+    scale = profiles.sum(axis=1).mean()
+    floor = 0.02 * scale / profiles.shape[1]
+    b = bulk / bulk.sum(axis=1, keepdims=True) * scale
+    given = torch.from_numpy(b), torch.from_numpy(profiles), floor, n_iterations
+    return itakura_saito.solve(*given).numpy()
 
 
 def own_markers(types, profiles):

@@ -13,8 +13,7 @@ from tqdm import trange
 
 from data import align_genes, split_cells
 from evaluation.metrics import CellMetrics
-from generation import new_cells
-from models import MODEL_FILES, Model
+from generation import MODEL_FILES, Model, new_cells
 from readers.counts import read_counts
 from runtime.errors import InputError
 

@@ -33,7 +33,7 @@ from runtime.errors import InputError
 
 BLOCK = 512  # cells of one matrix product; fewer are slower for each cell, more take more memory
 HIGH = 16.0  # mean from which a gamma and a Poisson draw cost less than climbing the distribution
-FLOOR = 1e-10  # least mean, as in CountDecoder.forward
+FLOOR = 1e-10  # least mean, as in NegativeBinomial.mu
 
 f32, i32, i64, u64 = np.float32, np.int32, np.int64, np.uint64
 

@@ -20,7 +20,7 @@ from data import (
     mean_counts,
     sum_by_type,
 )
-from models import mean_profile
+from distributions.fits import mean_profile
 from readers import backed
 from readers.backed import sample_in_memory
 from runtime.weights import load_tensors

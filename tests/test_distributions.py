@@ -7,7 +7,15 @@ import pytest
 import scipy.stats
 import torch
 
-from models import NegativeBinomialLoss, nb_log_prob, sample_nb, sample_zinb, zinb_log_prob
+from distributions.negative_binomial import (
+    NegativeBinomial,
+    NegativeBinomialLoss,
+    ZeroInflatedNegativeBinomial,
+    nb_log_prob,
+    sample_nb,
+    sample_zinb,
+    zinb_log_prob,
+)
 
 COUNTS = [0, 1, 2, 5, 30, 259, 5000, 100_000]
 MEANS = [1e-8, 1e-3, 0.3, 1.0, 17.0, 900.0, 1e5]
@@ -176,6 +184,21 @@ def test_zinb_sampler_inflates_zeros():
     mean, theta = torch.full((20_000, 1), 30.0), torch.tensor([5.0])
     draws = sample_zinb(mean, theta, torch.zeros(20_000, 1), torch.Generator().manual_seed(0))
     assert (draws == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("family", [NegativeBinomial, ZeroInflatedNegativeBinomial])
+def test_mean_loss_and_draws_of_an_object_are_of_one_distribution(family):
+    g = torch.Generator().manual_seed(0)
+    logits, dropout_logits, log_factor = (torch.randn(1, 6, generator=g) for _ in range(3))
+    rows = [part.expand(20_000, -1) for part in (dropout_logits, log_factor)]
+    library, log_theta = torch.full((20_000,), 60.0), torch.ones(6)
+    counts = family(logits, library, log_theta, *rows)
+    x = counts.sample(g)
+    torch.testing.assert_close(x.mean(dim=0), counts.mean[0], rtol=0.05, atol=0.05)
+    assert counts.mu[0].sum().item() == pytest.approx(60, rel=1e-5)
+    expected = -counts.log_prob(x).sum(dim=1)
+    torch.testing.assert_close(counts.loss(x.to_sparse()), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(counts.loss(x), counts.loss(x.to_sparse()))
 
 
 def test_gradients_of_a_large_batch_repeat_to_the_bit():

@@ -11,7 +11,7 @@ from conftest import ROOT, assert_one_line_error, make_cells, run_inside
 from data import mean_counts
 from deconvolution import dwls
 from deconvolution.encode import encode_samples, proportion_sd
-from models import Model
+from generation import Model
 from readers.bulk import Bulk
 
 GENES = [f"GENE{i}" for i in range(300)]

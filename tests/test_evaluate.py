@@ -32,7 +32,8 @@ from data import Reference, log_normalise, split_cells
 from deconvolution.estimators import nnls_proportions
 from evaluation import cells as of_cells
 from evaluation import metrics, proportions, tables
-from models import Model, scDecoder
+from generation import Model
+from models import scDecoder
 from readers import lineages
 from runtime.errors import InputError
 

@@ -27,8 +27,9 @@ from deconvolution.expression import (
     expected_bulk,
     mean_fractions,
 )
-from generation import generate_cells
-from models import Model, scDecoder, shrink_means
+from distributions.fits import shrink_means
+from generation import Model, generate_cells
+from models import scDecoder
 
 # --------------------------------------------------------------------------------- tilted clouds
 

@@ -19,6 +19,7 @@ from conftest import (
     run_inside,
 )
 from data import Reference
+from generation import Model
 from make_figures import (
     HOUSEKEEPING,
     Settings,
@@ -28,7 +29,7 @@ from make_figures import (
     principal_components,
     reconstruct,
 )
-from models import Model, scGMVAE
+from models import scGMVAE
 from plots import cells as cell_plots
 from plots import states as state_figures
 from plots import training as training_plots

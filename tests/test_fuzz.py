@@ -30,7 +30,8 @@ import annotate
 import training
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, TrainingSettings, load_cells
-from models import BulkEncoder, mean_profile, scDecoder, scGMVAE
+from distributions.fits import mean_profile
+from models import BulkEncoder, scDecoder, scGMVAE
 from readers import lineages
 from readers.bulk import read_bulk
 from runtime.errors import InputError, plain, some

@@ -15,8 +15,9 @@ from deconvolution.encode import encode_bulks
 from deconvolution.expression import calibration
 from deconvolution.fit import bulk_fit, misfit, sum_agreement
 from deconvolution.samples import add_to_sums
+from distributions.fits import find_spikes, fit_dispersion, mean_profile
 from generation import decode_cells
-from models import BulkEncoder, find_spikes, fit_dispersion, mean_profile, scDecoder, scGMVAE
+from models import BulkEncoder, scDecoder, scGMVAE
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model
 from train_encoder import encoder_losses

@@ -8,7 +8,7 @@ from conftest import ROOT
 from deconvolution import mrna_content
 from deconvolution.encode import choose_content, encode_samples
 from deconvolution.mrna_content import counts_reads, published_content, to_cells
-from models import Model
+from generation import Model
 from readers.bulk import Bulk
 from runtime.errors import InputError
 

@@ -26,15 +26,13 @@ from hypothesis import strategies as st
 from conftest import write_10x, write_10x_h5
 from counts.pseudobulks import batch_bulks, draw_pseudobulks
 from data import DatasetSettings, Reference, align_genes, load_cells, split_cells
-from models import (
-    BulkEncoder,
+from distributions.negative_binomial import (
     NegativeBinomialLoss,
     nb_log_prob,
     sample_nb,
-    scDecoder,
-    scGMVAE,
     zinb_log_prob,
 )
+from models import BulkEncoder, scDecoder, scGMVAE
 from readers.bulk import read_bulk
 from readers.counts import check_counts, read_counts
 from readers.labels import clean_label, natural_order, read_label_csv

@@ -18,7 +18,7 @@ from deconvolution.proportions import (
     reference_composition,
     rna_fractions,
 )
-from models import Model
+from generation import Model
 from plots import cells as cell_plots
 from plots.cells import write_proportions
 from plots.style import type_colors

@@ -30,7 +30,8 @@ from data import (
     choose_held_out,
     load_cells,
 )
-from models import BulkEncoder, Model, encode_cells, scGMVAE
+from generation import Model
+from models import BulkEncoder, encode_cells, scGMVAE
 from readers.labels import FOUND_FILE
 from runtime.errors import InputError
 from runtime.weights import load_model
