@@ -101,7 +101,7 @@ from runtime.writing import check_writable, write_whole
 
 # Of the marker table, in ScType's spelling; the last two are positive and negative markers.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
-MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
+MAX_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
 
 
 # ----------------------------------------------------------------------------------- marker table
@@ -130,13 +130,13 @@ def read_excel(path):
     """First sheet of an Excel file, every cell as text.
 
     Raises:
-        InputError: unreadable, or larger than ``MOST_BYTES`` when unpacked.
+        InputError: unreadable, or larger than ``MAX_BYTES`` when unpacked.
     """
     try:
         with zipfile.ZipFile(path) as file:
             size = sum(record.file_size for record in file.infolist())
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
         return pd.read_excel(path, dtype=str, keep_default_na=False)
     except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
         raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error

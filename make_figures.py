@@ -120,7 +120,7 @@ from plots.cells import (
     write_state_genes,
 )
 from plots.states import (
-    FEWEST_CELLS,
+    MIN_CELLS,
     count_cells,
     describe_mixing,
     find_donor,
@@ -134,11 +134,11 @@ from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
 from runtime.writing import check_writable
 
-FEWEST_TO_COMPARE = 3  # cells of a type that markers of others are compared with
-FEWEST_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them
-LEAST_FRACTION = 0.1  # of a type's cells that have counts of its marker
-LEAST_RATIO = 1.3  # of its mean log-expression there to that in any other type
-LEAST_T = 2.0  # Welch's t against the nearest type: not by chance alone
+MIN_TO_COMPARE = 3  # cells of a type that markers of others are compared with
+MIN_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them
+MIN_FRACTION = 0.1  # of a type's cells that have counts of its marker
+MIN_RATIO = 1.3  # of its mean log-expression there to that in any other type
+MIN_T = 2.0  # Welch's t against the nearest type: not by chance alone
 N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
 
@@ -372,7 +372,7 @@ def choose_markers(log, codes, n_types, genes, most=2):
         (one_hot @ part).toarray() / n for part in (log, log.multiply(log).tocsr(), log > 0)
     )  # (K, G) each
     error = np.maximum(square - mean**2, 1e-6) / np.maximum(n - 1, 1)
-    there = size >= FEWEST_TO_COMPARE
+    there = size >= MIN_TO_COMPARE
     if there.sum() < 2:
         return [[] for _ in range(n_types)]
     housekeeping = np.array([bool(HOUSEKEEPING.match(name)) for name in genes])
@@ -383,11 +383,11 @@ def choose_markers(log, codes, n_types, genes, most=2):
         others = there.copy()
         others[k] = False
         t = (mean[k] - mean[others]) / np.sqrt(error[k] + error[others])  # (K', G)
-        above = mean[k] >= LEAST_RATIO * mean[others].max(axis=0)
-        often = fraction[k] >= LEAST_FRACTION
+        above = mean[k] >= MIN_RATIO * mean[others].max(axis=0)
+        often = fraction[k] >= MIN_FRACTION
         score = np.where(allowed & above & often, t.min(axis=0), -np.inf)
-        best = np.argsort(-score, kind="stable")[:most] if size[k] >= FEWEST_FOR_MARKERS else []
-        markers.append([i for i in best if score[i] > LEAST_T])
+        best = np.argsort(-score, kind="stable")[:most] if size[k] >= MIN_FOR_MARKERS else []
+        markers.append([i for i in best if score[i] > MIN_T])
     return markers
 
 
@@ -493,7 +493,7 @@ def make_state_genes(reference, cells, genes, cfg):
     n_cells, donor = count_cells(cells, len(reference.cell_types)), cells.found.donor
     types = shown_types(n_cells)
     if not len(types) or not genes:
-        few = f"no cell type of donor {donor} has {FEWEST_CELLS} cells under both conditions"
+        few = f"no cell type of donor {donor} has {MIN_CELLS} cells under both conditions"
         print(f"state_genes.{cfg.format} left out: {few if genes else 'no gene differs'}")
         return
     table = state_table(cells, pd.Index(reference.genes).get_indexer(genes), types)

@@ -24,8 +24,8 @@ N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes secon
 N_VARIABLE = 1000  # genes of the picture beside the reference
 N_BACKGROUND = 500  # positions drawn from the reference
 N_MARKERS = 3  # of each cell type
-FEWEST = 10  # shown cells of a type, for a mean of them
-MOST_ROWS = 500  # of a table; the csv beside the report has all
+MIN_CELLS = 10  # shown cells of a type, for a mean of them
+MAX_ROWS = 500  # of a table; the csv beside the report has all
 PSEUDOCOUNT = 50  # CPM, so that a gene that hardly any cell shows is no marker
 
 LABELLED = 30  # samples that have their names beside each panel
@@ -221,14 +221,14 @@ def find_markers(profiles, genes, n=N_MARKERS):
 
 
 def marker_picture(X, codes, markers, genes, cell_types):
-    """Dots: mean log(CP10K + 1) and share of cells with the gene, of types with FEWEST.
+    """Dots: mean log(CP10K + 1) and share of cells with the gene, of types with MIN_CELLS.
 
     Args:
         X: log(CP10K + 1) (N x G), CSR. codes: types (N). markers: of each type (K lists).
     """
     names = list(dict.fromkeys(gene for of_type in markers for gene in of_type))
     position = {gene: i for i, gene in enumerate(genes)}
-    shown = np.flatnonzero(np.bincount(codes) >= FEWEST)
+    shown = np.flatnonzero(np.bincount(codes) >= MIN_CELLS)
     X = X[:, [position[name] for name in names]].toarray()  # (N, markers)
     mean = np.stack([X[codes == k].mean(axis=0) for k in shown])
     share = np.stack([(X[codes == k] > 0).mean(axis=0) for k in shown])
@@ -254,7 +254,7 @@ def marker_picture(X, codes, markers, genes, cell_types):
 
 def proportion_rows(proportions):
     """Rows of the table of proportions: sample, type, percentages and how they came about."""
-    table = proportions.to_table().head(MOST_ROWS)
+    table = proportions.to_table().head(MAX_ROWS)
     rows = []
     for row in table.itertuples():
         has_interval = np.isfinite(row.low) and not getattr(row, "known", False)
@@ -299,7 +299,7 @@ def fit_rows(samples):
         )
     misfit = samples.fit["misfit"].fillna(-np.inf).to_numpy()
     order = sorted(range(len(rows)), key=lambda i: (not rows[i]["remark"], -misfit[i]))
-    return [rows[i] for i in order[:MOST_ROWS]]
+    return [rows[i] for i in order[:MAX_ROWS]]
 
 
 CALIBRATION = {
@@ -332,7 +332,7 @@ def describe_cells(samples, cells, shown, reference):
             X_reference, measured = reference
             logs = [log_expression(part[:, measured]) for part in (X, X_reference)]
             pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
-        if any(markers) and (np.bincount(codes) >= FEWEST).any():
+        if any(markers) and (np.bincount(codes) >= MIN_CELLS).any():
             log = log_expression(X)
             pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
     return {
@@ -405,9 +405,9 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         n_types=len(cell_types),
         n_reference=0 if reference is None else reference[0].shape[0],
         n_rows=len(samples.names) * len(cell_types),
-        most_rows=MOST_ROWS,
+        max_rows=MAX_ROWS,
         misfit=MISFIT,
-        fewest=FEWEST,
+        min_cells=MIN_CELLS,
         proportions=proportion_rows(proportions),
         fit=fit,
         n_remarks=f"{remarked.sum():,}",

@@ -26,7 +26,7 @@ from runtime.errors import InputError, one_line, some
 
 IN_MEMORY = Path("bulk")  # what messages call samples that come from no file
 
-MOST_BYTES = 10**9  # of a workbook when unpacked
+MAX_BYTES = 10**9  # of a workbook when unpacked
 
 
 @dataclass
@@ -149,8 +149,8 @@ def read_workbook(data, path):
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             size = sum(record.file_size for record in file.infolist())
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sheets = pd.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)

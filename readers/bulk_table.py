@@ -27,7 +27,7 @@ from readers.quantifiers import is_no_gene, no_samples, plain_name, split_words,
 from readers.tables import NO_VALUE, SPACES, may_be_thousands, read_numbers
 from runtime.errors import InputError, some
 
-MOST_TEXT_ROWS = 20  # below a header: condition, donor, unit
+MAX_TEXT_ROWS = 20  # below a header: condition, donor, unit
 
 FEW = 0.02  # of the model's genes, so few that names may need mending before they are known
 
@@ -88,13 +88,13 @@ def drop_rows_of_text(source, finder):
     table = source.table
     if all(dtype.kind in "iuf" for dtype in table.dtypes[1:]):
         return []
-    as_text = table.iloc[: MOST_TEXT_ROWS + 20].astype(str)
+    as_text = table.iloc[: MAX_TEXT_ROWS + 20].astype(str)
     text = np.isnan(to_numbers(as_text)) & ~as_text.isin(NO_VALUE).to_numpy()  # (R', C)
     numeric = ~text[-10:].all(axis=0)
     numeric[0] = False
-    if len(table) < MOST_TEXT_ROWS + 20 or not numeric.any():
+    if len(table) < MAX_TEXT_ROWS + 20 or not numeric.any():
         return []
-    is_text = text[:MOST_TEXT_ROWS, numeric].all(axis=1)
+    is_text = text[:MAX_TEXT_ROWS, numeric].all(axis=1)
     n = int(np.flatnonzero(is_text)[-1]) + 1 if is_text.any() else 0
     first = [str(name) for name in table.iloc[:n, 0]]
     if not n or n_found(finder.find(first)[0]) or finder.count(table.columns[1:]) > 1:

@@ -23,7 +23,7 @@ from readers.quantifiers import (
     unit_of,
     without_paths,
 )
-from readers.redundant import FEWEST_ROWS, check_once, without_sums
+from readers.redundant import MIN_ROWS, check_once, without_sums
 from runtime.errors import InputError, some
 
 # Spearman correlation between genes: of RNA-seq samples of any two tissues above 0.5, of lengths,
@@ -131,7 +131,7 @@ def constant_name(table, is_text):
 
 def is_sample_like(x, others):
     """Whether values (R) correlate with samples and do not sum them up; others: list of (R)."""
-    if len(x) < FEWEST_ROWS or len(others) < 2 or np.isnan(np.stack([x, *others])).any():
+    if len(x) < MIN_ROWS or len(others) < 2 or np.isnan(np.stack([x, *others])).any():
         return False
     X = np.stack(others)  # (S, R)
     summaries = [X.sum(0), X.mean(0), np.median(X, 0), X.max(0), X.min(0), X.std(0)]
@@ -156,7 +156,7 @@ def numbers_rows(names):
 
 def is_identifier(x):
     """Whether values (R) are whole numbers that hardly ever repeat: ids, positions, row numbers."""
-    if len(x) < FEWEST_ROWS or not np.isfinite(x).all() or (x != np.rint(x)).any():
+    if len(x) < MIN_ROWS or not np.isfinite(x).all() or (x != np.rint(x)).any():
         return False
     return len(np.unique(x)) > 0.98 * len(x)
 
@@ -250,7 +250,7 @@ def related(values, kept, names, path):
         InputError: there are two columns, and they do not; or one with many zeros does not.
     """
     X = np.stack([values[i] for i in kept])  # (S, R)
-    if X.shape[1] < FEWEST_ROWS or np.isnan(X).mean() > 0.2:
+    if X.shape[1] < MIN_ROWS or np.isnan(X).mean() > 0.2:
         return kept, names
     X = np.nan_to_num(X[:, :: max(X.shape[1] // N_ROWS, 1)])
     varies = np.ptp(X, axis=1) > 0

@@ -31,7 +31,7 @@ BARCODE = re.compile(
 
 ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?([^A-Za-z0-9].*)?")
 
-FEWEST_NAMES = 20  # Ensembl ids or barcodes that are evidence of what an axis is
+MIN_NAMES = 20  # Ensembl ids or barcodes that are evidence of what an axis is
 
 MOSTLY_BARE = 0.2  # of the genes without a genome in front, though others have one
 MOSTLY_ONE = 0.9  # of all counts: what one genome must have for the others to be noise
@@ -191,7 +191,7 @@ def check_orientation(cells, genes, path):
 def are_mostly(names, pattern):
     """Whether more than half of many names match a compiled pattern as a whole."""
     n = sum(pattern.fullmatch(str(name)) is not None for name in names)
-    return n >= FEWEST_NAMES and 2 * n > len(names)
+    return n >= MIN_NAMES and 2 * n > len(names)
 
 
 def are_genes(names, fewest):
@@ -282,7 +282,7 @@ def keep_genome(adata, path):
     if bare.mean() > MOSTLY_BARE and any(GENOME.match(name) for name, _ in pairs):
         genome[bare] = "others"  # one species has a genome in front, another has none
     n_genes = Counter(genome[genome != ""])
-    genomes = [name for name, n in n_genes.most_common() if n >= FEWEST_NAMES]
+    genomes = [name for name, n in n_genes.most_common() if n >= MIN_NAMES]
     if len(genomes) > 1:
         adata = keep_largest_genome(adata, genome, genomes, path)
     names = [without_genome(str(name)) for name in adata.var_names]
@@ -445,7 +445,7 @@ OTHER_COUNTERS = {
     "output.bus": ("kallisto bus", "bustools count (or kb count) makes a folder that is read"),
 }
 
-MOST_LEVELS, MOST_FOLDERS = 3, 5000  # below --data, in which a 10x folder is looked for
+MAX_LEVELS, MAX_FOLDERS = 3, 5000  # below --data, in which a 10x folder is looked for
 
 
 def find_parts(folder):
@@ -523,18 +523,18 @@ def why_not(folder):
 
 
 def folders_below(folder):
-    """All folders up to MOST_LEVELS below a folder, without hidden ones.
+    """All folders up to MAX_LEVELS below a folder, without hidden ones.
 
     Raises:
-        InputError: there are more than MOST_FOLDERS.
+        InputError: there are more than MAX_FOLDERS.
     """
     found, level = [], [folder]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         level = [below for above in level for below in subfolders(above)]
         found += level
-        if len(found) > MOST_FOLDERS:
+        if len(found) > MAX_FOLDERS:
             raise InputError(
-                f"{folder}: no matrix.mtx in it, and more than {MOST_FOLDERS:,} folders below; "
+                f"{folder}: no matrix.mtx in it, and more than {MAX_FOLDERS:,} folders below; "
                 "expected a 10x folder"
             )
     return found
@@ -558,7 +558,7 @@ def find_10x(path):
     """Files of the one 10x matrix that a path means.
 
     Args:
-        path: a 10x folder, a folder above just one (up to MOST_LEVELS), or a ``.mtx`` file.
+        path: a 10x folder, a folder above just one (up to MAX_LEVELS), or a ``.mtx`` file.
 
     Returns:
         part -> path, with the keys of PARTS.

@@ -33,7 +33,7 @@ GENOME = re.compile(
 # genes in lower case, and not those of another species.
 MOSTLY_FOUND = 0.6
 
-FEWEST_COMMON = 3  # of COMMON_GENES, that are evidence of symbols
+MIN_COMMON = 3  # of COMMON_GENES, that are evidence of symbols
 
 SPECIES = {
     "ENSMUSG": "mouse",
@@ -118,7 +118,7 @@ def hold_symbols(names, is_usual):
         return False
     return (
         is_usual
-        or len({without_genome(name).upper() for name in filled} & COMMON_GENES) >= FEWEST_COMMON
+        or len({without_genome(name).upper() for name in filled} & COMMON_GENES) >= MIN_COMMON
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from readers.bounded import MAX_COLUMNS, open_bounded, read_table, to_numbers
-from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, FEWEST_NAMES, find_10x
+from readers.counts import BARCODE, EMBEDDED, EMBEDDED_LABELS, MIN_NAMES, find_10x
 from runtime.errors import InputError, one_line, plain, some
 
 LABEL_FILE = "barcode_to_celltype.csv"  # as scType.R names it
@@ -408,7 +408,7 @@ def match_barcodes(labels, barcodes, path):
     if len(set(bare)) == len(bare):
         labels = labels.set_axis(bare)
     n_plain, least = int(barcodes.isin(labels.index).sum()), min(len(labels), len(barcodes))
-    if n_plain and (n_plain >= NEARLY_NONE * least or least < FEWEST_NAMES):
+    if n_plain and (n_plain >= NEARLY_NONE * least or least < MIN_NAMES):
         return labels
     n = f"only {n_plain}" if n_plain else "none"
     verb = "are" if n_plain > 1 else "is"

@@ -14,7 +14,7 @@ from runtime.errors import InputError, some
 
 WHOLE = 0.02  # by which the fractions of all types of a sample may miss 1
 ROUNDING = 0.01  # by which those of some types may exceed it
-MOST_FRACTION = 1.5  # a value above it is a percentage
+MAX_FRACTION = 1.5  # a value above it is a percentage
 SHOWN = 40  # names of types in a message
 
 
@@ -141,14 +141,14 @@ def read_values(text, path):
 def find_unit(values, samples, path):
     """What is 1 in a table (R, C): 1 for fractions, 100 for percentages.
 
-    Percentages if any value is above MOST_FRACTION, or rows sum to around 100. A row that would be
+    Percentages if any value is above MAX_FRACTION, or rows sum to around 100. A row that would be
     a tenth of what percentages are elsewhere, and more as fractions, may be of the other unit.
 
     Raises:
         InputError: some rows seem to be fractions and others percentages.
     """
     sums = np.nansum(values, axis=1)  # (R)
-    sure = (np.nan_to_num(values) > MOST_FRACTION).any(axis=1) | (sums > 50)  # (R)
+    sure = (np.nan_to_num(values) > MAX_FRACTION).any(axis=1) | (sums > 50)  # (R)
     if not sure.any():
         return 1
     known = ~np.isnan(values)

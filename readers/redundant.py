@@ -7,9 +7,9 @@ import scipy.optimize
 
 from runtime.errors import InputError, some
 
-MOST_SUMS = 10  # that are looked for, among the largest columns
+MAX_SUMS = 10  # that are looked for, among the largest columns
 
-FEWEST_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
+MIN_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
 
 
 def without_sums(values, kept, names, path):
@@ -24,16 +24,16 @@ def without_sums(values, kept, names, path):
     if len(kept) < 3:
         return kept, names
     X = np.stack([values[i] for i in kept])  # (S, R)
-    if X.shape[1] < max(FEWEST_ROWS, 2 * len(X)) or not np.isfinite(X).all():
+    if X.shape[1] < max(MIN_ROWS, 2 * len(X)) or not np.isfinite(X).all():
         return kept, names
-    if len(np.unique(X[:, :: X.shape[1] // FEWEST_ROWS], axis=0)) < len(X):
+    if len(np.unique(X[:, :: X.shape[1] // MIN_ROWS], axis=0)) < len(X):
         return kept, names  # a sample several times, each the "sum" of the others
     sums = {}  # index of each sum: those of its parts
     candidates = sorted(nearly_dependent(X), key=lambda j: not is_sum_of_others(X, j))
-    for j in candidates[:MOST_SUMS]:
+    for j in candidates[:MAX_SUMS]:
         rest = [i for i in range(len(X)) if i != j and i not in sums]
         # A sum of sums is also one of their parts, so each may have to be left out.
-        tries = [rest, *([i for i in rest if i != k] for k in candidates[:MOST_SUMS] if k in rest)]
+        tries = [rest, *([i for i in rest if i != k] for k in candidates[:MAX_SUMS] if k in rest)]
         parts = next((p for others in tries if (p := summed_parts(X, j, others))), None)
         if parts is not None:
             sums[j] = parts
@@ -118,7 +118,7 @@ def check_once(values, kept, names, path):
     if groups is None:
         return
     X = np.nan_to_num(np.stack([values[i] for i in kept]))  # (S, R)
-    if X.shape[1] < FEWEST_ROWS:
+    if X.shape[1] < MIN_ROWS:
         return
     kinds = [unit_signs(X[group]) for group in groups]
     first, second = X[groups[0]], X[groups[1]]
@@ -167,6 +167,6 @@ def are_same_reads(X, Y):
     s = Y.sum(axis=1, keepdims=True) / np.maximum(X.sum(axis=1, keepdims=True), 1e-300)
     expected = s * (X * s + Y)
     rows = (X > 20) & (Y > 20)
-    if rows.sum() < FEWEST_ROWS:
+    if rows.sum() < MIN_ROWS:
         return False
     return bool(np.mean((Y - s * X)[rows] ** 2 / expected[rows]) < 0.6)

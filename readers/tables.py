@@ -39,7 +39,7 @@ NAMES_OF_GENES = {
 
 SPACES = " '\u2019\u00a0\u2009\u202f"  # marks that can only stand between thousands
 
-FEWEST_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
+MIN_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
 
 
 def clean_lines(data):
@@ -289,7 +289,7 @@ def read_numbers(text, where):
             if grouping == ".":
                 continue
             n = 0
-        if n < FEWEST_GROUPED and not both:
+        if n < MIN_GROUPED and not both:
             example = numbers[with_group].iloc[0]
             raise InputError(
                 f"{where}: found {example!r}, which may be thousands or decimals, as may "
@@ -301,11 +301,7 @@ def read_numbers(text, where):
         return to_numbers(mended), (f"{n:,} numbers with {grouping!r} between thousands")
     comma = numbers.str.contains(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
     no_group = numbers.str.contains(r"^-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))$").any()
-    if (
-        no_group
-        and comma.sum() >= FEWEST_GROUPED
-        and not numbers.str.contains(".", regex=False).any()
-    ):
+    if no_group and comma.sum() >= MIN_GROUPED and not numbers.str.contains(".", regex=False).any():
         mended = values.str.replace(",", ".", regex=False)
         return to_numbers(mended), (f"{comma.sum():,} numbers with decimal commas")
     return plain, ""
@@ -315,6 +311,6 @@ def may_be_thousands(X):
     """Whether parsed values (n) may be thousands with a point: at most three decimals, none < 1."""
     x = X[np.isfinite(X) & (X != 0)]
     fraction = x != np.rint(x)
-    if fraction.sum() < FEWEST_GROUPED or (np.abs(x) < 1).any() or (np.abs(x) >= 1000).any():
+    if fraction.sum() < MIN_GROUPED or (np.abs(x) < 1).any() or (np.abs(x) >= 1000).any():
         return False
     return bool(np.allclose(x * 1000, np.rint(x * 1000), rtol=0, atol=1e-6))

@@ -406,7 +406,7 @@ def test_state_table_holds_the_cells_of_each_group():
 def test_types_with_too_few_cells_or_beyond_the_largest_are_not_shown(monkeypatch):
     n_cells = np.array([[9, 4, 30, 5, 0], [9, 90, 3, 40, 0]])
     assert list(state_figures.shown_types(n_cells)) == [0, 3]
-    monkeypatch.setattr(state_figures, "MOST_TYPES", 1)
+    monkeypatch.setattr(state_figures, "MAX_TYPES", 1)
     assert list(state_figures.shown_types(n_cells)) == [3]
 
 

@@ -529,7 +529,7 @@ def test_folders_that_may_not_be_listed_are_passed_over(tmp_path, cells, monkeyp
     assert read_counts(tmp_path).n_obs == 90
     with pytest.raises(PermissionError):  # one line in the scripts
         read_counts(tmp_path / "closed")
-    monkeypatch.setattr(counts, "MOST_FOLDERS", 0)
+    monkeypatch.setattr(counts, "MAX_FOLDERS", 0)
     refused(lambda: read_counts(tmp_path), tmp_path, "more than 0 folders below")
 
 

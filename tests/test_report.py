@@ -190,7 +190,7 @@ def test_pictures_of_a_cohort_are_no_larger_than_of_a_few():
 
 
 def test_samples_that_fit_worst_come_first():
-    n = report.MOST_ROWS + 100
+    n = report.MAX_ROWS + 100
     misfit = np.random.default_rng(0).permutation(n) / n
     columns = dict.fromkeys(["correlation", "unknown", "unknown_low", "unknown_high"], 0.0)
     fit = pd.DataFrame(columns, index=[f"s{i}" for i in range(n)]).assign(misfit=misfit)
@@ -198,7 +198,7 @@ def test_samples_that_fit_worst_come_first():
     samples = SimpleNamespace(fit=fit, unknown=unknown, is_shallow=np.zeros(n, bool))
     rows = report.fit_rows(samples)
     expected = [i for i in np.argsort(-misfit) if i != 7]
-    assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MOST_ROWS]
+    assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MAX_ROWS]
 
 
 def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
