@@ -5,6 +5,8 @@ import gzip
 import io
 import os
 import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 from runtime.errors import InputError, one_line, plain
 
 MAX_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
+MAX_BYTES = 10**9  # of a workbook when unpacked
 
 # What broken files raise, depending on the library that reads them.
 UNREADABLE = (
@@ -126,6 +129,24 @@ def read_table(path, **options):
         raise InputError(f"{path}: not UTF-8 text ({one_line(error)})") from error
     except UNREADABLE as error:
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
+
+
+def read_excel(source, **options):
+    """Read a workbook with ``pandas.read_excel``, unless it unpacks to more than MAX_BYTES.
+
+    Args:
+        source: a path or a binary file. options: for pandas.
+
+    Raises:
+        Exception: zipfile, openpyxl and XML parsers raise many types of errors on broken files.
+    """
+    with zipfile.ZipFile(source) as file:
+        size = sum(record.file_size for record in file.infolist())
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pd.read_excel(source, **options)
 
 
 def to_numbers(values):

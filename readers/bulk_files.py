@@ -3,7 +3,6 @@
 import io
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from readers.bounded import no_file
+from readers.bounded import no_file, read_excel
 from readers.containers import (
     HOW_TO_CONVERT,
     is_pipe,
@@ -25,8 +24,6 @@ from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
 
 IN_MEMORY = Path("bulk")  # what messages call samples that come from no file
-
-MAX_BYTES = 10**9  # of a workbook when unpacked
 
 
 @dataclass
@@ -147,14 +144,8 @@ def read_workbook(data, path):
         InputError: it is unreadable, too large when unpacked, or several sheets may be the table.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            size = sum(record.file_size for record in file.infolist())
-        if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sheets = pd.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
-    except Exception as error:  # zipfile, openpyxl and XML parsers raise many types of errors
+        sheets = read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
+    except Exception as error:
         raise InputError(
             f"{path}: not a readable Excel file ({one_line(error)}); export it as csv"
         ) from error
