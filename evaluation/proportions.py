@@ -21,9 +21,10 @@ from data import DatasetSettings, align_genes, codes_of, draw_test_bulks, load_c
 from deconvolution.published import METHODS, deconvolve, nnls_proportions, read_reference
 from evaluation.metrics import pearson_within, proportion_metrics, to_lineages
 from generation import encode_samples
+from readers.barcodes import check_same_start
 from readers.bulk import read_bulk
 from readers.counts import read_counts
-from readers.labels import check_same_start, natural_order
+from readers.labels import natural_order
 from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.errors import InputError, some
 

@@ -18,16 +18,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from readers.bounded import no_file
-from readers.counts import (
-    COUNT_LAYERS,
-    check_cells,
-    check_counts,
-    check_orientation,
-    check_shape,
-    first_counts,
-    name_factors,
-    with_columns,
-)
+from readers.count_checks import check_cells, check_counts, check_orientation, check_shape
+from readers.counts import COUNT_LAYERS, first_counts, name_factors, with_columns
 from readers.hdf5 import check_hdf5
 from runtime.errors import InputError, one_line
 
@@ -40,7 +32,7 @@ class BackedCounts:
     """A matrix of counts (N x G) in a file; the rows that are asked for come as CSR int32.
 
     Every block is checked when it is read: all values must be raw counts, as in
-    :func:`readers.counts.check_counts`.
+    :func:`readers.count_checks.check_counts`.
 
     Attributes:
         shape: (N, G). library: total counts of each cell over all genes of the file (N), int64.

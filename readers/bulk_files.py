@@ -18,7 +18,8 @@ from readers.containers import (
     read_source,
     to_utf8,
 )
-from readers.counts import COUNT_LAYERS, check_sparse
+from readers.count_checks import check_sparse
+from readers.counts import COUNT_LAYERS
 from readers.hdf5 import check_hdf5
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some

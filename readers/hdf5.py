@@ -8,6 +8,13 @@ from pathlib import Path
 from readers.bounded import check_memory
 from runtime.errors import InputError
 
+# Kind of HDF5 file -> groups that tell it, and the ending by which it is read.
+KINDS = {
+    "an AnnData file": ({"obs", "var"}, ".h5ad"),
+    "a 10x file": ({"matrix"}, ".h5"),
+    "an h5Seurat file": ({"assays", "cell.names"}, ".h5seurat"),
+}
+
 
 def check_hdf5(path, within=()):
     """Check that an HDF5 file can be read, fits into memory and points to no other file.
@@ -41,3 +48,18 @@ def check_hdf5(path, within=()):
     if done.stdout.startswith("refused:"):
         raise InputError(f"{path}: {done.stdout.removeprefix('refused:').strip()}")
     check_memory(int(done.stdout), path, "its datasets")
+
+
+def check_kind(path, ending):
+    """Check that an HDF5 file is not of another kind than its ending says.
+
+    Raises:
+        InputError: it is.
+    """
+    import h5py
+
+    with h5py.File(path) as file:
+        kinds = {kind: end for kind, (groups, end) in KINDS.items() if groups <= set(file)}
+    if kinds and ending not in kinds.values():
+        kind, end = next(iter(kinds.items()))
+        raise InputError(f"{path}: found {kind}, expected {ending}; rename it to {end}")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from readers.barcodes import check_same_start
 from readers.bounded import to_numbers
 from readers.bulk import NO_VALUE
-from readers.labels import check_same_start
 from readers.lineages import lineages_in, read_lineages, read_rows
 from runtime.errors import InputError, some
 

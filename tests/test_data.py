@@ -26,7 +26,8 @@ from data import (
     split_cells,
 )
 from readers.bulk import read_bulk
-from readers.counts import check_counts, read_counts
+from readers.count_checks import check_counts
+from readers.counts import read_counts
 from readers.labels import natural_order
 from runtime.errors import InputError
 from states.pseudobulks import split_folds
