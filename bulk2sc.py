@@ -134,7 +134,7 @@ import pandas as pd
 from api import deconvolve, generate, mixtures, named_apart
 from data import align_genes, load_cells, shipped
 from generation import MISFIT, MODEL_FILES, Bulks, encode_batches, load_models
-from plots.cells import write_proportions
+from plots.proportions import write_proportions
 from plots.report import N_SHOWN, ShownCells, write_report
 from readers.bulk import read_bulk
 from readers.bulk_files import read_sample_metadata

@@ -18,12 +18,11 @@ from conftest import (
     make_cells,
     run_inside,
 )
-from data import codes_of, load_cells
+from data import HOUSEKEEPING, codes_of, load_cells
+from evaluation.markers import markers_of_one_type
 from generation import load_weights
 from make_figures import (
-    HOUSEKEEPING,
     Settings,
-    choose_markers,
     generate,
     mixing,
     principal_components,
@@ -173,7 +172,7 @@ def test_markers_are_specific_to_their_type():
         [0.1, 1, 1, 1, 9, 9, 9999, 9],
         [0.1, 1, 1, 1, 0.1, 9, 9999, 0.3],
     ]
-    markers = choose_markers(*marker_cells(genes, rates)[:2], 3, genes)
+    markers = markers_of_one_type(*marker_cells(genes, rates)[:2], 3, genes)
     assert [[genes[i] for i in own] for own in markers] == [["CD79A"], ["LYZ"], []]
 
 
@@ -197,15 +196,15 @@ def test_housekeeping_genes_never_mark_a_type():
     others = [f"GENE{i}" for i in range(60)]
     rates = np.full((3, len(never) + 60), 0.3)  # not common
     rates[0, : len(never)] = 20  # specific, and yet no marker
-    markers = choose_markers(*marker_cells(never + others, rates)[:2], 3, never + others)
+    markers = markers_of_one_type(*marker_cells(never + others, rates)[:2], 3, never + others)
     assert not set(np.concatenate(markers).astype(int)) & set(range(len(never)))
 
 
 def test_rare_types_have_no_markers():
     log, codes, genes = marker_cells(["A", "B"], [[9, 0.1], [0.1, 9], [0.1, 0.1]])
     codes = np.where(np.arange(180) < 2, 3, codes)
-    assert choose_markers(log, codes, 5, genes)[3:] == [[], []]  # of two cells, and of none
-    assert not any(choose_markers(log, np.zeros(180, int), 1, genes))
+    assert markers_of_one_type(log, codes, 5, genes)[3:] == [[], []]  # of two cells, and of none
+    assert not any(markers_of_one_type(log, np.zeros(180, int), 1, genes))
 
 
 # ------------------------------------------------------------------------------------ the palette

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
 from deconvolution.proportions import Proportions
+from evaluation.markers import markers_of_profiles
 from plots import report
 from runtime.outputs import OWN_LINES
 
@@ -222,7 +223,7 @@ def test_markers_tell_a_type_from_the_next_and_are_no_ribosomal_genes():
         ],
         float,
     )
-    markers = report.find_markers(counts / counts.sum(axis=1, keepdims=True), genes)
+    markers = markers_of_profiles(counts / counts.sum(axis=1, keepdims=True), genes)
     assert [of_type[0] for of_type in markers] == ["CD3E", "LYZ", "CD79A"]
     assert not {"RPS12", "MT-CO1", "MRPL3"} & {gene for of_type in markers for gene in of_type}
 
