@@ -115,8 +115,8 @@ def fetch(db):
     path = Path(Path(re.sub(r"[?#].*", "", db)).name)
     if not path.is_file():
         try:
-            with urllib.request.urlopen(db, timeout=60) as answer:
-                content = answer.read()
+            with urllib.request.urlopen(db, timeout=60) as response:
+                content = response.read()
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise InputError(f"{db}: could not be downloaded for --db ({error})") from error
         write_whole(path, lambda part: part.write_bytes(content))

@@ -81,6 +81,7 @@ from data import (
     codes_of,
     library_size,
     load_cells,
+    log_normalise,
     mean_counts,
     sample_names,
 )
@@ -130,9 +131,8 @@ def order_components(components, cell_types):
 def type_profiles(cells, codes):
     """Log-normalised mean expression of the types (K, G) in 1,000 genes that tell them apart."""
     genes = choose_marker_genes(cells, codes, 1000)
-    X = cells[:, genes].X
-    share = torch.from_numpy(mean_counts(X, codes, codes.max() + 1))
-    return torch.log1p(1e4 * share / share.sum(dim=1, keepdim=True).clamp(min=1e-9))
+    means = mean_counts(cells[:, genes].X, codes, codes.max() + 1)
+    return torch.from_numpy(log_normalise(means))
 
 
 def check_components(mu, var, order, profile, cell_types):

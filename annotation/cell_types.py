@@ -428,7 +428,7 @@ def type_cells(X, log, genes, types, space, seed):
         ``lineage_confidence``. A cell without signs of a single lineage is Unknown, with 0.
     """
     names = np.full(X.shape[0], UNKNOWN, dtype=object)
-    confidence, of_lineage = np.ones(len(names)), np.ones(len(names))
+    confidence, lineage_confidence = np.ones(len(names)), np.ones(len(names))
     waiting = [("", np.arange(len(names)))]  # nodes that may be split, with their cells
     while waiting:
         parent, cells = waiting.pop()
@@ -446,9 +446,9 @@ def type_cells(X, log, genes, types, space, seed):
             names[cells[chosen]] = child.name
             confidence[cells[chosen]] *= p[chosen]
             if not parent or types[parent].lineage != child.lineage:
-                of_lineage[cells[chosen]] *= p[chosen]
+                lineage_confidence[cells[chosen]] *= p[chosen]
             waiting.append((child.name, cells[chosen]))
-    confidence[names == UNKNOWN] = of_lineage[names == UNKNOWN] = 0
+    confidence[names == UNKNOWN] = lineage_confidence[names == UNKNOWN] = 0
     return pd.DataFrame(
-        {"cell_type": names, "confidence": confidence, "lineage_confidence": of_lineage}
+        {"cell_type": names, "confidence": confidence, "lineage_confidence": lineage_confidence}
     )

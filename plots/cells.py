@@ -36,25 +36,17 @@ def write_clusters(path, points, clusters, cell_type, source="by ScType"):
         source: of the names, for the title.
     """
     plt = pyplot()
-
     colors = type_colors(natural_order(set(cell_type) - {"Unknown"}))
     colors |= {"Unknown": "#CCCCCC"} if "Unknown" in cell_type else {}
     letters = max(map(len, map(plain_text, colors)))
     figure, axis = plt.subplots(figsize=(5.6 + 0.08 * letters, 5), layout="constrained")
-    for name, color in colors.items():
-        size = max(1, min(8, 2e4 / len(points)))
-        shown = points[cell_type == name].T
-        axis.scatter(*shown, s=size, color=color, lw=0, rasterized=rasterized(len(points)))
+    scatter(axis, points, [colors[name] for name in cell_type])
     for cluster in np.unique(clusters):
         x, y = np.median(points[clusters == cluster], axis=0)
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
         axis.text(x, y, str(cluster), ha="center", va="center", fontsize=8, bbox=box)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_xlabel("UMAP 1")
-    axis.set_ylabel("UMAP 2")
+    bare(axis, "UMAP")
     axis.set_title(f"Cell types {source}; numbers are clusters", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], marker="o", ls="", color=c) for c in colors.values()]
     names = [plain_text(name) for name in colors]
     figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
@@ -70,12 +62,11 @@ def tsne(points, seed=0, **options):
     return model.fit_transform(points)
 
 
-def bare(axis):
-    """Name the axes of a t-SNE and remove their ticks, as they have no units."""
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_xlabel("t-SNE 1", fontsize=11)
-    axis.set_ylabel("t-SNE 2", fontsize=11)
+def bare(axis, method="t-SNE"):
+    """Name the axes of an embedding and remove their ticks, as they have no units."""
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(f"{method} 1", fontsize=11)
+    axis.set_ylabel(f"{method} 2", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("0.5")
     axis.set_aspect("equal", adjustable="datalim")

@@ -75,9 +75,9 @@ def draw_many(proportions):
     draw_stacked(axes[0], proportions, colors)
     rows = np.arange(1, n + 1)
     for k, axis in enumerate(axes[1:]):
-        of_type = (slice(None), k)
-        draw_intervals(axis, proportions, of_type, rows, [colors[k]] * n, n_ticks=2)
-        end = upper_end(proportions, of_type)
+        column = (slice(None), k)
+        draw_intervals(axis, proportions, column, rows, [colors[k]] * n, n_ticks=2)
+        end = upper_end(proportions, column)
         axis.set_xlim(-0.03 * end, end)
         axis.set_title(fill(types[k], 14), fontsize=8.5)
         axis.set_xlabel("fraction", fontsize=9)

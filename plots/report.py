@@ -51,13 +51,13 @@ class ShownCells:
         rows = self.chosen[(self.chosen >= self.n_seen) & (self.chosen < self.n_seen + n)]
         rows = rows - self.n_seen
         self.n_seen += n
-        for kept, values in (
+        for chunks, values in (
             (self.counts, cells.counts),
             (self.latent, cells.latent),
             (self.cell_type, cells.cell_type),
             (self.bulk, cells.bulk),
         ):
-            kept.append(values[rows])
+            chunks.append(values[rows])
 
     def all(self):
         """Counts (N x G) CSR, latents (N, D), codes (N) and indices of samples (N)."""
@@ -74,13 +74,8 @@ def as_uri(figure, kind, dpi=150):
     options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": dpi}
     figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
     pyplot().close(figure)
-    return data_uri(buffer.getvalue(), kind)
-
-
-def data_uri(data, kind):
-    """Bytes of a picture as an address."""
     kind = "svg+xml" if kind == "svg" else kind
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def proportions_picture(proportions):
@@ -314,33 +309,32 @@ def type_rows(cells, shown, codes, X, markers):
     return rows
 
 
-def write_report(path, run, samples, cells, shown, said, n_read, reference=None):
+def write_report(path, run, samples, cells, shown, lines, n_read, reference=None):
     """Write the report of a run.
 
     Args:
         path: of the page. run: dict with ``settings`` and ``provenance``. samples: BulkSamples.
             cells: AnnData of all cells without counts, and shown: ShownCells; None of both if
-            there are none. said: lines that the run
-            printed; the first n_read of them say what was read. reference: counts of some cells
-            of the reference in the decoder's genes (M x G), CSR, and the mask of those that it has
-            (G).
+            there are none. lines: that the run printed; the first n_read say what was read.
+        reference: counts of some cells of the reference in the decoder's genes (M x G), CSR, and
+            the mask of those that it has (G).
     """
-    proportions, pictures, of_cells = samples.proportions, {}, {}
+    proportions, pictures, about_cells = samples.proportions, {}, {}
     genes, cell_types = samples.genes, proportions.cell_types
     if cells is not None:
-        of_cells = describe_cells(samples, cells, shown, reference)
-        pictures = of_cells.pop("pictures")
+        about_cells = describe_cells(samples, cells, shown, reference)
+        pictures = about_cells.pop("pictures")
     pictures["proportions"] = proportions_picture(proportions)
     calibrate, platform = samples.how
     fit = fit_rows(samples)
     remarked = samples.unknown.is_flagged | samples.is_shallow | (samples.fit["misfit"] > MISFIT)
     calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")
-    warned = [line for line in said if line.startswith("warning: ")]
+    warned = [line for line in lines if line.startswith("warning: ")]
     page = template().render(
         run=run["provenance"],
         settings=run["settings"],
         files=run["provenance"]["files"].to_dict("records"),
-        said=[line for line in said[:n_read] if line not in warned],
+        lines=[line for line in lines[:n_read] if line not in warned],
         warnings=[line.removeprefix("warning: ") for line in warned],
         n_samples=len(samples.names),
         n_genes=len(genes),
@@ -356,7 +350,7 @@ def write_report(path, run, samples, cells, shown, said, n_read, reference=None)
         calibration=calibration,
         pictures=pictures,
         has_cells=cells is not None,
-        **of_cells,
+        **about_cells,
     )
     write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 

@@ -62,9 +62,6 @@ def check_same_start(names, samples, path):
 
     Args:
         names: of a file's samples. samples: of the data. path: of the file.
-
-    Raises:
-        InputError: they are.
     """
     sides = [numbers_in(names), numbers_in(samples)]
     if None in sides or sides[0][0] != sides[1][0]:
@@ -78,22 +75,22 @@ def check_same_start(names, samples, path):
         )
 
 
-def check_row_numbers(of_file, of_data, every, path):
+def check_row_numbers(file_names, data_names, every, path):
     """Refuse to match cells by the numbers of rows, which begin at 0 in Python and at 1 in R.
 
     Bare numbers are those of rows where either side has all of them, from 0 or 1 on.
 
     Args:
-        of_file, of_data: names of cells. every: those of the data with cells that were left out.
-        path: of the file.
+        file_names, data_names: names of cells. every: those of the data with cells that were left
+            out. path: of the file.
 
     Raises:
         InputError: both sides are numbers of rows, and not the same ones.
     """
-    file, data = numbers_in(of_file), numbers_in(every)
+    file, data = numbers_in(file_names), numbers_in(every)
     if file is None or data is None or file[0] != data[0]:
         return
-    if file[1] in (data[1], numbers_in(of_data)[1]):
+    if file[1] in (data[1], numbers_in(data_names)[1]):
         return
     sides = [numbers for _, numbers in (file, data)]
     whole = [is_count(numbers) for numbers in sides]
@@ -147,9 +144,9 @@ def match_barcodes(labels, barcodes, path):
         f"({some(barcodes, 2)}); expected the barcodes of --data"
     )
     numbered = all(b.isdigit() for b in labels.index)  # rows of a table, or none at all
-    for what, of_file, of_data in () if numbered else READINGS:
-        keys = pd.Index([of_file(b) for b in labels.index], dtype=object)
-        data_keys = pd.Index([of_data(b) for b in barcodes], dtype=object)
+    for what, file_key, data_key in () if numbered else READINGS:
+        keys = pd.Index(list(map(file_key, labels.index)), dtype=object)
+        data_keys = pd.Index(list(map(data_key, barcodes)), dtype=object)
         in_data, found = keys.isin(data_keys), data_keys.isin(keys)  # of the file's, (N)
         if found.sum() < max(1, least / 2):
             continue
@@ -180,24 +177,22 @@ def repeats(keys, barcodes, what):
     return f"they match {what}, but {n:,} barcodes then stand for several cells ({some(same)})"
 
 
-def conflict(of_file, of_data):
+def conflict(file_names, data_names):
     """Why names of samples cannot be passed over, in a few words; "" if one side has one name.
 
     Args:
-        of_file, of_data: barcodes that are alike without names of samples and numbers.
+        file_names, data_names: barcodes that are alike without names of samples and numbers.
     """
-    marks = [sorted({core_of(b)[0] for b in side}) for side in (of_file, of_data)]
-    numbers = [sorted({core_of(b)[2] for b in side}) for side in (of_file, of_data)]
+    marks = [sorted({core_of(b)[0] for b in side}) for side in (file_names, data_names)]
+    numbers = [sorted({core_of(b)[2] for b in side}) for side in (file_names, data_names)]
     sides = ("the file's", "the data's")
     if marks == [[""], [""]] or (marks[0] != [""] and marks[1] != [""]):
         if numbers[0] != numbers[1] and marks[0] == marks[1]:
             return f"they differ in the number at their end ({numbers[0][0]}, {numbers[1][0]})"
         return f"they differ in the sample's name ({marks[0][0]} and {marks[1][0]})"
-    for side, of_side in zip(sides, marks, strict=True):
-        if len(of_side) > 1:
-            return (
-                f"{side} have names of {len(of_side)} samples ({some(of_side)}), expected the same"
-            )
+    for side, names in zip(sides, marks, strict=True):
+        if len(names) > 1:
+            return f"{side} have names of {len(names)} samples ({some(names)}), expected the same"
     if numbers[0] != numbers[1] and "" not in (numbers[0] + numbers[1]):
         return f"they differ in the number at their end ({numbers[0][0]}, {numbers[1][0]})"
     return ""

@@ -39,9 +39,6 @@ def check_memory(n_bytes, where, what):
 
     Args:
         n_bytes: size that a file claims. where: the file. what: which part of it claims that size.
-
-    Raises:
-        InputError: it does not fit.
     """
     import psutil
 
@@ -167,3 +164,23 @@ def to_numbers(values):
             flat[i] = None
     numbers = pd.to_numeric(flat, errors="coerce")
     return numbers.astype(np.float64).reshape(values.shape)
+
+
+def to_amounts(text, path, place, expected, largest=np.inf, missing=()):
+    """Numbers (R, C) of 0 or more from a table of text, NaN for the texts in ``missing``.
+
+    Args:
+        text: DataFrame (R x C). path: the file. place: of a value in messages, such as
+            ``(gene {}, column {})``. expected: in words. largest: that a number may be.
+
+    Raises:
+        InputError: a value is another one.
+    """
+    values = to_numbers(text)
+    known = ~text.isin(missing).to_numpy()
+    wrong = known & ~(np.isfinite(values) & (values >= 0) & (values <= largest))
+    if wrong.any():
+        i, j = np.argwhere(wrong)[0]
+        where = place.format(text.index[i], text.columns[j])
+        raise InputError(f"{path}: found {text.iat[i, j]!r} {where}, expected {expected}")
+    return values

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from readers.bounded import no_file, read_excel
 from readers.containers import (
-    HOW_TO_CONVERT,
+    REMEDIES,
     is_pipe,
     name_of_format,
     read_source,
@@ -20,7 +20,7 @@ from readers.containers import (
 )
 from readers.count_checks import check_sparse
 from readers.counts import COUNT_LAYERS
-from readers.hdf5 import check_hdf5
+from readers.hdf5 import check_hdf5, readable
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
 
@@ -74,8 +74,8 @@ def read_any_table(path):
     if kind in ("Parquet", "Feather"):
         return Source(path, read_columnar(data, kind, path), kind)
     if kind is not None:
-        how = HOW_TO_CONVERT.get(kind, "export it as csv")
-        raise InputError(f"{path}: found a file of format {kind}, expected a table; {how}")
+        remedy = REMEDIES.get(kind, "export it as csv")
+        raise InputError(f"{path}: found a file of format {kind}, expected a table; {remedy}")
     if data.startswith(b"PK\x03\x04"):
         return Source(path, read_workbook(data, path), "Excel")
     data, encoding = to_utf8(data, path)
@@ -179,7 +179,7 @@ def read_bulk_h5ad(path):
     import anndata
     import h5py
 
-    try:
+    with readable(path):
         check_hdf5(path)
         with h5py.File(path, "r") as file:
             if "matrix" in file and "barcodes" in file["matrix"]:
@@ -191,10 +191,6 @@ def read_bulk_h5ad(path):
             warnings.filterwarnings("ignore", message=".*names are not unique")
             warnings.simplefilter("ignore", FutureWarning)  # of files by older versions
             adata = anndata.read_h5ad(path)
-    except InputError:
-        raise
-    except Exception as error:  # h5py and anndata raise many types of errors on broken files
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     return source_of(adata, path)
 
 

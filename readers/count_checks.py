@@ -61,11 +61,7 @@ def check_counts(X, where, cells, genes):
 
 
 def check_shape(shape, where, cells, genes):
-    """Check that a matrix has a row for each cell and a column for each gene.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Raise InputError unless a matrix has a row for each cell and a column for each gene."""
     if shape != (len(cells), len(genes)):
         raise InputError(
             f"{where}: found a matrix of {' x '.join(map(str, shape))}, expected "
@@ -284,8 +280,8 @@ def keep_largest_genome(adata, genome, genomes, path):
     Raises:
         InputError: none has so many.
     """
-    of_gene = np.asarray(adata.X.sum(axis=0)).ravel()  # (G)
-    counts = {name: of_gene[genome == name].sum() for name in genomes}
+    totals = np.asarray(adata.X.sum(axis=0)).ravel()  # (G)
+    counts = {name: totals[genome == name].sum() for name in genomes}
     genomes = sorted(genomes, key=counts.get, reverse=True)
     total = max(sum(counts.values()), 1)
     shares = ", ".join(f"{name} {counts[name] / total:.1%}" for name in genomes)

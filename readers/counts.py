@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from readers.bounded import no_file
 from readers.count_checks import check_cells, check_counts, check_orientation
 from readers.gene_names import other_names
-from readers.hdf5 import check_hdf5, check_kind
+from readers.hdf5 import check_hdf5, check_kind, readable
 from readers.tenx import read_10x_folder, read_10x_h5
 from runtime.errors import InputError, one_line, some
 
@@ -46,8 +46,10 @@ def other_format(path):
     else:
         ending = endings[-1]
     expected = "expected a 10x folder, a 10x .h5 or an .h5ad file"
-    what, how = OTHER_FORMATS.get(ending, (None, None))
-    return InputError(f"{path}: found {what}, {expected}; {how}" if what else f"{path}: {expected}")
+    if ending not in OTHER_FORMATS:
+        return InputError(f"{path}: {expected}")
+    what, remedy = OTHER_FORMATS[ending]
+    return InputError(f"{path}: found {what}, {expected}; {remedy}")
 
 
 def is_zarr(path):
@@ -120,16 +122,12 @@ def read_h5ad(path):
     import anndata
     import h5py
 
-    try:
+    with readable(path):
         check_hdf5(path)
         check_kind(path, ".h5ad")
         source = anndata.read_h5ad(path)
         with h5py.File(path) as file:
             obs = name_factors(source.obs.copy(), file, path)
-    except InputError:
-        raise
-    except Exception as error:  # as in read_10x_h5
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     check_orientation(source.obs_names, source.var_names, path)
     layers = [name for name in COUNT_LAYERS if name in source.layers]
     matrices = [(f"layers['{name}']", source.layers[name], source.var) for name in layers]
@@ -208,7 +206,7 @@ def first_counts(matrices, check, cells, path, layers=()):
         except InputError as error:
             problem = problem or error
             continue
-        except Exception as error:  # as in read_10x_h5
+        except Exception as error:  # h5py and anndata raise many types on broken files
             raise InputError(f"{where}: not readable ({one_line(error)})") from error
         if name != "X" or problem:
             print(f"{path}: raw counts taken from {name}")

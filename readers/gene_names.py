@@ -222,9 +222,9 @@ class GeneFinder:
         }
         mended = positions.copy()
         mended[list(found)] = list(found.values())
-        of_model = n_found(mended) / max(self.n_genes, 1)
-        of_table = np.mean(mended >= 0) if len(mended) else 0
-        if not found or max(of_model, of_table) < MOSTLY_FOUND:
+        share_of_model = n_found(mended) / max(self.n_genes, 1)
+        share_of_table = np.mean(mended >= 0) if len(mended) else 0
+        if not found or max(share_of_model, share_of_table) < MOSTLY_FOUND:
             return positions
         kinds["in lower case"] += len(found)
         return mended

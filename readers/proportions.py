@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from readers.barcodes import check_same_start
-from readers.bounded import to_numbers
+from readers.bounded import to_amounts
 from readers.bulk import NO_VALUE
 from readers.lineages import lineages_in, read_lineages, read_rows
 from runtime.errors import InputError, some
@@ -82,14 +82,15 @@ def read_proportions(path, cell_types, lineage_file=None):
         raise InputError(f"{path}: no such file; expected known proportions for --proportions")
     else:
         rows = read_rows(path).fillna("")
-    names, of_type = list(cell_types), list(cell_types)  # of the groups; of each type its group
+    groups = names = list(cell_types)  # of each type its group; their names
     if lineage_file is not None:
-        of_type = read_lineages(lineage_file, cell_types, elsewhere=None)
-        names = lineages_in(of_type)
+        groups = read_lineages(lineage_file, cell_types, elsewhere=None)
+        names = lineages_in(groups)
     text = read_text(rows, path, names, "lineages" if lineage_file else "cell types")
-    values = read_values(text, path)  # (R, C)
+    expected = "a fraction, a percentage or an empty field"
+    values = to_amounts(text, path, "(sample {}, {})", expected, missing=NO_VALUE)  # (R, C)
     unit = find_unit(values, text.index, path)
-    column = pd.Index(text.columns).get_indexer([name or "" for name in of_type])  # (K)
+    column = pd.Index(text.columns).get_indexer([name or "" for name in groups])  # (K)
     fractions = check_sums(values / unit, column, text.index, unit, path)
     what = "percentages" if unit == 100 else "fractions"
     print(f"{path}: {what} of {len(text.columns)} of {len(names)} "
@@ -118,24 +119,6 @@ def read_text(rows, path, names, what):
             f"expected some of {some(names, SHOWN)}"
         )
     return table
-
-
-def read_values(text, path):
-    """Numbers (R, C) of a table of text, nan for an empty field.
-
-    Raises:
-        InputError: a value is not a number of 0 or more.
-    """
-    values = to_numbers(text)
-    empty = text.isin(NO_VALUE).to_numpy()
-    wrong = ~empty & ~(np.isfinite(values) & (values >= 0))
-    if wrong.any():
-        i, j = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (sample {text.index[i]}, {text.columns[j]}), "
-            "expected a fraction, a percentage or an empty field"
-        )
-    return values
 
 
 def find_unit(values, samples, path):

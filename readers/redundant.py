@@ -12,22 +12,23 @@ MAX_SUMS = 10  # that are looked for, among the largest columns
 MIN_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
 
 
-def without_sums(values, kept, names, path):
+def without_sums(values, positions, names, path):
     """Columns without those that are the sum or the mean of all others.
 
     Args:
-        values: of each column (R). kept: positions. names: of the samples. path: for messages.
+        values: of each column (R). positions: of the columns. names: of the samples. path: for
+            messages.
 
     Raises:
         InputError: a column is the sum or the mean of some others: of replicates, say.
     """
-    if len(kept) < 3:
-        return kept, names
-    X = np.stack([values[i] for i in kept])  # (S, R)
+    if len(positions) < 3:
+        return positions, names
+    X = np.stack([values[i] for i in positions])  # (S, R)
     if X.shape[1] < max(MIN_ROWS, 2 * len(X)) or not np.isfinite(X).all():
-        return kept, names
+        return positions, names
     if len(np.unique(X[:, :: X.shape[1] // MIN_ROWS], axis=0)) < len(X):
-        return kept, names  # a sample several times, each the "sum" of the others
+        return positions, names  # a sample several times, each the "sum" of the others
     sums = {}  # index of each sum: those of its parts
     candidates = sorted(nearly_dependent(X), key=lambda j: not is_sum_of_others(X, j))
     for j in candidates[:MAX_SUMS]:
@@ -44,7 +45,7 @@ def without_sums(values, kept, names, path):
                 f"{path}: found a column {names[j]} that is the sum or the mean of others "
                 f"({some([names[i] for i in parts])}), expected samples; --columns names them"
             )
-    return [kept[i] for i in left], [names[i] for i in left]
+    return [positions[i] for i in left], [names[i] for i in left]
 
 
 def is_sum_of_others(X, j):
@@ -105,19 +106,16 @@ def summed_parts(X, j, others):
     return parts if near else None
 
 
-def check_once(values, kept, names, path):
+def check_once(values, positions, names, path):
     """Refuse a table that has every sample several times, told apart by a word such as ``raw``.
 
     The same samples come again if the words name different units (integers and others, samples of
     the same sum and others), or if two columns of a sample are closer than two draws of its reads.
-
-    Raises:
-        InputError: it has.
     """
     groups = by_word(names)
     if groups is None:
         return
-    X = np.nan_to_num(np.stack([values[i] for i in kept]))  # (S, R)
+    X = np.nan_to_num(np.stack([values[i] for i in positions]))  # (S, R)
     if X.shape[1] < MIN_ROWS:
         return
     kinds = [unit_signs(X[group]) for group in groups]

@@ -7,9 +7,9 @@ import scipy.sparse as sp
 
 from readers.bounded import read_table
 from readers.count_checks import check_counts
-from readers.hdf5 import check_hdf5, check_kind
+from readers.hdf5 import check_hdf5, check_kind, readable
 from readers.matrix_market import read_mtx
-from runtime.errors import InputError, one_line, some
+from runtime.errors import InputError, some
 
 # What a 10x matrix consists of -> endings of the files' names, the preferred one first. Those of
 # kallisto-bustools (cells_x_genes.*) and of Parse (DGE.mtx before version 1.1) come last.
@@ -101,8 +101,8 @@ def why_not(folder):
             if os.path.islink(path) and not os.path.exists(path):
                 return f"; {path} is a link to {os.readlink(path)}, which is not there"
             if name in OTHER_COUNTERS:
-                tool, how = OTHER_COUNTERS[name]
-                return f"; found the output of {tool}: {how}"
+                tool, remedy = OTHER_COUNTERS[name]
+                return f"; found the output of {tool}: {remedy}"
     return ""
 
 
@@ -254,11 +254,7 @@ def read_genes(path):
 
 
 def check_one_genome(path):
-    """Check that a 10x file of Cell Ranger 2 has the matrix of one genome.
-
-    Raises:
-        InputError: it has several.
-    """
+    """Raise InputError unless a 10x file of Cell Ranger 2 has the matrix of one genome."""
     import h5py
 
     with h5py.File(path) as file:
@@ -276,7 +272,7 @@ def read_10x_h5(path):
     import h5py
     import scanpy
 
-    try:
+    with readable(path, "10x .h5"):
         check_hdf5(path)
         check_kind(path, ".h5")
         check_one_genome(path)
@@ -286,9 +282,5 @@ def read_10x_h5(path):
             group = file["matrix"] if "matrix" in file else next(iter(file.values()))
             parts = group["data"][:], adata.X.indices, adata.X.indptr
         adata.X = sp.csr_matrix(parts, shape=adata.shape)
-    except InputError:
-        raise
-    except Exception as error:  # h5py and scanpy raise many types of errors on broken files
-        raise InputError(f"{path}: not a readable 10x .h5 file ({one_line(error)})") from error
     adata.X = check_counts(adata.X, path, adata.obs_names, adata.var_names)
     return adata
