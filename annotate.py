@@ -75,18 +75,15 @@ class Settings:
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
-import gzip
 import re
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 
 import anndata
 import numpy as np
 import pandas as pd
 import scanpy as sc
-import scipy.io
 import scipy.sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
@@ -94,15 +91,16 @@ from annotation.cell_types import UNKNOWN, read_cell_types, scale_genes, type_ce
 from counts.genes import choose_genes
 from data import TABLES, library_size, log_normalise, shipped
 from plots.cells import write_clusters
-from readers.bounded import read_table
+from readers.bounded import read_excel, read_table
 from readers.gene_names import bare_id
 from readers.labels import LABEL_FILE
+from runtime.cell_writers import FolderWriter, open_folder
+from runtime.compression import CompressionQueue
 from runtime.errors import one_line, some
 from runtime.writing import check_writable, write_whole
 
 # Of the marker table, in ScType's spelling; the last two are positive and negative markers.
 COLUMNS = ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
-MOST_BYTES = 10**9  # of an unpacked Excel file; ScType's own table has a million
 
 
 # ----------------------------------------------------------------------------------- marker table
@@ -118,29 +116,13 @@ def fetch(db):
     path = Path(Path(re.sub(r"[?#].*", "", db)).name)
     if not path.is_file():
         try:
-            with urllib.request.urlopen(db, timeout=60) as answer:
-                content = answer.read()
+            with urllib.request.urlopen(db, timeout=60) as response:
+                content = response.read()
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise InputError(f"{db}: could not be downloaded for --db ({error})") from error
         write_whole(path, lambda part: part.write_bytes(content))
         print(f"{db}: downloaded, kept as {path}")
     return path
-
-
-def read_excel(path):
-    """First sheet of an Excel file, every cell as text.
-
-    Raises:
-        InputError: unreadable, or larger than ``MOST_BYTES`` when unpacked.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            size = sum(record.file_size for record in file.infolist())
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
-        return pd.read_excel(path, dtype=str, keep_default_na=False)
-    except Exception as error:  # openpyxl and zipfile raise many kinds on a broken file
-        raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error
 
 
 def read_markers(db, tissue):
@@ -159,7 +141,13 @@ def read_markers(db, tissue):
         InputError: unreadable, columns missing, or no such tissue.
     """
     path = fetch(db)
-    table = read_excel(path) if path.suffix.lower() == ".xlsx" else read_table(path)
+    if path.suffix.lower() == ".xlsx":
+        try:
+            table = read_excel(path, dtype=str, keep_default_na=False)
+        except Exception as error:
+            raise InputError(f"{path}: not a readable Excel table ({one_line(error)})") from error
+    else:
+        table = read_table(path)
     if missing := [name for name in COLUMNS if name not in table]:
         raise InputError(
             f"{path}: no column {', '.join(missing)}, expected a marker table with "
@@ -300,25 +288,13 @@ def export_10x(cells, folder):
     The first column of features.tsv.gz holds ids, the second symbols, whichever of them is the
     cells' gene name. A gene with a single name has it in both.
     """
-    rows = []
-    for name, other in zip(cells.var_names, cells.var["gene_ids"], strict=True):
-        pair = (name, other or name) if bare_id(name) else (other or name, name)
-        rows.append("\t".join((*pair, "Gene Expression")) + "\n")
-    write_gzip(folder / "barcodes.tsv.gz", "".join(f"{b}\n" for b in cells.obs_names))
-    write_gzip(folder / "features.tsv.gz", "".join(rows))
-    write_whole(folder / "matrix.mtx.gz", lambda path: write_matrix(path, cells.X))
-
-
-def write_gzip(path, text):
-    """Write a text, compressed and without a time stamp."""
-    content = gzip.compress(text.encode(), mtime=0)
-    write_whole(path, lambda part: part.write_bytes(content))
-
-
-def write_matrix(path, X):
-    """Write counts (N x G) in Matrix Market format, genes in rows as Cell Ranger has them."""
-    with gzip.open(path, "wb", compresslevel=6) as file:
-        scipy.io.mmwrite(file, sp.coo_matrix(X.T), field="integer")
+    names = zip(cells.var_names, cells.var["gene_ids"], strict=True)
+    pairs = [(n, other or n) if bare_id(n) else (other or n, n) for n, other in names]
+    ids, symbols = zip(*pairs, strict=True)
+    with open_folder(folder) as files, CompressionQueue() as queue:
+        writer = FolderWriter(folder, cells.n_obs, queue, symbols, ids, *files)
+        writer.append(cells.X)
+        writer.write_tables(cells)
 
 
 def output_folder(cfg):

@@ -29,7 +29,7 @@ from readers.bulk import Bulk, read_bulk
 from readers.bulk_options import BulkOptions
 from readers.fingerprint import digest
 from readers.proportions import read_proportions
-from runtime.arguments import check_choice, check_number, check_type, for_python, said
+from runtime.arguments import check_choice, check_number, check_type, for_python, in_user_terms
 from runtime.cell_writers import kind_of, open_cells
 from runtime.device import pick_device
 from runtime.errors import InputError, one_line, some
@@ -222,7 +222,11 @@ def choose_calibration(calibrate, platform, encoder):
         return calibrate, platform
     if not encoder.n_state:
         return "none", platform
-    print(said(f"--calibrate types, --platform {platform}: the reference was of several samples"))
+    print(
+        in_user_terms(
+            f"--calibrate types, --platform {platform}: the reference was of several samples"
+        )
+    )
     return "types", platform
 
 

@@ -135,7 +135,7 @@ from api import deconvolve, generate, mixtures, named_apart
 from data import Reference, shipped
 from deconvolution.fit import MISFIT
 from generation import MODEL_FILES, CellSource, Model, encode_batches
-from plots.cells import write_proportions
+from plots.proportions import write_proportions
 from plots.report import N_SHOWN, ShownCells, write_report
 from readers.bulk import read_bulk
 from readers.bulk_files import read_sample_metadata

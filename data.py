@@ -14,7 +14,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from readers.backed import BackedCounts, read_backed
-from readers.counts import EMBEDDED, check_names, read_counts
+from readers.count_checks import check_names
+from readers.counts import EMBEDDED, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, some

@@ -83,32 +83,32 @@ import pandas as pd
 import scanpy
 import scipy.sparse as sp
 import torch
-from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
-from counts.genes import HOUSEKEEPING
 from counts.pseudobulks import draw_test_bulks
 from data import Reference, align_genes, library_size, log_normalise, mean_counts
 from deconvolution.encode import calibrate_to, encode_samples
 from deconvolution.estimators import nnls_proportions
 from deconvolution.fit import log_cpm
 from deconvolution.proportions import normal_interval
+from evaluation.markers import markers_of_one_type
 from evaluation.metrics import concordance
 from generation import CHUNK, Model, draw_types, new_cells
 from models import encode_cells, scGMVAE
 from plots.cells import (
+    tsne,
     write_joint,
     write_legend,
     write_markers,
     write_panel,
     write_points,
-    write_predictions,
-    write_schematic,
     write_state_genes,
 )
+from plots.proportions import write_predictions
+from plots.schematic import write_schematic
 from plots.states import (
-    FEWEST_CELLS,
+    MIN_CELLS,
     count_cells,
     describe_mixing,
     find_donor,
@@ -123,11 +123,6 @@ from runtime.device import pick_device, seed_everything
 from runtime.weights import load_model
 from runtime.writing import check_writable
 
-FEWEST_TO_COMPARE = 3  # cells of a type that markers of others are compared with
-FEWEST_FOR_MARKERS = 10  # cells of a type with markers; with fewer, chance chooses them
-LEAST_FRACTION = 0.1  # of a type's cells that have counts of its marker
-LEAST_RATIO = 1.3  # of its mean log-expression there to that in any other type
-LEAST_T = 2.0  # Welch's t against the nearest type: not by chance alone
 N_NEIGHBORS = 30  # of each real cell, among which generated ones are counted
 MIN_HELD_OUT = 10  # held-out cells below which training cells are shown instead
 
@@ -174,12 +169,6 @@ def principal_components(X, n=50):
     cells.X = np.nan_to_num(cells.X)  # genes without a count in these cells
     scanpy.pp.pca(cells, n_comps=min(n, cells.n_obs - 1, cells.n_vars - 1), random_state=0)
     return cells.obsm["X_pca"]
-
-
-def tsne(points, seed):
-    """t-SNE (N, 2) of points (N, D); perplexity 30, or a third of their number if that is less."""
-    perplexity = min(30, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
 
 
 def nearest_neighbors(points):
@@ -294,7 +283,7 @@ def make_dots(reference, test, generated, cfg):
     """Marker genes in real cells, and in as many generated ones of the same types."""
     train, types = reference.train, reference.cell_types
     log = log_cells(reference.X[train]).X
-    markers = choose_markers(log, reference.codes[train], len(types), reference.genes)
+    markers = markers_of_one_type(log, reference.codes[train], len(types), reference.genes)
     if not any(markers):
         print(f"markers.{cfg.format} left out: no gene is specific to a cell type")
         return
@@ -309,47 +298,6 @@ def make_dots(reference, test, generated, cfg):
     genes = np.array(reference.genes)
     named = {name: list(genes[own]) for name, own in zip(types, markers, strict=True)}
     save(cfg, "markers", write_markers, tables, named, [types[k] for k in shown])
-
-
-def choose_markers(log, codes, n_types, genes, most=2):
-    """Genes that mark one cell type alone: the most specific ones, up to ``most`` for each type.
-
-    A gene is ranked by Welch's t of the type's cells against those of the type that comes nearest,
-    so it is above every other type. None is a gene that HOUSEKEEPING names, or one that most cells
-    of most types have, as housekeeping genes are.
-
-    Args:
-        log: log-normalised counts (N x G), CSR. codes: cell types (N), 0 to n_types - 1. genes:
-            names (G).
-
-    Returns:
-        list (K) of gene indices; empty for a type of too few cells, or without such a gene.
-    """
-    size = np.bincount(codes, minlength=n_types)
-    one_hot = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
-    one_hot.resize((n_types, len(codes)))
-    n = np.maximum(size, 1)[:, None]
-    mean, square, fraction = (
-        (one_hot @ part).toarray() / n for part in (log, log.multiply(log).tocsr(), log > 0)
-    )  # (K, G) each
-    error = np.maximum(square - mean**2, 1e-6) / np.maximum(n - 1, 1)
-    there = size >= FEWEST_TO_COMPARE
-    if there.sum() < 2:
-        return [[] for _ in range(n_types)]
-    housekeeping = np.array([bool(HOUSEKEEPING.match(name)) for name in genes])
-    common = (fraction[there] > 0.5).mean(axis=0) > 0.5
-    allowed = ~housekeeping & ~common
-    markers = []
-    for k in range(n_types):
-        others = there.copy()
-        others[k] = False
-        t = (mean[k] - mean[others]) / np.sqrt(error[k] + error[others])  # (K', G)
-        above = mean[k] >= LEAST_RATIO * mean[others].max(axis=0)
-        often = fraction[k] >= LEAST_FRACTION
-        score = np.where(allowed & above & often, t.min(axis=0), -np.inf)
-        best = np.argsort(-score, kind="stable")[:most] if size[k] >= FEWEST_FOR_MARKERS else []
-        markers.append([i for i in best if score[i] > LEAST_T])
-    return markers
 
 
 # ------------------------------------------------------------------------------------- pseudobulks
@@ -451,7 +399,7 @@ def make_state_genes(reference, cells, genes, cfg):
     n_cells, donor = count_cells(cells, len(reference.cell_types)), cells.found.donor
     types = shown_types(n_cells)
     if not len(types) or not genes:
-        few = f"no cell type of donor {donor} has {FEWEST_CELLS} cells under both conditions"
+        few = f"no cell type of donor {donor} has {MIN_CELLS} cells under both conditions"
         print(f"state_genes.{cfg.format} left out: {few if genes else 'no gene differs'}")
         return
     table = state_table(cells, pd.Index(reference.genes).get_indexer(genes), types)

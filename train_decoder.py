@@ -75,7 +75,7 @@ import numpy as np
 import torch
 
 from counts.genes import choose_marker_genes
-from data import Reference, library_size, mean_counts
+from data import Reference, library_size, log_normalise, mean_counts
 from distributions.fits import mean_profile
 from models import encode_cells, scDecoder, scGMVAE
 from readers.backed import RowsInMemory, sample_in_memory
@@ -123,9 +123,8 @@ def order_components(components, cell_types):
 def type_profiles(cells, codes):
     """Log-normalised mean expression of the types (K, G) in 1,000 genes that tell them apart."""
     genes = choose_marker_genes(cells, codes, 1000)
-    X = cells[:, genes].X
-    share = torch.from_numpy(mean_counts(X, codes, codes.max() + 1))
-    return torch.log1p(1e4 * share / share.sum(dim=1, keepdim=True).clamp(min=1e-9))
+    means = mean_counts(cells[:, genes].X, codes, codes.max() + 1)
+    return torch.from_numpy(log_normalise(means))
 
 
 def check_components(mu, var, order, profile, cell_types):

@@ -36,18 +36,18 @@ N_PCS = 50  # principal components that the regression reads
 N_GENES = 2000  # variable genes behind them
 SEED_SCORE = 0.3  # pooled score, of 1, from which on a cell starts as a lineage
 SEED_MARGIN = 0.15  # lead over the second-best score from which on a cell starts as a type
-LEAST_SCORE = 0.15  # pooled score of its lineage below which a cell is Unknown
-LEAST_SEEDS = 3  # with fewer cells to start from, a type is taken for absent
-LEAST_AGREEMENT = 0.6  # AUROC of one view by the other below which types cannot be told apart
+MIN_SCORE = 0.15  # pooled score of its lineage below which a cell is Unknown
+MIN_SEEDS = 3  # with fewer cells to start from, a type is taken for absent
+MIN_AGREEMENT = 0.6  # AUROC of one view by the other below which types cannot be told apart
 NEARLY_ALL = 0.9  # of the cells to start from
-LEAST_CELLS = 20  # of a node that is split further
-MOST_COUNTS = 3  # of one marker in one cell; more say nothing new
+MIN_CELLS = 20  # of a node that is split further
+MAX_COUNTS = 3  # of one marker in one cell; more say nothing new
 MARKER_WEIGHT = 0.5  # of the counts of many markers, as they depend on each other
-LEAST_SIZE = 4  # of the negative binomials; less would let a cell without markers be any type
-MOST_STEPS = 10  # of expectation-maximisation
+MIN_SIZE = 4  # of the negative binomials; less would let a cell without markers be any type
+MAX_STEPS = 10  # of expectation-maximisation
 DOUBLETS = 0.01  # share of cells that are two of different lineages, before their counts are seen
-LEAST_PROBABILITY = 1e-5  # by the regression, so that counts can always decide otherwise
-MOST_CELLS = 20_000  # that one regression is trained on
+MIN_PROBABILITY = 1e-5  # by the regression, so that counts can always decide otherwise
+MAX_CELLS = 20_000  # that one regression is trained on
 N_FOLDS = 5
 
 
@@ -218,7 +218,7 @@ def regression_view(pcs, R, seed):
     folds = stratified_folds(np.where(R.sum(axis=1) > 0, R.argmax(axis=1), -1), rng)
     for fold in range(N_FOLDS):
         train = np.flatnonzero(folds != fold)
-        train = rng.permutation(train)[:MOST_CELLS]
+        train = rng.permutation(train)[:MAX_CELLS]
         cell, code = np.nonzero(R[train] > 1e-3)
         if len(np.unique(code)) < 2:  # nothing to tell apart
             continue
@@ -226,8 +226,8 @@ def regression_view(pcs, R, seed):
         model = LogisticRegression(C=0.1, tol=1e-3, max_iter=300)
         model.fit(pcs[train][cell], code, sample_weight=weight)
         held_out = model.predict_proba(pcs[folds == fold])
-        out[folds == fold] = np.log(LEAST_PROBABILITY)
-        held_out = np.log(np.maximum(held_out, LEAST_PROBABILITY))
+        out[folds == fold] = np.log(MIN_PROBABILITY)
+        held_out = np.log(np.maximum(held_out, MIN_PROBABILITY))
         out[np.ix_(folds == fold, model.classes_)] = held_out
     return out
 
@@ -240,13 +240,13 @@ def count_means(counts, depth, R):
 def count_sizes(counts, depth, R, means):
     """Size (1 / dispersion, K sets) of the negative binomial of each set, over all types.
 
-    By moments, within types; LEAST_SIZE to 1,000, which is Poisson.
+    By moments, within types; MIN_SIZE to 1,000, which is Poisson.
     """
     sizes = np.empty(len(means))
     for s, y in enumerate(counts.T):
         mu = depth[:, None] * means[:, s]  # (N, K)
         surplus = (R * ((y[:, None] - mu) ** 2 - mu)).sum() / (R * mu**2).sum()
-        sizes[s] = 1 / np.clip(surplus, 1e-3, 1 / LEAST_SIZE)
+        sizes[s] = 1 / np.clip(surplus, 1e-3, 1 / MIN_SIZE)
     return sizes
 
 
@@ -277,7 +277,7 @@ def fit_views(pcs, counts, depth, seeds, weight, seed):
     balance = seeds / seeds.sum(axis=0) * seeds.sum() / seeds.shape[1]
     view = regression_view(pcs, balance, seed)
     R = np.where(seeds.any(axis=1, keepdims=True), seeds, np.exp(view))
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         means = count_means(counts, depth, R)
         sizes = count_sizes(counts, depth, R, means)
         new = softmax(view + weight * count_view(counts, depth, means, sizes), axis=1)
@@ -335,12 +335,12 @@ def seeds_by_cell(X, genes, types):
 
 
 def marker_counts(X, genes, types):
-    """Counts of each type's markers (N, K), of one marker at most MOST_COUNTS in a cell.
+    """Counts of each type's markers (N, K), of one marker at most MAX_COUNTS in a cell.
 
     Of types that cells start as by ``own_markers``, markers do not count in a cell that carries two
     of the negative ones (CD40LG in MAIT cells, which are no CD4 T cells).
     """
-    out = [X[:, genes.isin(t.positive)].minimum(MOST_COUNTS).sum(axis=1).A1 for t in types]
+    out = [X[:, genes.isin(t.positive)].minimum(MAX_COUNTS).sum(axis=1).A1 for t in types]
     valid = [(t.own_markers == 0) | (detected(X, genes, t.negative) < 2) for t in types]
     return np.stack([c * v for c, v in zip(out, valid, strict=True)], axis=1).astype(float)
 
@@ -358,7 +358,7 @@ def find_seeds(X, log, genes, types, pools):
 def split_node(X, log, genes, types, space, seed):
     """Probabilities of the children of a node for its cells.
 
-    A child without LEAST_SEEDS cells to start from is taken for absent. If the two views do not
+    A child without MIN_SEEDS cells to start from is taken for absent. If the two views do not
     agree on states, all cells are the state that nearly all seeds carry the markers of, or none.
 
     Args:
@@ -374,7 +374,7 @@ def split_node(X, log, genes, types, space, seed):
     pools = neighbor_pools(pcs if space is None else space)
     seeds, scores = find_seeds(X, log, genes, types, pools)
     n_seeds = seeds.sum(axis=0)
-    present = n_seeds >= LEAST_SEEDS
+    present = n_seeds >= MIN_SEEDS
     out = np.zeros(seeds.shape)
     if present.sum() > 1:
         counts, depth = marker_counts(X, genes, types)[:, present], relative_depth(X)
@@ -382,7 +382,7 @@ def split_node(X, log, genes, types, space, seed):
         R, view = fit_views(pcs, counts, depth, seeds[:, present].astype(float), weight, seed)
         if is_root:
             R[is_doublet(counts, depth, R)] = 0
-        if is_root or agreement(view, counts, depth, R).min() >= LEAST_AGREEMENT:
+        if is_root or agreement(view, counts, depth, R).min() >= MIN_AGREEMENT:
             out[:, present] = R
             return out, scores
         # Pooled scores of states are relative; only markers in the cells themselves count here.
@@ -428,27 +428,27 @@ def type_cells(X, log, genes, types, space, seed):
         ``lineage_confidence``. A cell without signs of a single lineage is Unknown, with 0.
     """
     names = np.full(X.shape[0], UNKNOWN, dtype=object)
-    confidence, of_lineage = np.ones(len(names)), np.ones(len(names))
+    confidence, lineage_confidence = np.ones(len(names)), np.ones(len(names))
     waiting = [("", np.arange(len(names)))]  # nodes that may be split, with their cells
     while waiting:
         parent, cells = waiting.pop()
         children = [t for t in types.values() if t.parent == parent]
-        if not children or len(cells) < LEAST_CELLS:
+        if not children or len(cells) < MIN_CELLS:
             continue
         near = None if parent else space
         P, scores = split_node(X[cells], log[cells], genes, children, near, seed)
         best = P.argmax(axis=1)
         p = np.take_along_axis(P, best[:, None], axis=1)[:, 0]
         if not parent:
-            p[np.take_along_axis(scores, best[:, None], axis=1)[:, 0] < LEAST_SCORE] = 0
+            p[np.take_along_axis(scores, best[:, None], axis=1)[:, 0] < MIN_SCORE] = 0
         for k, child in enumerate(children):
             chosen = (best == k) & (p > 0)
             names[cells[chosen]] = child.name
             confidence[cells[chosen]] *= p[chosen]
             if not parent or types[parent].lineage != child.lineage:
-                of_lineage[cells[chosen]] *= p[chosen]
+                lineage_confidence[cells[chosen]] *= p[chosen]
             waiting.append((child.name, cells[chosen]))
-    confidence[names == UNKNOWN] = of_lineage[names == UNKNOWN] = 0
+    confidence[names == UNKNOWN] = lineage_confidence[names == UNKNOWN] = 0
     return pd.DataFrame(
-        {"cell_type": names, "confidence": confidence, "lineage_confidence": of_lineage}
+        {"cell_type": names, "confidence": confidence, "lineage_confidence": lineage_confidence}
     )

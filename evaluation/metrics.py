@@ -7,7 +7,6 @@ L lineages.
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import scanpy
 import scipy.sparse as sp
 import scipy.stats
@@ -21,6 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from counts.genes import choose_genes
 from data import library_size, log_normalise
+from evaluation.markers import markers_by_test
 
 METRICS = {  # every metric in the order of the tables, and its best possible value
     "random-forest AUROC, PCs": 0.5,
@@ -310,7 +310,7 @@ class CellMetrics:
         self.variable = np.flatnonzero(log.var["highly_variable"])
         correlated = choose_genes(cells, min(N_CORRELATED, cells.n_vars))
         self.correlated = cells.var_names.get_indexer(correlated)
-        self.markers = find_markers(log[~held_out], codes[~held_out])
+        self.markers = markers_by_test(log[~held_out], codes[~held_out], N_MARKERS)
 
         variable = log.X[:, self.variable].toarray()  # (N, P)
         self.pca = PCA(min(N_PCS, *variable.shape), random_state=0).fit(variable)
@@ -397,26 +397,6 @@ class CellMetrics:
             change = log_fold_change(real.log, r), log_fold_change(generated.log, g)
             values["fold-change correlation"] = np.corrcoef(*change)[0, 1]
         return values
-
-
-def find_markers(real, codes):
-    """The 20 genes that mark each cell type, by t-test of its cells against all others.
-
-    real: AnnData of log-normalised cells (N x G). codes: cell types (N). Types of fewer than two
-    cells have none.
-
-    Returns:
-        dict: type code -> gene indices.
-    """
-    real = real.copy()
-    real.obs["code"] = pd.Categorical(codes.astype(str))
-    size = pd.Series(codes).value_counts()
-    groups = [str(k) for k in size.index if size[k] > 1]
-    if real.obs["code"].nunique() < 2 or not groups:
-        return {}
-    scanpy.tl.rank_genes_groups(real, "code", groups=groups, method="t-test", n_genes=N_MARKERS)
-    names = real.uns["rank_genes_groups"]["names"]
-    return {int(k): real.var_names.get_indexer(names[k]) for k in names.dtype.names}
 
 
 # ------------------------------------------------------------- predicted against true proportions

@@ -15,8 +15,8 @@ from data import align_genes, mean_counts
 from deconvolution.encode import encode_samples
 from deconvolution.estimators import NNLS, estimate_all, nnls_proportions, type_statistics
 from evaluation.metrics import pearson_within, proportion_metrics, to_lineages
+from readers.barcodes import check_same_start
 from readers.bulk import Bulk, read_bulk
-from readers.labels import check_same_start
 from readers.lineages import lineages_in, read_fractions, read_lineages
 from runtime.errors import InputError, some
 

@@ -15,18 +15,19 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from counts.genes import HOUSEKEEPING
+from data import log_normalise
 from deconvolution.fit import MISFIT
+from evaluation.markers import markers_of_profiles
+from plots.cells import bare, draw_markers, scatter, tsne
+from plots.proportions import draw_intervals
 from plots.style import ORIGIN_COLORS, plain_text, pyplot, type_colors
 from runtime.writing import write_whole
 
 N_SHOWN = 1200  # cells in pictures: enough to see shapes, and t-SNE takes seconds
 N_VARIABLE = 1000  # genes of the picture beside the reference
 N_BACKGROUND = 500  # positions drawn from the reference
-N_MARKERS = 3  # of each cell type
-FEWEST = 10  # shown cells of a type, for a mean of them
-MOST_ROWS = 500  # of a table; the csv beside the report has all
-PSEUDOCOUNT = 50  # CPM, so that a gene that hardly any cell shows is no marker
+MIN_CELLS = 10  # shown cells of a type, for a mean of them
+MAX_ROWS = 500  # of a table; the csv beside the report has all
 
 LABELLED = 30  # samples that have their names beside each panel
 
@@ -50,24 +51,18 @@ class ShownCells:
         rows = self.chosen[(self.chosen >= self.n_seen) & (self.chosen < self.n_seen + n)]
         rows = rows - self.n_seen
         self.n_seen += n
-        for kept, values in (
+        for chunks, values in (
             (self.counts, cells.counts),
             (self.latent, cells.latent),
             (self.cell_type, cells.cell_type),
             (self.bulk, cells.bulk),
         ):
-            kept.append(values[rows])
+            chunks.append(values[rows])
 
     def all(self):
         """Counts (N x G) CSR, latents (N, D), codes (N) and indices of samples (N)."""
         parts = self.latent, self.cell_type, self.bulk
         return sp.vstack(self.counts, format="csr"), *(np.concatenate(part) for part in parts)
-
-
-def log_expression(X):
-    """log(CP10K + 1) of counts (N x G), CSR."""
-    total = np.maximum(np.asarray(X.sum(axis=1)).ravel(), 1)
-    return (sp.diags_array(1e4 / total) @ X).log1p()
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -79,13 +74,8 @@ def as_uri(figure, kind, dpi=150):
     options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": dpi}
     figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
     pyplot().close(figure)
-    return data_uri(buffer.getvalue(), kind)
-
-
-def data_uri(data, kind):
-    """Bytes of a picture as an address."""
     kind = "svg+xml" if kind == "svg" else kind
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def proportions_picture(proportions):
@@ -100,20 +90,14 @@ def proportions_picture(proportions):
     height = 2.4 if is_many else max(0.65 + 0.17 * S, 1.5)
     grid = {"sharey": True, "squeeze": False, "figsize": (11, height * n_rows)}
     figure, axes = pyplot().subplots(n_rows, n_columns, **grid)
-    colors, y = type_colors(proportions.cell_types), np.arange(S)
+    colors, rows = type_colors(proportions.cell_types), np.arange(S)
     for k, (axis, name) in enumerate(zip(axes.flat, proportions.cell_types, strict=False)):
-        mean, low, high = (x[:, k] for x in (proportions.cells, proportions.low, proportions.high))
-        order = np.argsort(-mean, kind="stable") if is_many else y
-        style = {"color": colors[name], "alpha": 0.35 if is_many else 0.55}
-        axis.hlines(y, low[order], high[order], lw=max(100 / S, 0.2) if is_many else 2, **style)
-        axis.plot(mean[order], y, "o", ms=1.5 if is_many else 4, color=colors[name], mec="none")
+        order = np.argsort(-proportions.cells[:, k], kind="stable") if is_many else rows
+        draw_intervals(axis, proportions, (order, k), rows, [colors[name]] * S, n_ticks=4)
         axis.set_title(plain_text(name), fontsize=9)
         axis.set(xlim=(0, None), ylim=(S - 0.4, -0.6), yticks=[])
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", color="#e7eaee")
-        axis.set_axisbelow(True)
         if not is_many:
-            axis.set_yticks(y, [plain_text(sample, 18) for sample in proportions.names])
+            axis.set_yticks(rows, [plain_text(name, 18) for name in proportions.names], fontsize=8)
     for axis in axes[:, 0] if is_many else ():
         axis.set_ylabel(f"{S:,} samples, sorted", fontsize=8)
     for axis in axes.flat[K:]:
@@ -130,29 +114,12 @@ def cloud_picture(latent, codes, bulk, background, names, cell_types):
         latent: (N, D). codes, bulk: types and samples of the cells (N). background: positions
             drawn from the reference's types (M, D). names: samples (S). cell_types: names (K).
     """
-    from sklearn.manifold import TSNE
-
-    points = np.concatenate([latent, background])
-    perplexity = min(30, max((len(points) - 1) / 3, 1))
-    options = {"perplexity": perplexity, "max_iter": 500, "random_state": 0}
-    xy = TSNE(init="pca", **options).fit_transform(points)
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
-    type_color = type_colors(cell_types)
-    panels = [
-        ("by cell type", codes, cell_types, [type_color[name] for name in cell_types]),
-        ("by sample", bulk, names, sample_colors(len(names))),
-    ]
-    for axis, (title, index, labels, colors) in zip(axes, panels, strict=True):
-        axis.scatter(*xy[len(latent) :].T, s=4, c=SHARED, lw=0, label="reference")
-        order = np.random.default_rng(0).permutation(len(latent))  # no sample lies on top
-        axis.scatter(*xy[order].T, s=7, c=np.array(colors)[index[order]], lw=0)
-        shown = np.unique(index)[:20]
-        for k in shown:
-            axis.scatter([], [], s=25, color=colors[k], label=plain_text(labels[k], 30))
-        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        axis.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-    figure.tight_layout()
-    return as_uri(figure, "png")
+    xy = tsne(np.concatenate([latent, background]), max_iter=500)
+    panels = {
+        "by cell type": (codes, cell_types, list(type_colors(cell_types).values())),
+        "by sample": (bulk, names, sample_colors(len(names))),
+    }
+    return tsne_picture(xy, panels)
 
 
 def joint_picture(generated, codes, reference, cell_types):
@@ -163,31 +130,36 @@ def joint_picture(generated, codes, reference, cell_types):
             types of the generated cells (N).
     """
     from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
 
-    both = sp.vstack([reference, generated], format="csr")
+    both = sp.vstack([generated, reference], format="csr")
     variance = np.asarray(both.multiply(both).mean(axis=0) - np.square(both.mean(axis=0))).ravel()
     both = both[:, np.argsort(-variance, kind="stable")[:N_VARIABLE]].toarray()
     n_components = min(20, *(np.array(both.shape) - 1))
-    points = PCA(n_components, random_state=0).fit_transform(both)
-    xy = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(
-        points
-    )
-    of_reference, of_generated = xy[: reference.shape[0]], xy[reference.shape[0] :]
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
-    axes[0].scatter(*of_reference.T, s=6, lw=0, c=ORIGIN_COLORS[2][0], label="reference")
-    axes[0].scatter(*of_generated.T, s=6, lw=0, c=ORIGIN_COLORS[2][1], label="generated")
-    axes[1].scatter(*of_reference.T, s=4, lw=0, c=SHARED, label="reference")
-    colors = type_colors(cell_types)
-    for k in np.unique(codes):
-        name = cell_types[k]
-        points = of_generated[codes == k]
-        axes[1].scatter(*points.T, s=7, lw=0, color=colors[name], label=plain_text(name, 30))
-    for axis, title in zip(axes, ("by origin", "generated cells by cell type"), strict=True):
-        axis.legend(
-            frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2
-        )
-        axis.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    xy = tsne(PCA(n_components, random_state=0).fit_transform(both))
+    colors = list(type_colors(cell_types).values())
+    is_generated = (np.arange(len(xy)) < len(codes)).astype(int)
+    panels = {
+        "by origin": (is_generated, ("reference", "generated"), ORIGIN_COLORS[2]),
+        "generated cells by cell type": (codes, cell_types, colors),
+    }
+    return tsne_picture(xy, panels)
+
+
+def tsne_picture(xy, panels):
+    """Panels of one t-SNE (M, 2): the first points in colours, those behind them in grey.
+
+    panels: title -> codes of the first points (N), and names and colours of the codes.
+    """
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(11, 5))
+    for axis, (title, (codes, names, colors)) in zip(axes, panels.items(), strict=True):
+        if len(codes) < len(xy):
+            axis.scatter(*xy[len(codes) :].T, s=6, c=SHARED, lw=0, label="reference")
+        scatter(axis, xy[: len(codes)], [colors[k] for k in codes])
+        for k in np.unique(codes)[:20]:
+            axis.scatter([], [], s=25, color=colors[k], label=plain_text(names[k], 30))
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        bare(axis)
+        axis.set_title(title)
     figure.tight_layout()
     return as_uri(figure, "png")
 
@@ -198,54 +170,19 @@ def sample_colors(n):
     return [tuple(color) for color in colors[:n]]
 
 
-def find_markers(profiles, genes, n=N_MARKERS):
-    """Genes that tell each type from the type next to it.
-
-        specificity of g for k = log2 (x_kg + 50) - log2 (max_{j != k} x_jg + 50),     x in CPM
-
-    Args:
-        profiles: fractions of a cell's counts (K, G). genes: names (G).
-
-    Returns:
-        list of K lists of at most n genes, best first; none below a specificity of 0.5.
-    """
-    x = np.log2(profiles * 1e6 + PSEUDOCOUNT)
-    x[:, [bool(HOUSEKEEPING.match(gene)) for gene in genes]] = 0
-    markers = []
-    for k in range(len(x)):
-        others = np.delete(x, k, axis=0)
-        specificity = x[k] - (others.max(axis=0) if len(others) else np.log2(PSEUDOCOUNT))
-        best = np.argsort(-specificity, kind="stable")[:n]
-        markers.append([genes[g] for g in best if specificity[g] > 0.5])
-    return markers
-
-
 def marker_picture(X, codes, markers, genes, cell_types):
-    """Dots: mean log(CP10K + 1) and share of cells with the gene, of types with FEWEST.
+    """Dots: mean log(CP10K + 1) and share of cells with the gene, of types with MIN_CELLS.
 
     Args:
         X: log(CP10K + 1) (N x G), CSR. codes: types (N). markers: of each type (K lists).
     """
-    names = list(dict.fromkeys(gene for of_type in markers for gene in of_type))
-    position = {gene: i for i, gene in enumerate(genes)}
-    shown = np.flatnonzero(np.bincount(codes) >= FEWEST)
-    X = X[:, [position[name] for name in names]].toarray()  # (N, markers)
+    columns = [genes.index(gene) for own in markers for gene in own]
+    shown = np.flatnonzero(np.bincount(codes) >= MIN_CELLS)
+    X = X[:, columns].toarray()  # (N, markers)
     mean = np.stack([X[codes == k].mean(axis=0) for k in shown])
-    share = np.stack([(X[codes == k] > 0).mean(axis=0) for k in shown])
-    scaled = mean / np.maximum(mean.max(axis=0), 1e-9)
-    size = (2.2 + 0.24 * len(names), 1.3 + 0.27 * len(shown))
-    figure, axis = pyplot().subplots(figsize=size)
-    y, x = np.indices(mean.shape)
-    dots = axis.scatter(x, y, s=4 + 90 * share, c=scaled, cmap="Blues", vmin=0, vmax=1, lw=0)
-    axis.set_xticks(range(len(names)), [plain_text(name, 20) for name in names], rotation=90)
-    axis.set_yticks(range(len(shown)), [plain_text(cell_types[k]) for k in shown])
-    axis.set(xlim=(-0.7, len(names) - 0.3), ylim=(len(shown) - 0.4, -0.6))
-    axis.tick_params(labelsize=8, length=0)
-    for side in axis.spines.values():
-        side.set_color(SHARED)
-    bar = figure.colorbar(dots, ax=axis, shrink=0.6, pad=0.02)
-    bar.set_label("mean, relative to the highest type", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    fraction = np.stack([(X[codes == k] > 0).mean(axis=0) for k in shown])
+    named = dict(zip(cell_types, markers, strict=True))
+    figure = draw_markers((mean[None], fraction[None]), named, [cell_types[k] for k in shown])
     return as_uri(figure, "svg")
 
 
@@ -254,7 +191,7 @@ def marker_picture(X, codes, markers, genes, cell_types):
 
 def proportion_rows(proportions):
     """Rows of the table of proportions: sample, type, percentages and how they came about."""
-    table = proportions.to_table().head(MOST_ROWS)
+    table = proportions.to_table().head(MAX_ROWS)
     rows = []
     for row in table.itertuples():
         has_interval = np.isfinite(row.low) and not getattr(row, "known", False)
@@ -299,7 +236,7 @@ def fit_rows(samples):
         )
     misfit = samples.fit["misfit"].fillna(-np.inf).to_numpy()
     order = sorted(range(len(rows)), key=lambda i: (not rows[i]["remark"], -misfit[i]))
-    return [rows[i] for i in order[:MOST_ROWS]]
+    return [rows[i] for i in order[:MAX_ROWS]]
 
 
 CALIBRATION = {
@@ -323,17 +260,17 @@ def describe_cells(samples, cells, shown, reference):
     cell_types = samples.proportions.cell_types
     X, latent, codes, bulk = shown.all()
     means = decoder.type_means().cpu().numpy()  # (K, G)
-    markers = find_markers(means / means.sum(axis=1, keepdims=True), genes)
+    markers = markers_of_profiles(means / means.sum(axis=1, keepdims=True), genes)
     background = draw_background(decoder, torch.Generator(decoder.mu.device).manual_seed(0))
     pictures = {}
     if len(codes) > 10:
         pictures["clouds"] = cloud_picture(latent, codes, bulk, background, names, cell_types)
         if reference is not None:
             X_reference, measured = reference
-            logs = [log_expression(part[:, measured]) for part in (X, X_reference)]
+            logs = [log_normalise(part[:, measured]) for part in (X, X_reference)]
             pictures["joint"] = joint_picture(logs[0], codes, logs[1], cell_types)
-        if any(markers) and (np.bincount(codes) >= FEWEST).any():
-            log = log_expression(X)
+        if any(markers) and (np.bincount(codes) >= MIN_CELLS).any():
+            log = log_normalise(X)
             pictures["markers"] = marker_picture(log, codes, markers, genes, cell_types)
     return {
         "counts": type_rows(cells, set(codes), codes, X, markers),
@@ -372,49 +309,48 @@ def type_rows(cells, shown, codes, X, markers):
     return rows
 
 
-def write_report(path, run, samples, cells, shown, said, n_read, reference=None):
+def write_report(path, run, samples, cells, shown, lines, n_read, reference=None):
     """Write the report of a run.
 
     Args:
         path: of the page. run: dict with ``settings`` and ``provenance``. samples: BulkSamples.
             cells: AnnData of all cells without counts, and shown: ShownCells; None of both if
-            there are none. said: lines that the run
-            printed; the first n_read of them say what was read. reference: counts of some cells
-            of the reference in the decoder's genes (M x G), CSR, and the mask of those that it has
-            (G).
+            there are none. lines: that the run printed; the first n_read say what was read.
+        reference: counts of some cells of the reference in the decoder's genes (M x G), CSR, and
+            the mask of those that it has (G).
     """
-    proportions, pictures, of_cells = samples.proportions, {}, {}
+    proportions, pictures, about_cells = samples.proportions, {}, {}
     genes, cell_types = samples.model.genes, proportions.cell_types
     if cells is not None:
-        of_cells = describe_cells(samples, cells, shown, reference)
-        pictures = of_cells.pop("pictures")
+        about_cells = describe_cells(samples, cells, shown, reference)
+        pictures = about_cells.pop("pictures")
     pictures["proportions"] = proportions_picture(proportions)
     calibrate, platform = samples.calibration
     fit = fit_rows(samples)
     remarked = samples.unknown.is_flagged | samples.is_shallow | (samples.fit["misfit"] > MISFIT)
     calibration = CALIBRATION[calibrate] + PLATFORM[platform] * (calibrate == "types")
-    warned = [line for line in said if line.startswith("warning: ")]
+    warned = [line for line in lines if line.startswith("warning: ")]
     page = template().render(
         run=run["provenance"],
         settings=run["settings"],
         files=run["provenance"]["files"].to_dict("records"),
-        said=[line for line in said[:n_read] if line not in warned],
+        lines=[line for line in lines[:n_read] if line not in warned],
         warnings=[line.removeprefix("warning: ") for line in warned],
         n_samples=len(samples.names),
         n_genes=len(genes),
         n_types=len(cell_types),
         n_reference=0 if reference is None else reference[0].shape[0],
         n_rows=len(samples.names) * len(cell_types),
-        most_rows=MOST_ROWS,
+        max_rows=MAX_ROWS,
         misfit=MISFIT,
-        fewest=FEWEST,
+        min_cells=MIN_CELLS,
         proportions=proportion_rows(proportions),
         fit=fit,
         n_remarks=f"{remarked.sum():,}",
         calibration=calibration,
         pictures=pictures,
         has_cells=cells is not None,
-        **of_cells,
+        **about_cells,
     )
     write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 

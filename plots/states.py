@@ -29,8 +29,8 @@ from states.conditions import choose_conditions
 # Shown unless others are asked for: two interferon-stimulated genes of all cells, two of monocytes,
 # and a marker of monocytes.
 STATE_GENES = ("ISG15", "IFI6", "CXCL10", "CCL8", "CD14")
-FEWEST_CELLS = 5  # real cells of a type in each of the two samples, for its expression to be shown
-MOST_TYPES = 12  # whose expression is shown
+MIN_CELLS = 5  # real cells of a type in each of the two samples, for its expression to be shown
+MAX_TYPES = 12  # whose expression is shown
 PSEUDOCOUNT = 10  # added to CPM, as in the fold changes of evaluate.py
 
 
@@ -262,13 +262,13 @@ def count_cells(cells, n_types):
 
 
 def shown_types(n_cells):
-    """Codes (T) of the MOST_TYPES largest types with FEWEST_CELLS cells or more under A and B.
+    """Codes (T) of the MAX_TYPES largest types with MIN_CELLS cells or more under A and B.
 
     n_cells: (2, K).
     """
-    enough = np.flatnonzero(n_cells.min(axis=0) >= FEWEST_CELLS)
+    enough = np.flatnonzero(n_cells.min(axis=0) >= MIN_CELLS)
     order = np.argsort(-n_cells.sum(axis=0)[enough], kind="stable")
-    return np.sort(enough[order[:MOST_TYPES]])
+    return np.sort(enough[order[:MAX_TYPES]])
 
 
 def state_table(cells, columns, types):

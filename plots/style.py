@@ -99,3 +99,12 @@ def legend_width(cell_types):
     """Inches that :func:`legend_of` takes."""
     width = 0.6 + 0.095 * max(len(plain_text(name)) for name in cell_types)
     return width * legend_columns(cell_types)
+
+
+def draw_identity(axis, end):
+    """Draw the line x = y, with both axes from 0 to end."""
+    axis.axline((0, 0), slope=1, color="0.6", lw=1, ls="--", zorder=0)
+    axis.set_xlim(-0.02 * end, 1.03 * end)
+    axis.set_ylim(-0.02 * end, 1.03 * end)
+    axis.set_box_aspect(1)
+    axis.spines[["top", "right"]].set_visible(False)

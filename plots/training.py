@@ -218,9 +218,9 @@ def write_curves(path, curves, loss="nb"):
     size = (4.3 * width + 0.2, 3.3 * height + 0.9)
     figure = pyplot().figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(height, width)
-    for i, ((stage, name), of_panel) in enumerate(zip(panels, texts, strict=True)):
+    for i, ((stage, name), text) in enumerate(zip(panels, texts, strict=True)):
         beside = texts[i // width * width :][:width]  # whose headings stand at one height
-        *names, lines = of_panel
+        *names, lines = text
         lines = lines + [""] * (max(len(other[2]) for other in beside) - len(lines))
         axis = figure.add_subplot(grid[i // width, i % width])
         draw_loss(axis, curves[stage], name, (*names, lines), STEPS.get(stage, "epoch"))

@@ -18,17 +18,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from readers.bounded import no_file
-from readers.counts import (
-    COUNT_LAYERS,
-    check_cells,
-    check_counts,
-    check_orientation,
-    check_shape,
-    first_counts,
-    name_factors,
-    with_columns,
-)
-from readers.hdf5 import check_hdf5
+from readers.count_checks import check_cells, check_counts, check_orientation, check_shape
+from readers.counts import COUNT_LAYERS, first_counts, name_factors, with_columns
+from readers.hdf5 import check_hdf5, readable
 from runtime.errors import InputError, one_line
 
 BLOCK = 256  # cells
@@ -40,7 +32,7 @@ class BackedCounts:
     """A matrix of counts (N x G) in a file; the rows that are asked for come as CSR int32.
 
     Every block is checked when it is read: all values must be raw counts, as in
-    :func:`readers.counts.check_counts`.
+    :func:`readers.count_checks.check_counts`.
 
     Attributes:
         shape: (N, G). library: total counts of each cell over all genes of the file (N), int64.
@@ -281,13 +273,9 @@ def read_backed(path):
     path = Path(path)
     if not path.exists():
         raise no_file(path, "counts for --data", "file or folder")
-    try:
+    with readable(path):
         check_hdf5(path, within=("obs", "var", "raw/var"))
         file = h5py.File(path, "r")
-    except InputError:
-        raise
-    except Exception as error:  # as in BackedCounts.read
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     try:
         return check_cells(open_counts(file, path), path)
     except BaseException:
@@ -299,17 +287,14 @@ def open_counts(file, path):
     """The first matrix of raw counts in an open ``.h5ad``, with its tables, as BackedCells."""
     from anndata.io import read_elem
 
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*without encoding metadata")
-            obs, var = read_elem(file["obs"]), read_elem(file["var"])
+    with readable(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*without encoding metadata")
+        obs, var = read_elem(file["obs"]), read_elem(file["var"])
         obs = name_factors(obs, file, path)
         places = [(f"layers/{name}", f"layers['{name}']", var) for name in COUNT_LAYERS]
         places.append(("X", "X", var))
         if "raw/X" in file:
             places.append(("raw/X", "raw.X", with_columns(read_elem(file["raw/var"]), var)))
-    except Exception as error:  # as in BackedCounts.read
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     check_orientation(obs.index, var.index, path)
     matrices = [(shown, name, genes) for name, shown, genes in places if name in file]
     layers = list(file.get("layers", ()))
@@ -360,7 +345,7 @@ def sample_by_type(codes, n, rng):
     """Positions of about n cells, ascending: the same fraction of each type, but at least 500."""
     chosen = []
     for k in np.unique(codes):
-        of_type = np.flatnonzero(codes == k)
-        n_of_type = min(len(of_type), max(500, round(n * len(of_type) / len(codes))))
-        chosen.append(rng.choice(of_type, n_of_type, replace=False))
+        rows = np.flatnonzero(codes == k)
+        n_rows = min(len(rows), max(500, round(n * len(rows) / len(codes))))
+        chosen.append(rng.choice(rows, n_rows, replace=False))
     return np.sort(np.concatenate(chosen))

@@ -5,6 +5,8 @@ import gzip
 import io
 import os
 import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 from runtime.errors import InputError, one_line, plain
 
 MAX_COLUMNS = 300_000  # of a table; there are about 250,000 human transcripts
+MAX_BYTES = 10**9  # of a workbook when unpacked
 
 # What broken files raise, depending on the library that reads them.
 UNREADABLE = (
@@ -36,9 +39,6 @@ def check_memory(n_bytes, where, what):
 
     Args:
         n_bytes: size that a file claims. where: the file. what: which part of it claims that size.
-
-    Raises:
-        InputError: it does not fit.
     """
     import psutil
 
@@ -128,6 +128,24 @@ def read_table(path, **options):
         raise InputError(f"{path}: not a readable table ({one_line(error)})") from error
 
 
+def read_excel(source, **options):
+    """Read a workbook with ``pandas.read_excel``, unless it unpacks to more than MAX_BYTES.
+
+    Args:
+        source: a path or a binary file. options: for pandas.
+
+    Raises:
+        Exception: zipfile, openpyxl and XML parsers raise many types of errors on broken files.
+    """
+    with zipfile.ZipFile(source) as file:
+        size = sum(record.file_size for record in file.infolist())
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pd.read_excel(source, **options)
+
+
 def to_numbers(values):
     """Text or numbers as float64 in the same shape, NaN for what is no number.
 
@@ -146,3 +164,23 @@ def to_numbers(values):
             flat[i] = None
     numbers = pd.to_numeric(flat, errors="coerce")
     return numbers.astype(np.float64).reshape(values.shape)
+
+
+def to_amounts(text, path, place, expected, largest=np.inf, missing=()):
+    """Numbers (R, C) of 0 or more from a table of text, NaN for the texts in ``missing``.
+
+    Args:
+        text: DataFrame (R x C). path: the file. place: of a value in messages, such as
+            ``(gene {}, column {})``. expected: in words. largest: that a number may be.
+
+    Raises:
+        InputError: a value is another one.
+    """
+    values = to_numbers(text)
+    known = ~text.isin(missing).to_numpy()
+    wrong = known & ~(np.isfinite(values) & (values >= 0) & (values <= largest))
+    if wrong.any():
+        i, j = np.argwhere(wrong)[0]
+        where = place.format(text.index[i], text.columns[j])
+        raise InputError(f"{path}: found {text.iat[i, j]!r} {where}, expected {expected}")
+    return values

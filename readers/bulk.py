@@ -27,15 +27,15 @@ from readers.tables import NO_VALUE
 from runtime.errors import InputError, some
 
 # Genes of the model that must be found: a tenth of them, or this many of a large model.
-FEWEST_FOUND = 200
+MIN_FOUND = 200
 
-MOST_REPORTS = 3  # files, before what was said of one is not repeated for the next
+MAX_REPORTS = 3  # files, before what was said of one is not repeated for the next
 
 BARCODE = re.compile(r"(.*[^ACGT])?[ACGT]{12,}([-_.].*)?")
 
 LARGE = 20e6  # bytes of a file, from which reading it takes seconds
 
-FEWEST_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
+MIN_CELLS = 50  # samples named like barcodes, for a table to be one of single cells
 
 
 @dataclass
@@ -81,7 +81,7 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     gene_ids = genes if gene_ids is None else gene_ids
     finder = GeneFinder(genes, gene_ids)
     files = [paths] if in_memory(paths) else expand(as_list(paths))
-    said = set() if len(files) > MOST_REPORTS else None
+    said = set() if len(files) > MAX_REPORTS else None
     parts = [read_file(path, finder, genes, gene_ids, options, said) for path in files]
     name_after_files(parts, files)
     X = sp.vstack([part.values for part in parts]).tocsr()
@@ -218,7 +218,7 @@ def missing_values(bulk, original, empty, where):
 def check_no_cells(samples, where):
     """Raise an InputError if most samples are named like the barcodes of single cells."""
     barcodes = [name for name in samples if BARCODE.fullmatch(str(name))]
-    if len(barcodes) >= FEWEST_CELLS and len(barcodes) > len(samples) / 2:
+    if len(barcodes) >= MIN_CELLS and len(barcodes) > len(samples) / 2:
         raise InputError(
             f"{where}: found {len(samples):,} samples named like the barcodes of single cells "
             f"({some(barcodes)}), expected bulk samples: sum the cells of each sample first; if "
@@ -324,7 +324,7 @@ def check_found(bulk, finder, genes, gene_ids, where):
         InputError: they are not; names the likely cause.
     """
     n = n_found(bulk.positions)
-    floor = max(1, min(FEWEST_FOUND, len(genes) // 10))
+    floor = max(1, min(MIN_FOUND, len(genes) // 10))
     if n >= floor:
         n_other = finder.n_in_other_case(bulk.genes[bulk.positions < 0])
         if n_other <= max(n, 100):

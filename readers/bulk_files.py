@@ -3,7 +3,6 @@
 import io
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +10,21 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from readers.bounded import no_file
+from readers.bounded import no_file, read_excel
 from readers.containers import (
-    HOW_TO_CONVERT,
+    REMEDIES,
     is_pipe,
     name_of_format,
     read_source,
     to_utf8,
 )
-from readers.counts import COUNT_LAYERS, check_sparse
-from readers.hdf5 import check_hdf5
+from readers.count_checks import check_sparse
+from readers.counts import COUNT_LAYERS
+from readers.hdf5 import check_hdf5, readable
 from readers.tables import clean_lines, read_text_table
 from runtime.errors import InputError, one_line, some
 
 IN_MEMORY = Path("bulk")  # what messages call samples that come from no file
-
-MOST_BYTES = 10**9  # of a workbook when unpacked
 
 
 @dataclass
@@ -76,8 +74,8 @@ def read_any_table(path):
     if kind in ("Parquet", "Feather"):
         return Source(path, read_columnar(data, kind, path), kind)
     if kind is not None:
-        how = HOW_TO_CONVERT.get(kind, "export it as csv")
-        raise InputError(f"{path}: found a file of format {kind}, expected a table; {how}")
+        remedy = REMEDIES.get(kind, "export it as csv")
+        raise InputError(f"{path}: found a file of format {kind}, expected a table; {remedy}")
     if data.startswith(b"PK\x03\x04"):
         return Source(path, read_workbook(data, path), "Excel")
     data, encoding = to_utf8(data, path)
@@ -147,14 +145,8 @@ def read_workbook(data, path):
         InputError: it is unreadable, too large when unpacked, or several sheets may be the table.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            size = sum(record.file_size for record in file.infolist())
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes when unpacked, expected at most {MOST_BYTES:,}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sheets = pd.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
-    except Exception as error:  # zipfile, openpyxl and XML parsers raise many types of errors
+        sheets = read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object)
+    except Exception as error:
         raise InputError(
             f"{path}: not a readable Excel file ({one_line(error)}); export it as csv"
         ) from error
@@ -187,7 +179,7 @@ def read_bulk_h5ad(path):
     import anndata
     import h5py
 
-    try:
+    with readable(path):
         check_hdf5(path)
         with h5py.File(path, "r") as file:
             if "matrix" in file and "barcodes" in file["matrix"]:
@@ -199,10 +191,6 @@ def read_bulk_h5ad(path):
             warnings.filterwarnings("ignore", message=".*names are not unique")
             warnings.simplefilter("ignore", FutureWarning)  # of files by older versions
             adata = anndata.read_h5ad(path)
-    except InputError:
-        raise
-    except Exception as error:  # h5py and anndata raise many types of errors on broken files
-        raise InputError(f"{path}: not a readable .h5ad file ({one_line(error)})") from error
     return source_of(adata, path)
 
 

@@ -27,7 +27,7 @@ from readers.quantifiers import is_no_gene, no_samples, plain_name, split_words,
 from readers.tables import NO_VALUE, SPACES, may_be_thousands, read_numbers
 from runtime.errors import InputError, some
 
-MOST_TEXT_ROWS = 20  # below a header: condition, donor, unit
+MAX_TEXT_ROWS = 20  # below a header: condition, donor, unit
 
 FEW = 0.02  # of the model's genes, so few that names may need mending before they are known
 
@@ -88,13 +88,13 @@ def drop_rows_of_text(source, finder):
     table = source.table
     if all(dtype.kind in "iuf" for dtype in table.dtypes[1:]):
         return []
-    as_text = table.iloc[: MOST_TEXT_ROWS + 20].astype(str)
+    as_text = table.iloc[: MAX_TEXT_ROWS + 20].astype(str)
     text = np.isnan(to_numbers(as_text)) & ~as_text.isin(NO_VALUE).to_numpy()  # (R', C)
     numeric = ~text[-10:].all(axis=0)
     numeric[0] = False
-    if len(table) < MOST_TEXT_ROWS + 20 or not numeric.any():
+    if len(table) < MAX_TEXT_ROWS + 20 or not numeric.any():
         return []
-    is_text = text[:MOST_TEXT_ROWS, numeric].all(axis=1)
+    is_text = text[:MAX_TEXT_ROWS, numeric].all(axis=1)
     n = int(np.flatnonzero(is_text)[-1]) + 1 if is_text.any() else 0
     first = [str(name) for name in table.iloc[:n, 0]]
     if not n or n_found(finder.find(first)[0]) or finder.count(table.columns[1:]) > 1:
@@ -242,10 +242,11 @@ def samples_in_rows(source, is_text, finder, options):
         notes.append("samples are numbered, as no column names them")
     else:
         samples = table.iloc[:, name_column].astype(str).to_numpy(object)
-    kept = np.flatnonzero(~dropped)
-    values = numbers_of(source, kept, notes)
+    columns = np.flatnonzero(~dropped)
+    values = numbers_of(source, columns, notes)
     notes.insert(0, f"{source.format}, genes in columns")
-    return BulkTable(values, samples, np.array(table.columns[kept], object), positions[kept], notes)
+    genes = np.array(table.columns[columns], object)
+    return BulkTable(values, samples, genes, positions[columns], notes)
 
 
 def holds_expression(table):
@@ -294,8 +295,8 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
         notes.append(left_out(list(table.iloc[:, 0][outside]), "rows that count no genes"))
     by = find_sample_column(table, genes, is_text, gene_column, source.path)
     if by is None:
-        kept, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
-        values = numbers_of(source, kept, notes)
+        columns, names = choose_columns(source, gene_column, is_text, options, ~outside, notes)
+        values = numbers_of(source, columns, notes)
     else:
         sample = table.iloc[:, by].astype(str)
         i = choose_value_column(source, is_text, sample, {by, gene_column}, options)
@@ -312,11 +313,7 @@ def samples_in_columns(source, gene_column, is_text, finder, options):
 
 
 def check_one_list(source, gene_column, is_text, finder):
-    """Refuse two tables side by side: a second column of genes, in another order.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuse two tables side by side: a second column of genes, in another order."""
     table = source.table
     first = find_genes(table.iloc[:, gene_column].astype(str), finder.known)
     for i in np.flatnonzero(is_text):
@@ -367,25 +364,25 @@ def choose_value_column(source, is_text, sample, others, options):
     return int(possible[0])
 
 
-def numbers_of(source, kept, notes):
+def numbers_of(source, columns, notes):
     """Values of columns (R x C') as numbers, or as text where some are none.
 
     Args:
-        kept: positions of the columns (C'). notes: to add to.
+        columns: positions of the columns (C'). notes: to add to.
     """
-    table = source.table.iloc[:, kept]
+    table = source.table.iloc[:, columns]
     if all(dtype.kind in "iuf" for dtype in table.dtypes):
         values = table.to_numpy(np.float64)
         doubtful = [j for j in range(values.shape[1]) if may_be_thousands(values[:, j])]
         others = np.delete(values, doubtful, axis=1)
-        text = source.as_text(list(kept)) if doubtful else None
+        text = source.as_text(list(columns)) if doubtful else None
         if text is None:
             return values
         if (others == np.rint(others)).all():
             numbers, note = read_numbers(text, source.path)
             notes += [note] * bool(note)
             return numbers.reshape(text.shape) if note else values
-        return numbers_by_column(text, values, doubtful, source, kept, notes)
+        return numbers_by_column(text, values, doubtful, source, columns, notes)
     values = table.to_numpy(object)
     text = values.astype(str)
     separated = np.char.count(text, ".") > 1
@@ -393,13 +390,13 @@ def numbers_of(source, kept, notes):
         separated |= np.char.find(text, mark) >= 0
     if not separated.any():
         return values
-    text = source.as_text(list(kept)) if source.data is not None else text
+    text = source.as_text(list(columns)) if source.data is not None else text
     numbers, note = read_numbers(text, source.path)
     if note and not has_gaps(numbers, text.ravel()):
         notes.append(note)
         return numbers.reshape(text.shape)
     doubtful = np.flatnonzero(separated.any(axis=0))
-    return numbers_by_column(text, values, doubtful, source, kept, notes)
+    return numbers_by_column(text, values, doubtful, source, columns, notes)
 
 
 def has_gaps(numbers, text):
@@ -407,17 +404,17 @@ def has_gaps(numbers, text):
     return np.isnan(numbers).sum() > np.isin(text.astype(str), NO_VALUE).sum()
 
 
-def numbers_by_column(text, values, columns, source, kept, notes):
+def numbers_by_column(text, values, doubtful, source, columns, notes):
     """Values (R x C') in which some columns, whose numbers have separators, are read anew.
 
     Args:
-        text: the same as text (R x C'). columns: which of them. kept: their positions in the
+        text: the same as text (R x C'). doubtful: which of them. columns: their positions in the
             table (C').
     """
     values = values.copy()
-    for j in columns:
+    for j in doubtful:
         numbers, note = read_numbers(text[:, j], source.path)
         if note and not has_gaps(numbers, text[:, j]):
             values[:, j] = numbers
-            notes.append(f"{source.table.columns[kept[j]]}: {note}")
+            notes.append(f"{source.table.columns[columns[j]]}: {note}")
     return values

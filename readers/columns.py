@@ -23,7 +23,7 @@ from readers.quantifiers import (
     unit_of,
     without_paths,
 )
-from readers.redundant import FEWEST_ROWS, check_once, without_sums
+from readers.redundant import MIN_ROWS, check_once, without_sums
 from runtime.errors import InputError, some
 
 # Spearman correlation between genes: of RNA-seq samples of any two tissues above 0.5, of lengths,
@@ -62,30 +62,30 @@ def choose_columns(source, gene_column, is_text, options, is_gene, notes):
     if strands is not None:
         return strand_of(source, strands, is_gene, notes)
     values = {i: to_numbers(table.iloc[:, i])[is_gene] for i in numeric}
-    kept = by_name(columns, numeric, values, path)
-    numbered = gene_column and 0 in kept and numbers_rows(table.iloc[:, 0])
+    positions = by_name(columns, numeric, values, path)
+    numbered = gene_column and 0 in positions and numbers_rows(table.iloc[:, 0])
     if numbered:
-        kept.remove(0)
+        positions.remove(0)
         notes.append("the first column numbers the rows")
-    kept = without_identifiers(values, kept)
-    check_rna(columns, kept, path)
-    kept, names = one_of_each_sample(columns, kept, options, path)
-    if len(kept) > 1 and not source.headerless:
-        kept, names = related(values, kept, names, path)
+    positions = without_identifiers(values, positions)
+    check_rna(columns, positions, path)
+    positions, names = one_of_each_sample(columns, positions, options, path)
+    if len(positions) > 1 and not source.headerless:
+        positions, names = related(values, positions, names, path)
     if not source.headerless:
-        check_once(values, kept, names, path)
-    kept, names = without_sums(values, kept, names, path)
-    if source.headerless or (len(kept) == 1 and not names[0]):
+        check_once(values, positions, names, path)
+    positions, names = without_sums(values, positions, names, path)
+    if source.headerless or (len(positions) == 1 and not names[0]):
         stem = constant_name(table, is_text) or sample_name(path)
         if not source.headerless:
-            notes.append(f"values by column {columns[kept[0]]}")
-        names = [stem] if len(kept) == 1 else [f"{stem}_{columns[i]}" for i in kept]
+            notes.append(f"values by column {columns[positions[0]]}")
+        names = [stem] if len(positions) == 1 else [f"{stem}_{columns[i]}" for i in positions]
     names = without_paths(names)
-    known = {*kept, gene_column} | ({0} if numbered else set())
+    known = {*positions, gene_column} | ({0} if numbered else set())
     dropped = [i for i in range(len(columns)) if i not in known]
     if dropped:
         notes.append(left_out([columns[i] for i in dropped], "columns that are not samples"))
-    return kept, names
+    return positions, names
 
 
 def by_name(columns, numeric, values, path):
@@ -99,22 +99,22 @@ def by_name(columns, numeric, values, path):
             those of a sample.
     """
     other = no_samples(columns)
-    kept = [i for i in numeric if not other[i]]
+    positions = [i for i in numeric if not other[i]]
     for i in np.flatnonzero(other):
         if i not in values or plain_name(columns[i]) not in UNCLEAR:
             continue
-        if is_sample_like(values[i], [values[j] for j in kept]):
+        if is_sample_like(values[i], [values[j] for j in positions]):
             raise InputError(
                 f"{path}: found a column {columns[i]} whose values are those of a sample, though "
                 "it may be annotation or a summary by its name; --columns names the samples"
             )
-    return kept
+    return positions
 
 
-def check_rna(columns, kept, path):
-    """Raise an InputError if most columns (positions kept) hold proteins, by their names (C)."""
-    proteins = [columns[i] for i in kept if PROTEINS.search(columns[i])]
-    if proteins and len(proteins) > len(kept) / 2:
+def check_rna(columns, positions, path):
+    """Raise an InputError if most columns (positions) hold proteins, by their names (C)."""
+    proteins = [columns[i] for i in positions if PROTEINS.search(columns[i])]
+    if proteins and len(proteins) > len(positions) / 2:
         raise InputError(
             f"{path}: found columns of a proteomics experiment ({some(proteins)}), expected RNA "
             "counts, TPM or CPM; --columns names the samples"
@@ -131,7 +131,7 @@ def constant_name(table, is_text):
 
 def is_sample_like(x, others):
     """Whether values (R) correlate with samples and do not sum them up; others: list of (R)."""
-    if len(x) < FEWEST_ROWS or len(others) < 2 or np.isnan(np.stack([x, *others])).any():
+    if len(x) < MIN_ROWS or len(others) < 2 or np.isnan(np.stack([x, *others])).any():
         return False
     X = np.stack(others)  # (S, R)
     summaries = [X.sum(0), X.mean(0), np.median(X, 0), X.max(0), X.min(0), X.std(0)]
@@ -156,23 +156,23 @@ def numbers_rows(names):
 
 def is_identifier(x):
     """Whether values (R) are whole numbers that hardly ever repeat: ids, positions, row numbers."""
-    if len(x) < FEWEST_ROWS or not np.isfinite(x).all() or (x != np.rint(x)).any():
+    if len(x) < MIN_ROWS or not np.isfinite(x).all() or (x != np.rint(x)).any():
         return False
     return len(np.unique(x)) > 0.98 * len(x)
 
 
-def without_identifiers(values, kept):
+def without_identifiers(values, positions):
     """Columns without those of ids: they never repeat, and are in order or go with no sample.
 
-    values: of each column (R). kept: positions; all stay if none would.
+    values: of each column (R). positions: of the columns; all stay if none would.
     """
     left = []
-    for i in kept:
-        x, others = values[i], [values[j] for j in kept if j != i]
+    for i in positions:
+        x, others = values[i], [values[j] for j in positions if j != i]
         ordered = (np.diff(x) > 0).all() or (np.diff(x) < 0).all()
         if not (is_identifier(x) and (ordered or (others and correlation(x, others) < UNRELATED))):
             left.append(i)
-    return left or kept
+    return left or positions
 
 
 def correlation(x, others):
@@ -214,8 +214,8 @@ def one_of_each_sample(columns, candidates, options, path):
             f"{path}: found {len(unclear)} columns of one sample and one unit "
             f"({some([columns[i] for i in unclear])}), expected one; --columns names the samples"
         )
-    kept = sorted(group[0] for group in chosen)
-    return kept, [split_words(columns[i])[0] for i in kept]
+    positions = sorted(group[0] for group in chosen)
+    return positions, [split_words(columns[i])[0] for i in positions]
 
 
 def common_unit(groups, wanted, path):
@@ -240,36 +240,36 @@ def common_unit(groups, wanted, path):
     return possible[0]
 
 
-def related(values, kept, names, path):
+def related(values, positions, names, path):
     """Columns that go with the others, as samples of RNA do.
 
     Args:
-        values: of each column (R). kept: positions. names: of the samples.
+        values: of each column (R). positions: of the columns. names: of the samples.
 
     Raises:
         InputError: there are two columns, and they do not; or one with many zeros does not.
     """
-    X = np.stack([values[i] for i in kept])  # (S, R)
-    if X.shape[1] < FEWEST_ROWS or np.isnan(X).mean() > 0.2:
-        return kept, names
+    X = np.stack([values[i] for i in positions])  # (S, R)
+    if X.shape[1] < MIN_ROWS or np.isnan(X).mean() > 0.2:
+        return positions, names
     X = np.nan_to_num(X[:, :: max(X.shape[1] // N_ROWS, 1)])
     varies = np.ptp(X, axis=1) > 0
     ranks = scipy.stats.rankdata(X, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.nan_to_num(np.corrcoef(ranks))
     np.fill_diagonal(r, np.nan)
-    if len(kept) == 2:
+    if len(positions) == 2:
         if varies.all() and r[0, 1] < UNRELATED:
             raise InputError(
                 f"{path}: found two columns of numbers ({some(names)}) that do not go together as "
                 f"samples do (rank correlation {r[0, 1]:.2f}), expected samples; --columns names "
                 "them"
             )
-        return kept, names
+        return positions, names
     median = np.nanmax(r, axis=1) if len(r) == 3 else np.nanmedian(r, axis=1)
     good = median >= UNRELATED
     if not good.any() or np.median(median[good]) < RELATED:
-        return kept, names
+        return positions, names
     good |= ~X.any(axis=1)  # an empty sample is an error of its own
     zeros = (X == 0).mean(axis=1)  # lengths, positions and p-values have hardly any
     if (~good & (zeros > 0.01)).any():
@@ -278,7 +278,7 @@ def related(values, kept, names, path):
             f"{path}: found a column {names[i]} that goes with no other as samples do (rank "
             f"correlation {median[i]:.2f}), expected samples; --columns names them"
         )
-    return [i for i, g in zip(kept, good, strict=True) if g], [
+    return [i for i, g in zip(positions, good, strict=True) if g], [
         name for name, g in zip(names, good, strict=True) if g
     ]
 
@@ -304,10 +304,10 @@ def strand_columns(source, candidates):
     if all(name in columns for name in STRANDS):
         return [columns.index(name) for name in STRANDS]
     first = source.table.iloc[:, 0].astype(str).str.strip()
-    of_star = source.headerless and len(candidates) == 3
+    is_like_star = source.headerless and len(candidates) == 3
     rows = {"N_unmapped", "N_noFeature"} & set(first)
     named = re.search("ReadsPerGene", source.path.name, re.I) is not None
-    return candidates if of_star and (rows or named) else None
+    return candidates if is_like_star and (rows or named) else None
 
 
 def strand_of(source, strands, is_gene, notes):

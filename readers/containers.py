@@ -33,7 +33,7 @@ OTHER = {  # formats that are no tables of text; what they are called in message
 # What broken archives raise.
 BROKEN = (OSError, EOFError, ValueError, gzip.zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
-HOW_TO_CONVERT = {
+REMEDIES = {
     "Zstandard": "unpack it with zstd -d",
     "Excel (.xls)": "save it as .xlsx or csv",
     "R data": "write it with write.csv in R",
@@ -90,11 +90,9 @@ def unpack(data, where, limit):
             )
             with stream:
                 return read_bounded(stream, limit, where), packing
-    except InputError:
-        raise
     except (*BROKEN, RuntimeError, NotImplementedError) as error:  # zipfile: encrypted, unknown
-        how = "; export it as csv" if packing == "zip" else ""
-        raise InputError(f"{where}: not a readable table ({one_line(error)}){how}") from error
+        remedy = "; export it as csv" if packing == "zip" else ""
+        raise InputError(f"{where}: not a readable table ({one_line(error)}){remedy}") from error
     return data, ""
 
 

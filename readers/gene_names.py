@@ -33,7 +33,7 @@ GENOME = re.compile(
 # genes in lower case, and not those of another species.
 MOSTLY_FOUND = 0.6
 
-FEWEST_COMMON = 3  # of COMMON_GENES, that are evidence of symbols
+MIN_COMMON = 3  # of COMMON_GENES, that are evidence of symbols
 
 SPECIES = {
     "ENSMUSG": "mouse",
@@ -118,7 +118,7 @@ def hold_symbols(names, is_usual):
         return False
     return (
         is_usual
-        or len({without_genome(name).upper() for name in filled} & COMMON_GENES) >= FEWEST_COMMON
+        or len({without_genome(name).upper() for name in filled} & COMMON_GENES) >= MIN_COMMON
     )
 
 
@@ -222,9 +222,9 @@ class GeneFinder:
         }
         mended = positions.copy()
         mended[list(found)] = list(found.values())
-        of_model = n_found(mended) / max(self.n_genes, 1)
-        of_table = np.mean(mended >= 0) if len(mended) else 0
-        if not found or max(of_model, of_table) < MOSTLY_FOUND:
+        share_of_model = n_found(mended) / max(self.n_genes, 1)
+        share_of_table = np.mean(mended >= 0) if len(mended) else 0
+        if not found or max(share_of_model, share_of_table) < MOSTLY_FOUND:
             return positions
         kinds["in lower case"] += len(found)
         return mended

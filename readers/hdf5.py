@@ -1,12 +1,35 @@
 """A check of HDF5 files of unknown origin before they are read."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from readers.bounded import check_memory
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
+
+# Kind of HDF5 file -> groups that tell it, and the ending by which it is read.
+KINDS = {
+    "an AnnData file": ({"obs", "var"}, ".h5ad"),
+    "a 10x file": ({"matrix"}, ".h5"),
+    "an h5Seurat file": ({"assays", "cell.names"}, ".h5seurat"),
+}
+
+
+@contextlib.contextmanager
+def readable(path, kind=".h5ad"):
+    """Raise what h5py, anndata and scanpy make of a broken file, many types of errors, as one.
+
+    Raises:
+        InputError: in place of any other error of the body.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {kind} file ({one_line(error)})") from error
 
 
 def check_hdf5(path, within=()):
@@ -41,3 +64,14 @@ def check_hdf5(path, within=()):
     if done.stdout.startswith("refused:"):
         raise InputError(f"{path}: {done.stdout.removeprefix('refused:').strip()}")
     check_memory(int(done.stdout), path, "its datasets")
+
+
+def check_kind(path, ending):
+    """Refuse an HDF5 file of another kind than its ending says, with an InputError."""
+    import h5py
+
+    with h5py.File(path) as file:
+        kinds = {kind: end for kind, (groups, end) in KINDS.items() if groups <= set(file)}
+    if kinds and ending not in kinds.values():
+        kind, end = next(iter(kinds.items()))
+        raise InputError(f"{path}: found {kind}, expected {ending}; rename it to {end}")

@@ -1,9 +1,8 @@
 """Measured fractions of lineages, and the lineage of each cell type."""
 
-import numpy as np
 import pandas as pd
 
-from readers.bounded import read_table, to_numbers
+from readers.bounded import read_table, to_amounts
 from readers.labels import clean_label, natural_order
 from runtime.errors import InputError, some
 
@@ -70,6 +69,13 @@ def read_lineage_rows(path):
     return dict(zip(table["cell_type"], table["lineage"], strict=True))
 
 
+def check_once(names, path, what):
+    """Raise InputError if a name is there more than once."""
+    repeated = names[names.duplicated()]
+    if len(repeated):
+        raise InputError(f"{path}: {what} there twice ({some(repeated)})")
+
+
 def lineages_in(lineage_of):
     """Names of the lineages (L) among those of :func:`read_lineages`, in natural order."""
     return natural_order(lineage for lineage in lineage_of if lineage is not None)
@@ -99,9 +105,8 @@ def read_fractions(path, lineages, lineage_file):
             f"{path}: has no column {some(missing)}, which {lineage_file} names as lineage; found "
             f"{some(table.columns, 8)}"
         )
-    for what, names in (("columns", table.columns), ("samples", pd.Index(samples))):
-        if names.has_duplicates:
-            raise InputError(f"{path}: {what} there twice ({some(names[names.duplicated()])})")
+    check_once(table.columns, path, "columns")
+    check_once(samples, path, "samples")
     left_out = [name for name in table if name not in lineages]
     if left_out:
         print(f"{path}: {len(left_out)} columns that are no lineage left out ({some(left_out)})")
@@ -110,14 +115,8 @@ def read_fractions(path, lineages, lineage_file):
 
 def to_fractions(text, path):
     """Numbers from text (samples x L), with the checks of :func:`read_fractions`."""
-    values = pd.DataFrame(to_numbers(text), text.index, text.columns)
-    wrong = ~(np.isfinite(values) & (values >= 0)).to_numpy()
-    if wrong.any():
-        i, j = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (sample {values.index[i]}, {values.columns[j]}), "
-            "expected a number, 0 or more"
-        )
+    values = to_amounts(text, path, "(sample {}, {})", "a number, 0 or more")
+    values = pd.DataFrame(values, text.index, text.columns)
     empty = values.index[values.sum(axis=1) == 0]
     if len(empty):
         raise InputError(

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from readers.bounded import to_numbers
+from readers.bounded import to_amounts
 from readers.gene_names import find_genes, name_map
 from readers.labels import clean_label
-from readers.lineages import read_rows
+from readers.lineages import check_once, read_rows
 from runtime.errors import InputError, some
 
 TABLE_COLUMNS = ["column", "sample", "donor", "condition", "cell_type"]  # of --profile-table
@@ -75,9 +75,7 @@ def read_profiles(path, table_path):
     table = read_profile_table(table_path)
     rows = read_rows(path)
     names = rows["symbol"] if "symbol" in rows else rows.iloc[:, 0]
-    if rows.columns.has_duplicates:
-        repeated = rows.columns[rows.columns.duplicated()]
-        raise InputError(f"{path}: columns there twice ({some(repeated)})")
+    check_once(rows.columns, path, "columns")
     missing = [column for column in table["column"] if column not in rows]
     if missing:
         raise InputError(
@@ -129,27 +127,15 @@ def read_profile_table(path):
     return table
 
 
-def check_once(names, path, what):
-    """Raise InputError if a name is there more than once."""
-    repeated = names[names.duplicated()]
-    if len(repeated):
-        raise InputError(f"{path}: {what} there twice ({some(repeated)})")
-
-
 def to_values(text, genes, path):
     """Numbers (n, R) of the columns of a table of text (R rows).
 
     Raises:
         InputError: a value is not a number of 0 or more, or a column is all zero.
     """
-    values = to_numbers(text)  # (R, n)
-    wrong = ~(np.isfinite(values) & (values >= 0) & (values <= LARGEST))
-    if wrong.any():
-        i, j = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (gene {genes.iat[i]}, column {text.columns[j]}), "
-            f"expected a number, 0 to {LARGEST:g}"
-        )
+    expected = f"a number, 0 to {LARGEST:g}"
+    text = text.set_axis(genes)
+    values = to_amounts(text, path, "(gene {}, column {})", expected, LARGEST)  # (R, n)
     empty = text.columns[values.sum(axis=0) == 0]
     if len(empty):
         raise InputError(f"{path}: {len(empty)} profiles are all zero ({some(empty)})")

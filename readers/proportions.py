@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from readers.bounded import to_numbers
+from readers.barcodes import check_same_start
+from readers.bounded import to_amounts
 from readers.bulk import NO_VALUE
-from readers.labels import check_same_start
 from readers.lineages import lineages_in, read_lineages, read_rows
 from runtime.errors import InputError, some
 
 WHOLE = 0.02  # by which the fractions of all types of a sample may miss 1
 ROUNDING = 0.01  # by which those of some types may exceed it
-MOST_FRACTION = 1.5  # a value above it is a percentage
+MAX_FRACTION = 1.5  # a value above it is a percentage
 SHOWN = 40  # names of types in a message
 
 
@@ -82,14 +82,15 @@ def read_proportions(path, cell_types, lineage_file=None):
         raise InputError(f"{path}: no such file; expected known proportions for --proportions")
     else:
         rows = read_rows(path).fillna("")
-    names, of_type = list(cell_types), list(cell_types)  # of the groups; of each type its group
+    groups = names = list(cell_types)  # of each type its group; their names
     if lineage_file is not None:
-        of_type = read_lineages(lineage_file, cell_types, elsewhere=None)
-        names = lineages_in(of_type)
+        groups = read_lineages(lineage_file, cell_types, elsewhere=None)
+        names = lineages_in(groups)
     text = read_text(rows, path, names, "lineages" if lineage_file else "cell types")
-    values = read_values(text, path)  # (R, C)
+    expected = "a fraction, a percentage or an empty field"
+    values = to_amounts(text, path, "(sample {}, {})", expected, missing=NO_VALUE)  # (R, C)
     unit = find_unit(values, text.index, path)
-    column = pd.Index(text.columns).get_indexer([name or "" for name in of_type])  # (K)
+    column = pd.Index(text.columns).get_indexer([name or "" for name in groups])  # (K)
     fractions = check_sums(values / unit, column, text.index, unit, path)
     what = "percentages" if unit == 100 else "fractions"
     print(f"{path}: {what} of {len(text.columns)} of {len(names)} "
@@ -120,35 +121,17 @@ def read_text(rows, path, names, what):
     return table
 
 
-def read_values(text, path):
-    """Numbers (R, C) of a table of text, nan for an empty field.
-
-    Raises:
-        InputError: a value is not a number of 0 or more.
-    """
-    values = to_numbers(text)
-    empty = text.isin(NO_VALUE).to_numpy()
-    wrong = ~empty & ~(np.isfinite(values) & (values >= 0))
-    if wrong.any():
-        i, j = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{path}: found {text.iat[i, j]!r} (sample {text.index[i]}, {text.columns[j]}), "
-            "expected a fraction, a percentage or an empty field"
-        )
-    return values
-
-
 def find_unit(values, samples, path):
     """What is 1 in a table (R, C): 1 for fractions, 100 for percentages.
 
-    Percentages if any value is above MOST_FRACTION, or rows sum to around 100. A row that would be
+    Percentages if any value is above MAX_FRACTION, or rows sum to around 100. A row that would be
     a tenth of what percentages are elsewhere, and more as fractions, may be of the other unit.
 
     Raises:
         InputError: some rows seem to be fractions and others percentages.
     """
     sums = np.nansum(values, axis=1)  # (R)
-    sure = (np.nan_to_num(values) > MOST_FRACTION).any(axis=1) | (sums > 50)  # (R)
+    sure = (np.nan_to_num(values) > MAX_FRACTION).any(axis=1) | (sums > 50)  # (R)
     if not sure.any():
         return 1
     known = ~np.isnan(values)

@@ -100,15 +100,11 @@ ENDINGS = re.compile(
     re.IGNORECASE,
 )
 
-GENERIC = {  # names that say nothing of the sample: its folder does
+# Names that say nothing of the sample: its folder does.
+GENERIC = {
     *("quant", "quant.genes", "abundance", "gene_abund", "genes", "isoforms", "t_data", "counts"),
-    *(
-        "readspergene",
-        "readspergene.out",
-        "genes.results",
-        "gene_abundances",
-        "genes.fpkm_tracking",
-    ),
+    *("readspergene", "readspergene.out", "genes.results"),
+    *("gene_abundances", "genes.fpkm_tracking"),
 }
 
 # Files that a folder of quantifications holds, by the ending of their names.

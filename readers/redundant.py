@@ -7,33 +7,34 @@ import scipy.optimize
 
 from runtime.errors import InputError, some
 
-MOST_SUMS = 10  # that are looked for, among the largest columns
+MAX_SUMS = 10  # that are looked for, among the largest columns
 
-FEWEST_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
+MIN_ROWS = 200  # for evidence from values: that they are distinct, sums, or correlate
 
 
-def without_sums(values, kept, names, path):
+def without_sums(values, positions, names, path):
     """Columns without those that are the sum or the mean of all others.
 
     Args:
-        values: of each column (R). kept: positions. names: of the samples. path: for messages.
+        values: of each column (R). positions: of the columns. names: of the samples. path: for
+            messages.
 
     Raises:
         InputError: a column is the sum or the mean of some others: of replicates, say.
     """
-    if len(kept) < 3:
-        return kept, names
-    X = np.stack([values[i] for i in kept])  # (S, R)
-    if X.shape[1] < max(FEWEST_ROWS, 2 * len(X)) or not np.isfinite(X).all():
-        return kept, names
-    if len(np.unique(X[:, :: X.shape[1] // FEWEST_ROWS], axis=0)) < len(X):
-        return kept, names  # a sample several times, each the "sum" of the others
+    if len(positions) < 3:
+        return positions, names
+    X = np.stack([values[i] for i in positions])  # (S, R)
+    if X.shape[1] < max(MIN_ROWS, 2 * len(X)) or not np.isfinite(X).all():
+        return positions, names
+    if len(np.unique(X[:, :: X.shape[1] // MIN_ROWS], axis=0)) < len(X):
+        return positions, names  # a sample several times, each the "sum" of the others
     sums = {}  # index of each sum: those of its parts
     candidates = sorted(nearly_dependent(X), key=lambda j: not is_sum_of_others(X, j))
-    for j in candidates[:MOST_SUMS]:
+    for j in candidates[:MAX_SUMS]:
         rest = [i for i in range(len(X)) if i != j and i not in sums]
         # A sum of sums is also one of their parts, so each may have to be left out.
-        tries = [rest, *([i for i in rest if i != k] for k in candidates[:MOST_SUMS] if k in rest)]
+        tries = [rest, *([i for i in rest if i != k] for k in candidates[:MAX_SUMS] if k in rest)]
         parts = next((p for others in tries if (p := summed_parts(X, j, others))), None)
         if parts is not None:
             sums[j] = parts
@@ -44,7 +45,7 @@ def without_sums(values, kept, names, path):
                 f"{path}: found a column {names[j]} that is the sum or the mean of others "
                 f"({some([names[i] for i in parts])}), expected samples; --columns names them"
             )
-    return [kept[i] for i in left], [names[i] for i in left]
+    return [positions[i] for i in left], [names[i] for i in left]
 
 
 def is_sum_of_others(X, j):
@@ -105,20 +106,17 @@ def summed_parts(X, j, others):
     return parts if near else None
 
 
-def check_once(values, kept, names, path):
+def check_once(values, positions, names, path):
     """Refuse a table that has every sample several times, told apart by a word such as ``raw``.
 
     The same samples come again if the words name different units (integers and others, samples of
     the same sum and others), or if two columns of a sample are closer than two draws of its reads.
-
-    Raises:
-        InputError: it has.
     """
     groups = by_word(names)
     if groups is None:
         return
-    X = np.nan_to_num(np.stack([values[i] for i in kept]))  # (S, R)
-    if X.shape[1] < FEWEST_ROWS:
+    X = np.nan_to_num(np.stack([values[i] for i in positions]))  # (S, R)
+    if X.shape[1] < MIN_ROWS:
         return
     kinds = [unit_signs(X[group]) for group in groups]
     first, second = X[groups[0]], X[groups[1]]
@@ -167,6 +165,6 @@ def are_same_reads(X, Y):
     s = Y.sum(axis=1, keepdims=True) / np.maximum(X.sum(axis=1, keepdims=True), 1e-300)
     expected = s * (X * s + Y)
     rows = (X > 20) & (Y > 20)
-    if rows.sum() < FEWEST_ROWS:
+    if rows.sum() < MIN_ROWS:
         return False
     return bool(np.mean((Y - s * X)[rows] ** 2 / expected[rows]) < 0.6)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEWEST_GENES = 200  # expressed in a sample, for its scale to be told
+MIN_GENES = 200  # expressed in a sample, for its scale to be told
 
 # Largest over median expressed gene. Of 131 RNA-seq bulks it is 380 or more on a linear scale, 7 or
 # less for any logarithm, and 20 to 65 for square roots; of panels of 50 to 500 genes 7 or more.
@@ -17,7 +17,7 @@ LARGEST_LOG = 25
 
 FEW_COUNTS = 3  # the largest value of mutations, copy numbers or calls, as of no bulk
 
-MOST_READS = 1e10  # of one gene, in any library
+MAX_READS = 1e10  # of one gene, in any library
 
 UNDO = "--log 2, --log e or --log 10 undoes a logarithm"
 FLAG = f"{UNDO}, --log no takes the values as they are"
@@ -40,7 +40,7 @@ class Scale:
 def skew(x):
     """Largest over median of the positive values of a sample (G); NaN if they are too few."""
     x = x[x > 0]
-    return x.max() / np.median(x) if len(x) >= FEWEST_GENES else np.nan
+    return x.max() / np.median(x) if len(x) >= MIN_GENES else np.nan
 
 
 def are_few_counts(X):
@@ -52,7 +52,7 @@ def are_few_counts(X):
 def is_ranks(x):
     """Whether the values of a sample (G) are their own ranks, ties averaged or not."""
     n = len(x)
-    if n < FEWEST_GENES or not 0.5 < x.max() / n <= 1.01:
+    if n < MIN_GENES or not 0.5 < x.max() / n <= 1.01:
         return False
     steps = np.unique(x)
     return bool(len(steps) > 0.3 * n and abs(x.mean() / x.max() - 0.5) < 0.05)
@@ -60,7 +60,7 @@ def is_ranks(x):
 
 def same_quantiles(X):
     """Whether all samples (S x G) have the same values in another order."""
-    if len(X) < 2 or X.shape[1] < 2 * FEWEST_GENES:
+    if len(X) < 2 or X.shape[1] < 2 * MIN_GENES:
         return False
     if not any((row != X[0]).mean() > 0.2 for row in X[1:]):
         return False  # the same sample several times
@@ -76,7 +76,7 @@ def find_scale(X):
     negative = X < 0
     if negative.any():
         return negative_scale(X, negative)
-    if X.shape[1] >= FEWEST_GENES and X.max() <= FEW_COUNTS:
+    if X.shape[1] >= MIN_GENES and X.max() <= FEW_COUNTS:
         return Scale("few", f"no value is above {X.max():.4g}")
     signs = transforms_of(X)
     if signs:
@@ -106,7 +106,7 @@ def find_scale(X):
 def negative_scale(X, negative):
     """The Scale of values (S x G) some of which are below 0."""
     example = f"{negative.sum():,} of {X.size:,} values are negative"
-    if X.shape[1] < FEWEST_GENES or negative.mean() < 1e-3 or X.max() > np.log2(MOST_READS):
+    if X.shape[1] < MIN_GENES or negative.mean() < 1e-3 or X.max() > np.log2(MAX_READS):
         return Scale("negative", example)
     by_gene = np.abs(X.mean(axis=0)) < 0.05 * np.maximum(X.std(axis=0), 1e-12)
     by_sample = np.abs(X.mean(axis=1)) < 0.05 * np.maximum(X.std(axis=1), 1e-12)
@@ -125,7 +125,7 @@ def transforms_of(X):
         dict from ``root``, ``2``, ``e`` and ``10`` to a text; empty for what is on a linear scale.
     """
     X = X[:20]
-    if np.array_equal(X, np.rint(X)) or X.shape[1] < FEWEST_GENES or X.max() > np.sqrt(MOST_READS):
+    if np.array_equal(X, np.rint(X)) or X.shape[1] < MIN_GENES or X.max() > np.sqrt(MAX_READS):
         return {}
     signs = {}
     for name, (what, undo, largest) in UNDONE.items():
@@ -148,10 +148,10 @@ def is_whole(x):
 
 
 UNDONE = {  # of each transform: for messages, its inverse, and the largest value it may have
-    "root": ("squared", np.square, np.sqrt(MOST_READS)),
-    "2": ("as powers of 2 less 1", lambda X: np.exp2(X) - 1, np.log2(MOST_READS)),
-    "e": ("as powers of e less 1", np.expm1, np.log(MOST_READS)),
-    "10": ("as powers of 10 less 1", lambda X: 10**X - 1, np.log10(MOST_READS)),
+    "root": ("squared", np.square, np.sqrt(MAX_READS)),
+    "2": ("as powers of 2 less 1", lambda X: np.exp2(X) - 1, np.log2(MAX_READS)),
+    "e": ("as powers of e less 1", np.expm1, np.log(MAX_READS)),
+    "10": ("as powers of 10 less 1", lambda X: 10**X - 1, np.log10(MAX_READS)),
 }
 
 
@@ -161,7 +161,7 @@ def check_base(X, base):
     Raises:
         ValueError: it is not.
     """
-    largest = np.log(MOST_READS) / np.log(np.e if base == "e" else float(base))
+    largest = np.log(MAX_READS) / np.log(np.e if base == "e" else float(base))
     if X.max() > largest:
         raise ValueError(
             f"found values up to {X.max():.4g}, expected logarithms to base {base} of at most "

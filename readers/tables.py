@@ -20,26 +20,15 @@ N_HEAD = 60  # lines among which the header is looked for
 
 # Words by which columns of genes or samples are called, unlike genes themselves.
 NAMES_OF_GENES = {
-    *(
-        "gene",
-        "genes",
-        "geneid",
-        "genename",
-        "symbol",
-        "symbols",
-        "id",
-        "ids",
-        "name",
-        "names",
-        "x",
-    ),
-    *("ensembl", "hugo", "hgnc", "entrez", "probe", "probes", "transcript", "target", "feature"),
-    *("row", "rows", "rownames", "tracking", "ref", "gen", "sample", "samples", "unnamed", "index"),
+    *("gene", "genes", "geneid", "genename", "symbol", "symbols", "id", "ids", "name", "names"),
+    *("x", "ensembl", "hugo", "hgnc", "entrez", "probe", "probes", "transcript", "target"),
+    *("feature", "row", "rows", "rownames", "tracking", "ref", "gen", "sample", "samples"),
+    *("unnamed", "index"),
 }
 
 SPACES = " '\u2019\u00a0\u2009\u202f"  # marks that can only stand between thousands
 
-FEWEST_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
+MIN_GROUPED = 30  # numbers with a thousands separator that settle how the others are read
 
 
 def clean_lines(data):
@@ -77,8 +66,6 @@ def read_text_table(data, where, text=False):
         first_row = next((line for line in below if line.strip()), "")
         separator = find_separator(header, first_row)
         names, fields = (split(line, separator) for line in (header, first_row))
-    except InputError:
-        raise
     except UNREADABLE as error:
         raise InputError(f"{where}: not a readable table ({one_line(error)})") from error
     headerless = is_row_of_numbers(names) and (not fields or is_row_of_numbers(fields))
@@ -133,11 +120,7 @@ def find_decimal(lines, separator):
 
 
 def check_width(lines, where):
-    """Refuse lines of more than MAX_COLUMNS fields.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuse lines of more than MAX_COLUMNS fields."""
     n = 1 + max((line.count(sep) for line in lines for sep in SEPARATORS), default=0)
     if n > MAX_COLUMNS:
         raise InputError(f"{where}: found {n:,} columns or more, expected at most {MAX_COLUMNS:,}")
@@ -216,7 +199,7 @@ def is_title(line, below):
         return False
     rows = [row for row in below if row.strip()]
     counts = [[sum(map(bool, row.split(sep))) for row in rows] for sep in SEPARATORS]
-    return any(len(of_rows) > 1 and min(of_rows[-2:]) > 2 for of_rows in counts)
+    return any(len(n_fields) > 1 and min(n_fields[-2:]) > 2 for n_fields in counts)
 
 
 def split(line, separator):
@@ -289,7 +272,7 @@ def read_numbers(text, where):
             if grouping == ".":
                 continue
             n = 0
-        if n < FEWEST_GROUPED and not both:
+        if n < MIN_GROUPED and not both:
             example = numbers[with_group].iloc[0]
             raise InputError(
                 f"{where}: found {example!r}, which may be thousands or decimals, as may "
@@ -301,11 +284,7 @@ def read_numbers(text, where):
         return to_numbers(mended), (f"{n:,} numbers with {grouping!r} between thousands")
     comma = numbers.str.contains(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
     no_group = numbers.str.contains(r"^-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))$").any()
-    if (
-        no_group
-        and comma.sum() >= FEWEST_GROUPED
-        and not numbers.str.contains(".", regex=False).any()
-    ):
+    if no_group and comma.sum() >= MIN_GROUPED and not numbers.str.contains(".", regex=False).any():
         mended = values.str.replace(",", ".", regex=False)
         return to_numbers(mended), (f"{comma.sum():,} numbers with decimal commas")
     return plain, ""
@@ -315,6 +294,6 @@ def may_be_thousands(X):
     """Whether parsed values (n) may be thousands with a point: at most three decimals, none < 1."""
     x = X[np.isfinite(X) & (X != 0)]
     fraction = x != np.rint(x)
-    if fraction.sum() < FEWEST_GROUPED or (np.abs(x) < 1).any() or (np.abs(x) >= 1000).any():
+    if fraction.sum() < MIN_GROUPED or (np.abs(x) < 1).any() or (np.abs(x) >= 1000).any():
         return False
     return bool(np.allclose(x * 1000, np.rint(x * 1000), rtol=0, atol=1e-6))

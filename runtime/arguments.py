@@ -17,7 +17,7 @@ def named_as_arguments(text):
     return FLAG.sub(lambda match: match[1].replace("-", "_"), text)
 
 
-def said(text):
+def in_user_terms(text):
     """A message as users are to read it: with flags in a script, with arguments from Python."""
     return text if IN_SCRIPT.get() else named_as_arguments(text)
 
@@ -30,7 +30,7 @@ def for_python(function):
         try:
             return function(*arguments, **options)
         except InputError as error:
-            raise type(error)(said(str(error))) from error
+            raise type(error)(in_user_terms(str(error))) from error
 
     return wrapped
 
@@ -55,11 +55,7 @@ def describe(value):
 
 
 def check_number(name, value, least, most=None):
-    """Check that an argument is an integer from ``least`` on, and return it as int.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError unless an argument is an integer from ``least`` on, and return it as int."""
     limit = f"{least} or more" if most is None else f"{least} to {most}"
     try:
         if isinstance(value, bool):
@@ -73,11 +69,7 @@ def check_number(name, value, least, most=None):
 
 
 def check_choice(name, value, choices):
-    """Check that an argument is one of some words.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError unless an argument is one of some words."""
     if not isinstance(value, str) or value not in choices:
         *others, last = choices
         expected = f"{', '.join(others)} or {last}"

@@ -41,13 +41,10 @@ def kind_of(path):
 
 
 def check_space(path, n_cells, counts):
-    """Check that the disk can hold a file of cells, by a lower bound of its size.
+    """Raise InputError unless the disk can hold a file of cells, by a lower bound of its size.
 
     Args:
         path: of the file. n_cells: that it will hold. counts: CSR, of the first of them.
-
-    Raises:
-        InputError: it cannot.
     """
     size = BYTES_PER_CELL + BYTES_PER_COUNT * counts.nnz / max(counts.shape[0], 1)
     expected = n_cells * size / 2  # half, as later cells may have fewer counts than the first

@@ -60,11 +60,11 @@ def already_finished(cfg, path, model_class, made_from):
     if not cfg.resume or not path.exists() or path.with_name(f"{stem}_checkpoint.pt").exists():
         return False
     try:
-        _, card = load_model(path, model_class)
+        _, metadata = load_model(path, model_class)
     except InputError:
         return False  # the run will replace it
-    difference = differing_setting(card["settings"], plain_settings(cfg))
-    if difference is None and card.get("made_from") != made_from:
+    difference = differing_setting(metadata["settings"], plain_settings(cfg))
+    if difference is None and metadata.get("made_from") != made_from:
         difference = "other cells, labels, samples or earlier weights"
     if difference:
         print(f"{path}: of a run that ended, with {difference}; trained again")

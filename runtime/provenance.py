@@ -12,7 +12,7 @@ from runtime.cell_writers import FOLDER_FILES
 from runtime.script import as_utf8, flag
 from runtime.version import VERSION
 
-MOST_FILES = 1000  # of a folder
+MAX_FILES = 1000  # of a folder
 
 # What a 10x folder may hold of counts.
 MATRICES = {*FOLDER_FILES, "matrix.mtx", "barcodes.tsv", "features.tsv", "genes.tsv"}
@@ -42,7 +42,7 @@ def files_read(roles):
         for path in map(Path, paths):
             files = [path]
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file())[:MOST_FILES]
+                inside = sorted(p for p in path.rglob("*") if p.is_file())[:MAX_FILES]
                 files = [p for p in inside if p.name in MATRICES] or inside
             rows += [(role, as_utf8(str(file)), checksum(file)) for file in files]
     return pd.DataFrame(rows, columns=["role", "file", "sha256"], dtype=object)

@@ -69,13 +69,10 @@ def write_whole(path, write):
 
 
 def check_writable(folder, setting="--out"):
-    """Check that files can be created in a folder, or the folder itself where it is to be.
+    """Raise InputError unless files can be created in a folder, or the folder itself.
 
     Args:
         folder: the path. setting: the flag that names it.
-
-    Raises:
-        InputError: they cannot.
     """
     folder = Path(folder)
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))

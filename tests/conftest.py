@@ -34,7 +34,7 @@ FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"package"
 sys.path.insert(0, str(ROOT))
 
 
-from readers import backed, bulk_files, counts, hdf5_probe  # noqa: E402  not an installed package
+from readers import backed, bulk_files, counts, hdf5_probe, tenx  # noqa: E402  not an installed package
 from runtime.errors import InputError  # noqa: E402
 from runtime.script import parse_args, run_script  # noqa: E402
 
@@ -275,7 +275,7 @@ def hdf5_in_this_process(request, monkeypatch):
     Scripts that run as separate processes, and test_untrusted.py, use the sandboxed check.
     """
     if request.path.stem != "test_untrusted":
-        for module in (counts, bulk_files, backed):
+        for module in (counts, tenx, bulk_files, backed):
             monkeypatch.setattr(module, "check_hdf5", hdf5_probe.look_through)
 
 

@@ -253,7 +253,7 @@ def test_views_agree_only_if_one_tells_the_other():
     counts = rng.poisson(1 + 5 * R).astype(float)
     noise = rng.normal(size=R.shape)
     assert agreement(R + 0.1 * noise, counts, np.ones(400), R).min() > 0.9
-    assert agreement(noise, counts, np.ones(400), R).max() < cell_types.LEAST_AGREEMENT
+    assert agreement(noise, counts, np.ones(400), R).max() < cell_types.MIN_AGREEMENT
 
 
 def test_table_knows_the_types_of_markers_csv():

@@ -17,7 +17,8 @@ from counts.genes import PROTOCOL_GENES, choose_genes, choose_marker_genes
 from counts.pseudobulks import batch_bulks, draw_pseudobulks
 from data import DatasetSettings, Reference, align_genes, load_cells, split_cells
 from readers.bulk import read_bulk
-from readers.counts import check_counts, read_counts
+from readers.count_checks import check_counts
+from readers.counts import read_counts
 from readers.labels import natural_order
 from runtime.errors import InputError
 from states.pseudobulks import split_folds

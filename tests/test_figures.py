@@ -18,12 +18,12 @@ from conftest import (
     make_cells,
     run_inside,
 )
+from counts.genes import HOUSEKEEPING
 from data import Reference
+from evaluation.markers import markers_of_one_type
 from generation import Model
 from make_figures import (
-    HOUSEKEEPING,
     Settings,
-    choose_markers,
     generate,
     mixing,
     principal_components,
@@ -172,7 +172,7 @@ def test_markers_are_specific_to_their_type():
         [0.1, 1, 1, 1, 9, 9, 9999, 9],
         [0.1, 1, 1, 1, 0.1, 9, 9999, 0.3],
     ]
-    markers = choose_markers(*marker_cells(genes, rates)[:2], 3, genes)
+    markers = markers_of_one_type(*marker_cells(genes, rates)[:2], 3, genes)
     assert [[genes[i] for i in own] for own in markers] == [["CD79A"], ["LYZ"], []]
 
 
@@ -196,15 +196,15 @@ def test_housekeeping_genes_never_mark_a_type():
     others = [f"GENE{i}" for i in range(60)]
     rates = np.full((3, len(never) + 60), 0.3)  # not common
     rates[0, : len(never)] = 20  # specific, and yet no marker
-    markers = choose_markers(*marker_cells(never + others, rates)[:2], 3, never + others)
+    markers = markers_of_one_type(*marker_cells(never + others, rates)[:2], 3, never + others)
     assert not set(np.concatenate(markers).astype(int)) & set(range(len(never)))
 
 
 def test_rare_types_have_no_markers():
     log, codes, genes = marker_cells(["A", "B"], [[9, 0.1], [0.1, 9], [0.1, 0.1]])
     codes = np.where(np.arange(180) < 2, 3, codes)
-    assert choose_markers(log, codes, 5, genes)[3:] == [[], []]  # of two cells, and of none
-    assert not any(choose_markers(log, np.zeros(180, int), 1, genes))
+    assert markers_of_one_type(log, codes, 5, genes)[3:] == [[], []]  # of two cells, and of none
+    assert not any(markers_of_one_type(log, np.zeros(180, int), 1, genes))
 
 
 # ------------------------------------------------------------------------------------ the palette
@@ -406,7 +406,7 @@ def test_state_table_holds_the_cells_of_each_group():
 def test_types_with_too_few_cells_or_beyond_the_largest_are_not_shown(monkeypatch):
     n_cells = np.array([[9, 4, 30, 5, 0], [9, 90, 3, 40, 0]])
     assert list(state_figures.shown_types(n_cells)) == [0, 3]
-    monkeypatch.setattr(state_figures, "MOST_TYPES", 1)
+    monkeypatch.setattr(state_figures, "MAX_TYPES", 1)
     assert list(state_figures.shown_types(n_cells)) == [3]
 
 

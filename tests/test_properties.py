@@ -34,7 +34,8 @@ from distributions.negative_binomial import (
 )
 from models import BulkEncoder, scDecoder, scGMVAE
 from readers.bulk import read_bulk
-from readers.counts import check_counts, read_counts
+from readers.count_checks import check_counts
+from readers.counts import read_counts
 from readers.labels import clean_label, natural_order, read_label_csv
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model

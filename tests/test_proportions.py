@@ -19,8 +19,8 @@ from deconvolution.proportions import (
     rna_fractions,
 )
 from generation import Model
-from plots import cells as cell_plots
-from plots.cells import write_proportions
+from plots import proportions as proportion_plots
+from plots.proportions import write_proportions
 from plots.style import type_colors
 from readers.proportions import KnownProportions, read_proportions
 from runtime.errors import InputError
@@ -442,7 +442,7 @@ def test_picture_shows_every_proportion_and_its_interval(tmp_path, monkeypatch, 
     """Widths of the bars, points and lines as drawn; names may hold TeX markup."""
     figures = []
     monkeypatch.setattr(
-        cell_plots, "write_whole_figure",
+        proportion_plots, "write_whole_figure",
         lambda path, figure, **_: (figure.savefig(path), figures.append(figure)),
     )  # fmt: skip
     types = ["a", "_b", "c$d$", "T cells $x^$"]

@@ -14,9 +14,10 @@ import scipy.sparse as sp
 
 from conftest import make_cells, refused, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, Reference, TrainingSettings, library_size, load_cells
-from readers import counts
+from readers import tenx
 from readers.backed import read_backed
-from readers.counts import COUNT_LAYERS, check_orientation, read_counts
+from readers.count_checks import check_orientation
+from readers.counts import COUNT_LAYERS, read_counts
 from readers.labels import is_type_name, read_label_csv
 
 
@@ -529,7 +530,7 @@ def test_folders_that_may_not_be_listed_are_passed_over(tmp_path, cells, monkeyp
     assert read_counts(tmp_path).n_obs == 90
     with pytest.raises(PermissionError):  # one line in the scripts
         read_counts(tmp_path / "closed")
-    monkeypatch.setattr(counts, "MOST_FOLDERS", 0)
+    monkeypatch.setattr(tenx, "MAX_FOLDERS", 0)
     refused(lambda: read_counts(tmp_path), tmp_path, "more than 0 folders below")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
 from deconvolution.proportions import Proportions
+from evaluation.markers import markers_of_profiles
 from plots import report
 from runtime.outputs import OWN_LINES
 
@@ -190,7 +191,7 @@ def test_pictures_of_a_cohort_are_no_larger_than_of_a_few():
 
 
 def test_samples_that_fit_worst_come_first():
-    n = report.MOST_ROWS + 100
+    n = report.MAX_ROWS + 100
     misfit = np.random.default_rng(0).permutation(n) / n
     columns = dict.fromkeys(["correlation", "unknown", "unknown_low", "unknown_high"], 0.0)
     fit = pd.DataFrame(columns, index=[f"s{i}" for i in range(n)]).assign(misfit=misfit)
@@ -198,7 +199,7 @@ def test_samples_that_fit_worst_come_first():
     samples = SimpleNamespace(fit=fit, unknown=unknown, is_shallow=np.zeros(n, bool))
     rows = report.fit_rows(samples)
     expected = [i for i in np.argsort(-misfit) if i != 7]
-    assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MOST_ROWS]
+    assert [row["sample"] for row in rows] == [f"s{i}" for i in [7, *expected]][: report.MAX_ROWS]
 
 
 def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
@@ -222,7 +223,7 @@ def test_markers_tell_a_type_from_the_next_and_are_no_ribosomal_genes():
         ],
         float,
     )
-    markers = report.find_markers(counts / counts.sum(axis=1, keepdims=True), genes)
+    markers = markers_of_profiles(counts / counts.sum(axis=1, keepdims=True), genes)
     assert [of_type[0] for of_type in markers] == ["CD3E", "LYZ", "CD79A"]
     assert not {"RPS12", "MT-CO1", "MRPL3"} & {gene for of_type in markers for gene in of_type}
 

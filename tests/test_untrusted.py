@@ -26,7 +26,7 @@ from conftest import (
 )
 from data import DatasetSettings, load_cells
 from models import BulkEncoder, scDecoder, scGMVAE
-from readers import bulk_files, hdf5
+from readers import bounded, hdf5
 from readers.bounded import BoundedFile
 from readers.bulk import read_bulk
 from readers.counts import read_counts
@@ -355,13 +355,12 @@ def test_linked_input_is_followed_and_linked_output_is_not(tmp_path, cells, trai
 
 def test_excel_bomb_and_slip(tmp_path, monkeypatch):
     """An archive that unpacks to too much is not unpacked; paths in it are not followed."""
-    monkeypatch.setattr(annotate, "MOST_BYTES", 10**8)
+    monkeypatch.setattr(bounded, "MAX_BYTES", 10**8)
     bomb, slip = tmp_path / "bomb.xlsx", tmp_path / "slip.xlsx"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file, file.open("a", "w") as part:
         for _ in range(11):
             part.write(bytes(10_000_000))
     refused(lambda: annotate.read_markers(str(bomb), "Blood"), bomb, "110,000,000", "100,000,000")
-    monkeypatch.setattr(bulk_files, "MOST_BYTES", 10**8)
     with zipfile.ZipFile(bomb, "a") as file:
         file.writestr("[Content_Types].xml", "")  # what tells a workbook from other archives
     refused(lambda: read_bulk(bomb, ["G1"]), bomb, "110,000,000", "100,000,000")
