@@ -287,13 +287,8 @@ def generate(
     """
     check_type("source", source, (CellSource, BulkSamples), "what deconvolve() or mixtures() gives")
     check_model(model)
-    n_cells, seed = check_number("n_cells", n_cells, 0), check_number("seed", seed, 0, 2**32 - 1)
-    if cells_per_type is not None:
-        cells_per_type = check_number("cells_per_type", cells_per_type, 1)
-    if out is not None:
-        check_type("out", out, PATH, "a path")
-        if kind_of(out) is None:
-            raise InputError(f"out: found {out}, expected a name ending in .h5ad or .h5, or none")
+    n_cells, cells_per_type, seed = check_amounts(n_cells, cells_per_type, seed)
+    check_sink(out)
     decoder, genes = model.decoder, model.genes
     bulks = source if isinstance(source, CellSource) else CellSource.of_samples(source)
     samples = bulks.samples
@@ -301,15 +296,12 @@ def generate(
     codes = fixed_types(cells_per_type, len(model.cell_types))
     per_bulk = 1 if bulks.one_cell_each else n_cells if codes is None else len(codes)
     generator = torch.Generator(model.device).manual_seed(seed)
-    table, first, n = CellTable(*decoder.mu.shape), 0, per_bulk * len(bulks.names)
+    table, n = CellTable(*decoder.mu.shape), per_bulk * len(bulks.names)
     bar = tqdm(total=n, desc="cells", unit="cell", unit_scale=True)
     if shown is not None:
         shown.start(n, len(genes), decoder.mu.shape[1])
     with bar, open_sink(out, genes, model.gene_ids, n) as sink:
-        for encoded in bulks.encoded:  # mu (S, K, D), var (S, K, D), pi (S, K)
-            rows, log_factor = slice(first, first + len(encoded[2])), None
-            if bulks.expression is not None:
-                log_factor = bulks.expression.part(rows).log_factor
+        for first, encoded, log_factor in bulks.parts():
             options = {"log_factor": log_factor, "first": first, "codes": codes}
             for cells in generate_cells(decoder, encoded, per_bulk, generator, **options):
                 sink.append(cells.counts)
@@ -320,16 +312,39 @@ def generate(
                     samples.add(cells, balanced=codes is not None)
                 bar.update(len(cells.bulk))
             table.pi.append(encoded[2].cpu().numpy())
-            first += len(encoded[2])
         if samples is not None:
             samples.compare_sums()
         if bulks.proportions is None:  # known when all have been encoded
-            pi = np.concatenate(table.pi)
-            library = mean_library(decoder)
-            bulks.proportions = make_proportions(bulks.names, model.cell_types, pi, library)
+            bulks.proportions = proportions_of(bulks, table, model)
         tables = table.to_anndata(bulks.proportions, run, samples, metadata)
         cells = sink.write_tables(tables)
     return tables if cells is None else cells
+
+
+def proportions_of(bulks, table, model):
+    """Proportions of bulks that have been encoded, of sums of single cells."""
+    pi, library = np.concatenate(table.pi), mean_library(model.decoder)
+    return make_proportions(bulks.names, model.cell_types, pi, library)
+
+
+def check_amounts(n_cells, cells_per_type, seed):
+    """The three as integers; cells_per_type may be None.
+
+    Raises:
+        InputError: one is no integer, or out of range.
+    """
+    if cells_per_type is not None:
+        cells_per_type = check_number("cells_per_type", cells_per_type, 1)
+    n_cells, seed = check_number("n_cells", n_cells, 0), check_number("seed", seed, 0, 2**32 - 1)
+    return n_cells, cells_per_type, seed
+
+
+def check_sink(out):
+    """Raise InputError unless cells can be written to this path; None is for memory."""
+    if out is not None:
+        check_type("out", out, PATH, "a path")
+        if kind_of(out) is None:
+            raise InputError(f"out: found {out}, expected a name ending in .h5ad or .h5, or none")
 
 
 def fixed_types(cells_per_type, n_types):

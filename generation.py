@@ -267,6 +267,15 @@ class CellSource:
     def __repr__(self):
         return f"{len(self.names):,} bulks or mixtures to generate ({some(self.names)})"
 
+    def parts(self):
+        """Index of the first bulk, mu, var (S', K, D) and pi (S', K), and log_factor, by parts."""
+        first = 0
+        for encoded in self.encoded:
+            rows = slice(first, first + len(encoded[2]))
+            log_factor = None if self.expression is None else self.expression.part(rows).log_factor
+            yield first, encoded, log_factor
+            first = rows.stop
+
     @classmethod
     def of_samples(cls, samples):
         """Cells of BulkSamples, whose sums begin anew."""

@@ -294,6 +294,22 @@ def train_model(run, optimizer, schedule, X, library, split, z):
         run.end_epoch(row, loss_of(validation, *z), reconstruction=f"{reconstruction:.1f}")
 
 
+def fit_types(model, reference, seed):
+    """Fit what the trained network does not hold of the types, and say which counts are left out.
+
+    model: scDecoder in eval mode.
+    """
+    cells, train = reference.cells, reference.train
+    # Counts of several donors tell noise from differences.
+    shrink = "donor" in cells.obs and cells.obs["donor"].iloc[train].nunique() > 1
+    codes = torch.as_tensor(reference.codes[train])
+    if n_spikes := model.fit_types(cells[train].X, codes, seed=seed, shrink=shrink):
+        print(
+            f"{n_spikes:,} counts far above all others of their cell type: left out of its "
+            "means and dispersions"
+        )
+
+
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -341,16 +357,8 @@ def main(cfg):
     train_model(run, optimizer, schedule, cells.X, library.float(), split, (z_mean, z_var))
     if run.group.rank:  # the first process writes what all have trained
         return
-    model.eval()
     if by_posterior:
-        # Counts of several donors tell noise from differences.
-        shrink = "donor" in cells.obs and cells.obs["donor"].iloc[train].nunique() > 1
-        X = cells[train].X
-        if n_spikes := model.fit_types(X, codes[train], seed=cfg.seed, shrink=shrink):
-            print(
-                f"{n_spikes:,} counts far above all others of their cell type: left out of its "
-                "means and dispersions"
-            )
+        fit_types(model.eval(), reference, cfg.seed)
     run.save_results(
         genes=genes,
         gene_ids=list(cells.var["gene_ids"]),  # by which bulks may name them

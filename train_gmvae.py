@@ -403,6 +403,31 @@ def moments_of_samples(reference, codes, posterior, model):
     return {"samples": describe_samples(names, shrink_moments(raw, mu, var))}
 
 
+def save_stage(run, types, reference, genes, X):
+    """Fit the mixture to the final posteriors and write everything that later stages read.
+
+    Args:
+        types: LabelledTypes or FoundTypes. genes: of the model (G). X: counts of all cells (N x G).
+    """
+    cfg, model, train = run.cfg, run.model, reference.train
+    types.settle(model, train, X)
+    # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
+    posterior = encode_cells(model, X, train)
+    types.fit_mixture(model, train, *posterior)
+    save_mixture(cfg.weights, model.mu, model.var)
+    types.save(cfg.weights, list(reference.cells.obs_names))
+    run.save_results(
+        genes=genes,
+        **reference.metadata | {"cell_types": types.names},
+        **moments_of_samples(reference, types.codes, posterior, model),
+    )
+    last = run.progress.curve[-1]
+    print(
+        f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "
+        f"{cfg.weights}: reconstruction {last['reconstruction']:.1f}, KL {last['kl']:.2f} per cell"
+    )
+
+
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -462,22 +487,7 @@ def main(cfg):
 
     if run.group.rank:  # the first process writes what all have trained
         return
-    types.settle(model, train, X)
-    # Cells will be drawn from the mixture alone, so it must hold the final posteriors exactly.
-    posterior = encode_cells(model, X, train)
-    types.fit_mixture(model, train, *posterior)
-    save_mixture(cfg.weights, model.mu, model.var)
-    types.save(cfg.weights, barcodes)
-    run.save_results(
-        genes=genes,
-        **reference.metadata | {"cell_types": types.names},
-        **moments_of_samples(reference, types.codes, posterior, model),
-    )
-    last = run.progress.curve[-1]
-    print(
-        f"wrote scGMVAE_model.pt, gmm_mu_c.pt, gmm_var_c.pt and scGMVAE_loss.csv/.png to "
-        f"{cfg.weights}: reconstruction {last['reconstruction']:.1f}, KL {last['kl']:.2f} per cell"
-    )
+    save_stage(run, types, reference, genes, X)
 
 
 if __name__ == "__main__":
