@@ -56,7 +56,7 @@ SMALL = {
     "train.py": "--epochs 4 2 20",
     "train_gmvae.py": "--epochs 4 --vae-epochs 2",
     "train_decoder.py": "--epochs 2 --n-hidden 16",
-    "train_encoder.py": "--epochs 20",
+    "train_encoder.py": "--steps 20",
     "bulk2sc.py": "--n-cells 20",
     "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5 --no-compare",
     "make_figures.py": "--max-cells 40",
@@ -122,7 +122,7 @@ def run_command(command, folder):
         assert words[1] in SMALL, f"the pages run {words[1]}, unknown to this test"
         for name in {"w1", "w2"} & set(words):  # "for each seed 0, 1, 2"
             shutil.copytree(folder / "w0", folder / name, dirs_exist_ok=True)
-        words = ["markers.csv" if word.startswith("https://") else word for word in words]
+        words = ["tables/markers.csv" if word.startswith("https://") else word for word in words]
         words += shlex.split(SMALL[words[1]])
         with mock.patch.object(benchmark, "main", lambda cfg: None), without_umap():
             done = run_inside(*words[1:], cwd=folder, as_written="cohort.h5ad" in words)
