@@ -19,9 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from readers.counts import EMBEDDED, read_counts
 from runtime.errors import InputError
-from runtime.script import flag, parse_args, run_script
+from runtime.flags import flag, in_groups
+from runtime.script import parse_args, run_script
 
 
+@in_groups(
+    {
+        "input": "data tissue db types",
+        "output": "out export",
+        "cell types": "method min_confidence min_cells",
+        "clusters": "resolution dims n_genes n_neighbors",
+    }
+)
 @dataclass
 class Settings:
     """Annotate cells with cell types by the ScType score and the cells' own transcripts.

@@ -70,9 +70,9 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
     Args:
         cells: AnnData with raw counts (N x G), or the path of a reference as ``--data`` takes it.
         weights: folder to write to. labels: column of ``.obs``, or a csv as ``--labels`` takes it.
-        epochs: of scGMVAE, scDecoder and Bulk Encoder, each None for its default; one number for
-            all. settings: fields of ``data.TrainingSettings`` for all three, such as ``samples``,
-            ``held_out``, ``seed``, ``device`` or ``n_genes``.
+        epochs: of scGMVAE and scDecoder, and steps of the Bulk Encoder, each None for its default;
+            one number for all. settings: fields of ``data.TrainingSettings`` for all three, such as
+            ``samples``, ``held_out``, ``seed``, ``device`` or ``n_genes``.
 
     Returns:
         Model, as :func:`load`.
@@ -103,10 +103,10 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
             "labels": None if labels is None else str(labels),
             "weights": Path(weights),
         } | settings
-        scripts = (train_gmvae, train_decoder, train_encoder)
+        scripts = {train_gmvae: "epochs", train_decoder: "epochs", train_encoder: "steps"}
         runs = [  # all settings are checked before anything is trained
-            (script, script.Settings(**given, **({} if n is None else {"epochs": n})))
-            for script, n in zip(scripts, each, strict=True)
+            (script, script.Settings(**given, **({} if n is None else {name: n})))
+            for (script, name), n in zip(scripts.items(), each, strict=True)
         ]
         for script, cfg in runs:
             script.main(cfg)
@@ -144,10 +144,10 @@ def deconvolve(
         bulk: AnnData or DataFrame (S x G), counts, TPM or CPM, genes by name; a Series (G) of one
             sample; or one path or several of files. model: of :func:`load`. options:
             readers.bulk_options.BulkOptions, how tables are read.
-            proportions: known fractions of cells, a csv as ``--proportions`` takes it, or a
+            proportions: known fractions of cells, a csv as ``--known-proportions`` takes it, or a
             DataFrame (S x types). lineages: csv of the lineages that these are of.
             mrna_content: ``auto``, ``reference`` or ``published``. calibrate: ``auto``, ``none``,
-            ``uniform`` or ``types``. platform: ``keep``, ``remove`` or ``none``; see the flags of
+            ``uniform`` or ``types``. platform: ``keep`` or ``remove``; see the flags of
             ``bulk2sc.py``.
 
     Returns:
@@ -162,7 +162,7 @@ def deconvolve(
     check_type("options", options, (BulkOptions, type(None)), "BulkOptions")
     check_choice("mrna_content", mrna_content, ("auto", "reference", "published"))
     check_choice("calibrate", calibrate, ("auto", "none", "uniform", "types"))
-    check_choice("platform", platform, ("keep", "remove", "none"))
+    check_choice("platform", platform, ("keep", "remove"))
     if not isinstance(bulk, Bulk):
         bulk = read_bulk(as_bulk(bulk), model.genes, model.gene_ids, options)
     known = known_proportions(proportions, model.cell_types, lineages)

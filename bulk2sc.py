@@ -2,7 +2,7 @@
 
     python bulk2sc.py                                          # embedded data, shipped weights
     python bulk2sc.py --bulk samples.csv --n-cells 1000        # 1,000 cells for each bulk sample
-    python bulk2sc.py --proportions mixtures.csv               # 1,000 cells for each mixture
+    python bulk2sc.py --known-proportions mixtures.csv         # 1,000 cells for each mixture
 
 For each bulk: Bulk Encoder -> cell type k ~ proportions -> z ~ N(mu_k, sigma_k^2) -> scDecoder ->
 counts of one cell. Without --bulk, each batch of --batch-size reference cells is summed into one
@@ -20,15 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from data import DatasetSettings
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
+from runtime.flags import in_groups
 from runtime.outputs import Outputs
-from runtime.script import lead_with, parse_args, run_script
+from runtime.script import parse_args, run_script
 
 
-@lead_with(
-    *("bulk", "n_cells", "cells_per_type", "out", "format", "report", "force", "weights"),
-    *("proportions", "lineages", "mrna_content", "calibrate", "platform", "tables_only", "dry_run"),
-    "genes_in",
-    *("gene_column", "columns", "bulk_unit", "log", "pseudocount", "data", "batch_size"),
+@in_groups(
+    {
+        "input": "bulk known_proportions lineages",
+        "output": "n_cells cells_per_type out format report tables_only dry_run force",
+        "model": "weights mrna_content calibrate platform",
+        "reading tables": "genes_in gene_column columns bulk_unit log pseudocount",
+        "reference cells": "data batch_size labels samples",
+    },
+    renamed={"proportions": "known_proportions"},
 )
 @dataclass
 class Settings(DatasetSettings, BulkOptions):
@@ -38,21 +43,22 @@ class Settings(DatasetSettings, BulkOptions):
     """
 
     weights: Path | None = None
-    """Folder of the models. Default: weights/pbmc with --bulk or --proportions, else weights."""
+    """Folder of the models. Default: weights/pbmc with --bulk or --known-proportions, else
+    weights."""
     bulk: tuple[Path, ...] = ()
     """Bulk samples: a table (csv, tsv, GCT, .xlsx, .h5ad; genes in rows or columns, symbols or
     Ensembl ids), several files of quantifiers, or a folder of them. Default: batches of --data."""
     n_cells: int = 1000
-    """Cells to generate: for each sample of --bulk or --proportions, in all without them."""
+    """Cells to generate: for each sample of --bulk or --known-proportions, in all without them."""
     batch_size: int = 100
     """Reference cells that make one bulk, when there is no --bulk."""
-    proportions: Path | None = None
+    known_proportions: Path | None = None
     """Known fractions of cells, or percentages: csv, a row for each sample, a column for each cell
     type. They take the place of estimates; what is empty or missing is estimated within what is
     left. Without --bulk, the mixtures to generate."""
     lineages: Path | None = None
-    """The columns of --proportions are lineages: csv cell_type,lineage. Types share the fraction of
-    their lineage as estimated."""
+    """The columns of --known-proportions are lineages: csv cell_type,lineage. Types share the
+    fraction of their lineage as estimated."""
     mrna_content: Literal["auto", "reference", "published"] = "auto"
     """By whose mRNA content cells of --bulk are counted. reference: the counts of its cells, right
     for sums of single cells; published: measurements of blood cells (mrna_content.csv); auto:
@@ -62,18 +68,18 @@ class Settings(DatasetSettings, BulkOptions):
     what a gene differs by is allotted to the cell types and to the platform; uniform: one factor
     per gene for all types, so that cells add up to their bulk, the platform's part included; none;
     auto: types if the reference was of several samples, else none."""
-    platform: Literal["keep", "remove", "none"] = "keep"
+    platform: Literal["keep", "remove"] = "keep"
     """For --calibrate types: what all bulks share against the reference is the platform's. keep:
-    cells show it as the bulks do; remove: cells are as the reference's platform would measure them;
-    none: there is none, as the bulks are of the reference's own platform."""
+    cells show it as the bulks do; remove: cells are as the reference's platform would measure
+    them."""
     cells_per_type: int | None = None
     """Cells to generate of each cell type, in place of as many as the proportions say: of each
-    sample of --bulk or --proportions, in all without them."""
+    sample of --bulk or --known-proportions, in all without them."""
     out: Path = Path("generated.h5ad")
     """The generated cells: an .h5ad, a 10x .h5, or a 10x folder (a name without ending). Tables and
     pictures get its name with another ending, or stand in the folder."""
     format: Literal["png", "pdf", "svg"] = "png"
-    """Of pictures."""
+    """File format of pictures."""
     tables_only: bool = False
     """Of --bulk, write proportions, fit, expression, picture and report alone: no cells."""
     report: bool = True
@@ -86,7 +92,7 @@ class Settings(DatasetSettings, BulkOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.weights is None:  # models of blood, unless the bulks are of the reference's batches
-            of_samples = self.bulk or self.proportions is not None
+            of_samples = self.bulk or self.known_proportions is not None
             self.weights = Path("weights/pbmc" if of_samples else "weights")
         if self.n_cells < 0:
             raise InputError(f"--n-cells: found {self.n_cells}, expected 0 or more")
@@ -109,16 +115,18 @@ class Settings(DatasetSettings, BulkOptions):
             raise InputError("--dry-run: found no --bulk, expected files to say how they are read")
         if not 0 <= self.pseudocount < float("inf"):
             raise InputError(f"--pseudocount: found {self.pseudocount}, expected 0 or more")
-        if self.lineages is not None and self.proportions is None:
-            raise InputError("--lineages: found no --proportions, expected fractions of lineages")
-        given = (*self.bulk, self.proportions, self.lineages, self.data, self.labels)
+        if self.lineages is not None and self.known_proportions is None:
+            raise InputError(
+                "--lineages: found no --known-proportions, expected fractions of lineages"
+            )
+        given = (*self.bulk, self.known_proportions, self.lineages, self.data, self.labels)
         every = Outputs(self.out, True, True, self.format, cells=not self.tables_only)
         every.check_inputs([Path(path) for path in given if path is not None])
 
 
 def outputs_of(cfg):
     """The files of a run with these settings."""
-    of_samples = bool(cfg.bulk or cfg.proportions)
+    of_samples = bool(cfg.bulk or cfg.known_proportions)
     of_bulks, cells = bool(cfg.bulk), not cfg.tables_only
     return Outputs(cfg.out, of_samples, of_bulks, cfg.format, cfg.report, cells)
 
@@ -208,12 +216,12 @@ def describe_run(cfg, bulk=None):
     if not cfg.bulk:
         left_out |= {*options, "mrna_content", "calibrate", "platform"}
     roles = {"weights": [cfg.weights / name for name in MODEL_FILES], "bulk": cfg.bulk}
-    if cfg.bulk or cfg.proportions is not None:
+    if cfg.bulk or cfg.known_proportions is not None:
         left_out |= {"labels", "samples", "batch_size"}
         left_out |= {"data"} if cfg.data == EMBEDDED or not cfg.bulk else set()
     if cfg.data != EMBEDDED and "data" not in left_out:
         roles["data"] = [cfg.data]
-    for name in ("proportions", "lineages"):
+    for name in ("known_proportions", "lineages"):
         roles[name] = [] if getattr(cfg, name) is None else [getattr(cfg, name)]
     settings, files = typed(cfg, left_out), files_read(roles)
     contents = "" if bulk is None else digest(bulk.values, bulk.measured, bulk.samples)
@@ -285,13 +293,13 @@ def read_source(cfg, model, bulk, rng):
     """
     if bulk is not None:
         given = {name: getattr(cfg, name) for name in ("mrna_content", "calibrate", "platform")}
-        known = {"proportions": cfg.proportions, "lineages": cfg.lineages}
+        known = {"proportions": cfg.known_proportions, "lineages": cfg.lineages}
         samples = deconvolve(bulk, model, **known, **given)
         metadata = read_sample_metadata(cfg.bulk, bulk.samples)
         source = CellSource.of_samples(samples)
         return source, None if metadata is None else named_apart(metadata)
-    if cfg.proportions is not None:
-        return mixtures(cfg.proportions, model, cfg.lineages), None
+    if cfg.known_proportions is not None:
+        return mixtures(cfg.known_proportions, model, cfg.lineages), None
     n = cfg.n_cells
     if cfg.cells_per_type is not None:
         n = cfg.cells_per_type * len(model.cell_types)
@@ -349,7 +357,7 @@ def generate_and_write(cfg, outputs, said):
         if cfg.out.exists():
             print(f"{cfg.out}: of an earlier run, left as it is")
         return
-    source = "mixtures" if bulks.samples is None and cfg.proportions is not None else "bulks"
+    source = "mixtures" if bulks.samples is None and cfg.known_proportions is not None else "bulks"
     n = len(bulks.names)
     print(f"wrote {cfg.out}: {cells.n_obs:,} cells x {len(genes):,} genes from {n:,} {source}")
 

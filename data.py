@@ -19,7 +19,8 @@ from readers.counts import EMBEDDED, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, some
-from runtime.script import check_choices, flag
+from runtime.flags import flag
+from runtime.script import check_choices
 
 if TYPE_CHECKING:  # slow to import, and --help has to answer at once
     import anndata
@@ -59,7 +60,7 @@ class DatasetSettings:
 
 @dataclass
 class TrainingSettings(DatasetSettings):
-    """What the three trainings share; each adds its own epochs, batch size and learning rate."""
+    """What the three trainings share; each adds how long it takes, its batches and its rate."""
 
     n_genes: int = 2000
     """Highly variable genes that scGMVAE and the Bulk Encoder read (scDecoder writes all genes)."""
@@ -72,7 +73,6 @@ class TrainingSettings(DatasetSettings):
     Default: each sample is a donor of its own."""
     held_out_donors: tuple[str, ...] = ()
     """Donors kept out of all training, by name, in place of a fraction of them."""
-    epochs: int | None = None
     batch_size: int | None = None
     lr: float = 1e-3
     resume: bool = False
@@ -86,8 +86,9 @@ class TrainingSettings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_genes", "epochs", "batch_size"):
-            if (found := getattr(self, name)) is not None and found < 1:
+        for name in ("n_genes", "epochs", "steps", "batch_size"):
+            found = getattr(self, name, None)  # a training has epochs or steps
+            if found is not None and found < 1:
                 raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
         if not 0 <= self.checkpoint_every < float("inf"):
             found = self.checkpoint_every
@@ -337,7 +338,7 @@ def add_samples(adata, samples, settings):
         names = natural_order(samples[column])
         check_names(names, settings.samples, column)
         adata.obs[column] = pd.Categorical(samples[column], categories=names)
-    plural = {column: setting for setting, column in GROUPS.items()} | {"sample": "samples"}
+    plural = {column: f"{column}s" for column in samples} | {"batch": "batches"}
     n = (f"{samples[column].nunique():,} {plural[column]}" for column in samples)
     print(f"{settings.data}: {', '.join(n)}")
     return adata

@@ -37,10 +37,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from evaluation.settings import EvaluationSettings, check_out
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
-from runtime.script import flag, lead_with, parse_args, run_script
+from runtime.flags import flag, in_groups
+from runtime.script import parse_args, run_script
+
+# Flags that other scripts have now.
+SHIFT = ("shift_data", "shift_labels", "shift_cells")
+STATES = ("donors", "conditions", "contrast", "profiles", "profile_table", "profile_types")
+STATES += ("mixing", "reference_contrast", "cells_per_sample", "contrasts_only")
 
 
-@lead_with("data", "labels", "weights", "out", "n_draws", "bulk", "fractions", "lineages")
+@in_groups(
+    {
+        "input": "data labels samples bulk fractions lineages generated",
+        "model": "weights more_weights",
+        "output": "out",
+        "what is measured": "proportions_only n_draws n_pseudobulks cells_per_bulk n_trees",
+        "reading tables": "genes_in gene_column columns bulk_unit log pseudocount",
+    },
+    moved={
+        **dict.fromkeys(("compare", "retrain"), "benchmarks/compare_cells.py"),
+        **dict.fromkeys(SHIFT, "benchmarks/compare_proportions.py"),
+        **dict.fromkeys(STATES, "benchmarks/compare_states.py"),
+    },
+)
 @dataclass
 class Settings(EvaluationSettings, BulkOptions):
     """Compare generated cells with held-out real ones, and predicted with true proportions.

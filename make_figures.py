@@ -21,12 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import DatasetSettings
 from runtime.errors import InputError
-from runtime.script import flag, lead_with, parse_args, run_script
+from runtime.flags import flag, in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with(
-    *("data", "labels", "weights", "out", "format", "max_cells"),
-    *("samples", "donors", "conditions", "contrast", "state_genes", "states_only"),
+@in_groups(
+    {
+        "input": "data labels weights batch_size",
+        "output": "out format max_cells",
+        "states of samples": "samples donors conditions contrast state_genes states_only",
+    }
 )
 @dataclass
 class Settings(DatasetSettings):

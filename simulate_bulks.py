@@ -17,11 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import DatasetSettings
 from runtime.errors import InputError, some
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with(
-    "data", "labels", "out", "n_bulks", "cells_per_bulk", "concentration", "noise", "missing"
+@in_groups(
+    {
+        "input": "data labels samples",
+        "output": "out",
+        "bulks": "n_bulks cells_per_bulk concentration noise missing",
+    }
 )
 @dataclass
 class Settings(DatasetSettings):

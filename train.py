@@ -14,10 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "samples", "donors", "weights", "held_out", "epochs")
+@in_groups(
+    {
+        "input": "data labels samples donors",
+        "output": "weights",
+        "training": "held_out held_out_donors epochs resume",
+    }
+)
 @dataclass
 class Settings(DatasetSettings):
     """Train all three stages on a labelled reference.
@@ -34,7 +41,8 @@ class Settings(DatasetSettings):
     held_out_donors: tuple[str, ...] = ()
     """Donors kept out of all training, by name, in place of a fraction of them."""
     epochs: tuple[int, int, int] | None = None
-    """Epochs of scGMVAE, scDecoder and Bulk Encoder. Default: by the number of cells."""
+    """Epochs of scGMVAE and of scDecoder, and steps of the Bulk Encoder. Default: by the number of
+    cells, and 300 steps."""
     resume: bool = False
     """Go on where an interrupted run was; stages that have ended are left as they are."""
     backed: bool = False

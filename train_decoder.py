@@ -18,10 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import TrainingSettings
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "pairing", "loss", "epochs", "batch_size", "lr")
+@in_groups(
+    {
+        "input": "data labels samples donors components",
+        "output": "weights",
+        "training": "pairing loss epochs batch_size lr resume",
+        "model": "n_hidden n_components",
+    }
+)
 @dataclass
 class Settings(TrainingSettings):
     """Stage 2: train scDecoder, from the latent to the counts of every gene.
@@ -30,9 +38,8 @@ class Settings(TrainingSettings):
     """
 
     epochs: int | None = None
-    """Passes over the training cells. Default: by the number of cells (training.plan_training), and
-    fewer for a reference of 2,000 or more once the loss of 500 cells that are set aside no longer
-    falls."""
+    """Passes over the training cells. Default: by the number of cells, and fewer for a reference
+    of 2,000 or more once the loss of 500 cells that are set aside no longer falls."""
     batch_size: int | None = None
     """Cells per step. Default: 32, and more from 4,000 training cells on, up to 256."""
     lr: float = 4e-3

@@ -21,10 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import TrainingSettings
 from runtime.errors import InputError
-from runtime.script import flag, lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "samples", "donors", "weights", "epochs", "batch_size", "lr")
+@in_groups(
+    {
+        "input": "data labels samples donors batch_key",
+        "output": "weights",
+        "training": "steps batch_size lr resume",
+        "model": "n_genes n_state_genes n_hidden",
+        "training bulks": "min_cells max_cells noise",
+    },
+    renamed={"epochs": "steps", "batches": "batch_key"},
+    gone={"min_pool": 3, "max_pool": 20, "lost": 0.1, "folds": 4},
+)
 @dataclass
 class Settings(TrainingSettings):
     """Stage 3: train the Bulk Encoder, from a bulk profile to proportions and mixture.
@@ -32,19 +43,19 @@ class Settings(TrainingSettings):
     Example: python train_encoder.py --data filtered_feature_bc_matrix --labels celltypes.csv
     """
 
-    batches: str | None = None
+    batch_key: str | None = None
     """Dataset or protocol of each cell, given as --samples is. Bulks of one batch are then
     deconvolved with the profiles of the others, so that the encoder learns how platforms differ."""
     n_genes: int = 1000
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
     n_state_genes: int = 500
     """With --samples, further genes: those that differ most between the samples inside a type."""
-    epochs: int = 300
-    """Steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
+    steps: int = 300
+    """Training steps, each on a fresh batch of pseudobulks (published: 3,000 on the same one)."""
     batch_size: int = 64
     """Pseudobulks per step."""
     lr: float = 5e-4
-    """Peak learning rate of a one-cycle schedule."""
+    """Peak learning rate, between warm-up and decay."""
     n_hidden: int = 700
     """Width of the hidden layer; published shape G -> 700 -> three heads."""
     dropout: float = 0.5
@@ -56,35 +67,21 @@ class Settings(TrainingSettings):
     """Fewest cells in a training pseudobulk."""
     max_cells: int = 1000
     """Most cells in a training pseudobulk; numbers are drawn evenly on a log scale."""
-    min_pool: int = 3
-    """Fewest cells of each type that a training pseudobulk draws its cells from."""
-    max_pool: int = 20
-    """Most such cells. Small pools make a type differ from bulk to bulk, as it will in cells that
-    training never saw; numbers are drawn evenly on a log scale."""
     noise: float = 0.6
     """Largest sd of the gene-wise log-normal factor that simulates another platform; the sd of each
     bulk is drawn between 0 and this."""
-    lost: float = 0.1
-    """Largest share of genes that another platform misses altogether, drawn for each bulk."""
-    folds: int = 4
-    """Folds of the training cells; bulks of one fold are deconvolved with the means of the others,
-    so that gene weights allow for the error of means from few cells. 1 turns it off."""
 
     def __post_init__(self):
         super().__post_init__()
-        for low, high in (("min_cells", "max_cells"), ("min_pool", "max_pool")):
-            a, b = getattr(self, low), getattr(self, high)
-            if not 1 <= a <= b:
-                names = f"{flag(low)}, {flag(high)}"
-                raise InputError(f"{names}: found {a} to {b}, expected 1 or more, in order")
-        if self.batches and self.samples is None:
-            raise InputError("--batches: found no --samples, expected samples of batches")
+        if not 1 <= self.min_cells <= self.max_cells:
+            found = f"{self.min_cells} to {self.max_cells}"
+            raise InputError(
+                f"--min-cells, --max-cells: found {found}, expected 1 or more, in order"
+            )
+        if self.batch_key and self.samples is None:
+            raise InputError("--batch-key: found no --samples, expected samples of batches")
         if self.noise < 0:
             raise InputError(f"--noise: found {self.noise}, expected 0 or more")
-        if not 0 <= self.lost < 1:
-            raise InputError(f"--lost: found {self.lost}, expected 0 or more, below 1")
-        if self.folds < 1:
-            raise InputError(f"--folds: found {self.folds}, expected 1 or more")
         if self.n_hidden < 1:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 1 or more")
         if self.n_state_genes < 0:
@@ -140,6 +137,9 @@ STATE_NOISE = 1.0
 UPDATES = {"n_iterations": 34, "momentum": 0.7}  # of the deconvolution; as far as 100 without
 STATE_LOG_WEIGHT = -4.0  # of genes of states in the deconvolution, before training
 N_STATE_BULKS = 2000  # from which it is learned
+# Of the training cells. Bulks of one are deconvolved with the means of the others, so that the gene
+# weights allow for the error of means from few cells.
+N_FOLDS = 4
 FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
 
 
@@ -421,7 +421,7 @@ def held_out_losses(model, test):
 
 @dataclass
 class HeldOutBulks:
-    """Bulks of held-out cells, the same at every epoch."""
+    """Bulks of held-out cells, the same at every step."""
 
     bulks: Pseudobulks
     known: torch.Tensor | None
@@ -452,21 +452,21 @@ def simulate_test_bulks(model, cells, cfg, rng):
 
 
 def train_model(run, optimizer, schedule, folds, test, rng):
-    """The training loop: a fresh batch of pseudobulks at every epoch, of each fold in turn.
+    """The training loop: a fresh batch of pseudobulks at every step, of each fold in turn.
 
     Args:
         folds: as :func:`make_folds` gives them. test: HeldOutBulks, or None. rng: NumPy
             generator.
     """
     cfg, model = run.cfg, run.model
-    for epoch in run.epochs():
+    for step in run.epochs():
         model.train()
-        fold = folds[epoch % len(folds)]
+        fold = folds[step % len(folds)]
         # Every process draws all bulks, because each draw depends on the ones before it.
         bulks = simulate_bulks(fold.cells, cfg, rng)  # (B, G), (B, K)
         losses = batch_losses(model, bulks, fold.means, run.part(cfg.batch_size))
         # Squared errors of proportions are a hundred times smaller by their very scale.
-        of_proportions = losses["deconvolved"] + (0 if cfg.batches else losses["pi"])
+        of_proportions = losses["deconvolved"] + (0 if cfg.batch_key else losses["pi"])
         loss = losses["mu"] + losses["var"] + 100 * of_proportions
         optimizer.zero_grad()
         loss.backward()
@@ -476,8 +476,8 @@ def train_model(run, optimizer, schedule, folds, test, rng):
         run.read_losses()
         totals = dict(zip(losses, run.progress.total.tolist(), strict=True))  # of the whole batch
         row = None
-        if epoch % 25 == 0 or epoch == cfg.epochs:
-            row = {"epoch": epoch} | totals | held_out_losses(model, test)
+        if step % 25 == 0 or step == cfg.steps:
+            row = {"epoch": step} | totals | held_out_losses(model, test)
         run.end_epoch(row, **{name: f"{value:.4f}" for name, value in totals.items()})
 
 
@@ -524,14 +524,14 @@ def main(cfg):
         return
 
     model, signature = start_model(training, of_types, mu, var, cfg, rng)
-    folds = make_folds(training, model, signature, cfg.folds, rng)
+    folds = make_folds(training, model, signature, N_FOLDS, rng)
     if len(reference.samples) > 1:
         donor = reference.by_sample(reference.codes_in("donor"))
         model = add_states(model, folds, donor, cfg, rng)
     model = model.to(device)
     for fold in folds:
         fold.means = fold.means.to(device)
-    plan = Plan(cfg.epochs, 1, cfg.batch_size, cfg.lr)
+    plan = Plan(cfg.steps, 1, cfg.batch_size, cfg.lr)
     optimizer, schedule = two_rate_optimizer(model, [model.log_weight], plan, cfg.weight_decay)
     test_bulks = simulate_test_bulks(model, testing, cfg, rng) if len(test) else None
     run = TrainingRun("bulkEncoder", cfg, plan, model, optimizer, schedule, rng, made_from)

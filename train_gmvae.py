@@ -20,12 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import TrainingSettings
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with(
-    *("data", "labels", "samples", "donors", "weights", "n_types"),
-    *("held_out", "epochs", "batch_size", "lr"),
+@in_groups(
+    {
+        "input": "data labels samples donors n_types",
+        "output": "weights",
+        "training": "held_out held_out_donors epochs batch_size lr resume",
+        "model": "n_genes n_latent n_hidden loss",
+    },
+    gone={"kl_start": 0.1, "thin": 0.3},
 )
 @dataclass
 class Settings(TrainingSettings):
@@ -39,8 +45,8 @@ class Settings(TrainingSettings):
     Labels only serve for comparison then. Default: the types are those of the labels."""
     epochs: int | None = None
     """Passes over the training cells, all three phases together (autoCell: 400 of batch 128).
-    Default: by the number of cells (training.plan_training), and fewer for a reference of 2,000 or
-    more once the loss of 500 cells that are set aside no longer falls."""
+    Default: by the number of cells, and fewer for a reference of 2,000 or more once the loss of 500
+    cells that are set aside no longer falls."""
     vae_epochs: int | None = None
     """The first of these train a plain VAE (standard normal prior), then the mixture is fitted.
     Default: a quarter of them."""
@@ -54,14 +60,10 @@ class Settings(TrainingSettings):
     """Width of the two hidden layers of encoder and decoder (autoCell: 128)."""
     loss: Literal["nb", "zinb"] = "nb"
     """Negative log-likelihood of the counts under the decoder."""
-    kl_start: float = 0.1
-    """KL weight at the first epoch; rises to kl_end over the plain-VAE phase."""
     kl_end: float = 0.3
-    """KL weight from then on. At 1 the latent loses the variation within a type. At 0.1 each cell
-    has a place of its own in it, and the decoder overfits the training cells' noise."""
-    thin: float = 0.3
-    """The encoder sees each cell with a random share of its counts, from this to 1: the same cell
-    sequenced less deeply. 1 turns it off."""
+    """KL weight, which rises to this over the plain-VAE phase and then stays. At 1 the latent loses
+    the variation within a type. At 0.1 each cell has a place of its own in it, and the decoder
+    overfits the training cells' noise."""
     dropout: float = 0.1
     """In the hidden layers; a few hundred cells overfit without it."""
     weight_decay: float = 0.05
@@ -73,10 +75,8 @@ class Settings(TrainingSettings):
             raise InputError(f"--n-types: found {self.n_types}, expected 0 or more")
         if self.n_latent < 1 or self.n_hidden < 1:
             raise InputError("--n-latent, --n-hidden: expected 1 or more")
-        if min(self.kl_start, self.kl_end) < 0:
-            raise InputError("--kl-start, --kl-end: expected 0 or more")
-        if not 0 < self.thin <= 1:
-            raise InputError(f"--thin: found {self.thin}, expected more than 0, at most 1")
+        if self.kl_end < 0:
+            raise InputError(f"--kl-end: found {self.kl_end}, expected 0 or more")
         if self.vae_epochs is not None:
             if self.epochs is None:
                 raise InputError("--vae-epochs: found no --epochs, expected both or neither")
@@ -119,6 +119,8 @@ MOST_TYPES = 20  # that the BIC chooses from
 MOST_IN_MIXTURE = 20_000  # cells that types are found in; a random sample if there are more
 PASSES = 100  # over the cells of a small reference
 VAE_SHARE = 1 / 4  # of the epochs, for the plain VAE
+KL_START = 0.1  # weight of the KL at the first epoch
+THIN = 0.3  # least share of a cell's counts that the encoder sees, as if sequenced less deeply
 
 
 # --------------------------------------------------------------------------------- cell types
@@ -323,7 +325,7 @@ def kl_weight(epoch, vae_epochs, cfg):
     """β of an epoch, from 1. At full weight from the start the KL empties the latent."""
     if epoch > vae_epochs:
         return cfg.kl_end
-    return cfg.kl_start + (cfg.kl_end - cfg.kl_start) * (epoch - 1) / vae_epochs
+    return KL_START + (cfg.kl_end - KL_START) * (epoch - 1) / vae_epochs
 
 
 def cell_losses(model, X, rows, part, prior_kl, thin):
@@ -467,7 +469,7 @@ def main(cfg):
         prior_kl = types.kl if epoch > vae_epochs else standard_normal_kl
         model.train()
         for rows, part in run.batches(fitted, X):
-            reconstruction, kl = cell_losses(model, X, rows, part, prior_kl, cfg.thin)  # (B')
+            reconstruction, kl = cell_losses(model, X, rows, part, prior_kl, THIN)  # (B')
             loss = (reconstruction + kl_weight(epoch, vae_epochs, cfg) * kl).sum() / len(rows)
             optimizer.zero_grad()
             loss.backward()

@@ -192,7 +192,7 @@ class TrainingRun(ResumableRun):
     def epochs(self):
         """The epochs still to do, with a progress bar; signals take effect between steps."""
         first, hidden = self.progress.epoch, self.group.rank > 0
-        options = {"desc": self.name, "unit": "epoch", "disable": hidden}
+        options = {"desc": self.name, "unit": self.unit, "disable": hidden}
         self.bar = tqdm(total=self.n_epochs, initial=first - 1, **options)
         try:
             self.begin()

@@ -23,10 +23,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.settings import EvaluationSettings, check_out
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "out", "n_draws")
+@in_groups(
+    {
+        "input": "data labels samples",
+        "model": "weights more_weights",
+        "output": "out",
+        "what is measured": "n_draws retrain n_trees cells_per_bulk",
+    }
+)
 @dataclass
 class Settings(EvaluationSettings):
     """Compare cells of bulk2sc with those of other methods.

@@ -24,10 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.settings import EvaluationSettings, check_out
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "weights", "out", "n_draws", "bulk", "fractions", "lineages")
+@in_groups(
+    {
+        "input": "data labels samples bulk fractions lineages shift_data shift_labels shift_cells",
+        "model": "weights more_weights",
+        "output": "out",
+        "what is measured": "n_draws n_pseudobulks cells_per_bulk",
+        "reading tables": "genes_in gene_column columns bulk_unit log pseudocount",
+    }
+)
 @dataclass
 class Settings(EvaluationSettings, BulkOptions):
     """Compare proportions by bulk2sc with those of published estimators.

@@ -31,10 +31,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.settings import EvaluationSettings, check_out
 from runtime.errors import InputError
-from runtime.script import lead_with, parse_args, run_script
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
 
 
-@lead_with("data", "labels", "samples", "donors", "conditions", "contrast", "weights", "out")
+@in_groups(
+    {
+        "input": "data labels samples donors conditions contrast",
+        "true profiles": "profiles profile_table profile_types mixing reference_contrast",
+        "model": "weights more_weights",
+        "output": "out",
+        "what is measured": "n_draws cells_per_sample n_trees",
+    }
+)
 @dataclass
 class Settings(EvaluationSettings):
     """Compare fold changes between conditions in generated cells with true ones.

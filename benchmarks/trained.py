@@ -68,8 +68,8 @@ def train_published(cfg, weights, metadata):
 
 KEPT_SETTINGS = (  # by a training on other cells
     *("n_genes", "n_latent", "n_hidden", "n_components", "loss", "pairing"),
-    *("epochs", "vae_epochs", "batch_size", "lr", "kl_start", "kl_end"),
-    *("thin", "dropout", "weight_decay"),
+    *("epochs", "vae_epochs", "batch_size", "lr", "kl_end"),
+    *("dropout", "weight_decay"),
 )
 
 

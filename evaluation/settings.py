@@ -5,8 +5,8 @@ from pathlib import Path
 
 from data import DatasetSettings
 from runtime.errors import InputError
+from runtime.flags import flag
 from runtime.outputs import is_own
-from runtime.script import flag
 from runtime.writing import check_writable
 
 COUNTS = ("n_draws", "n_pseudobulks", "cells_per_bulk", "n_trees", "cells_per_sample")

@@ -71,6 +71,11 @@ CLEARLY = 0.005  # relative rise of a held-out loss that is worth a sentence
 # ----------------------------------------------------------------------------------------- losses
 
 
+def counted_in(stage):
+    """What a stage's training is counted in: epoch or step."""
+    return STEPS.get(stage, "epoch").partition(" ")[0]
+
+
 def loss_names(table):
     """Columns of a loss table that get a panel.
 
@@ -126,8 +131,9 @@ def held_out_text(table, stage, name):
     if last <= best * (1 + CLEARLY):
         return "held out: ends at its lowest (within 0.5 %)"
     at = int(points["epoch"].iloc[points[key].argmin()])
-    counted = STEPS.get(stage, "epoch").partition(" ")[0]
-    return f"held out: lowest at {counted} {at}, ends {100 * (last / best - 1):.1f} % higher"
+    return (
+        f"held out: lowest at {counted_in(stage)} {at}, ends {100 * (last / best - 1):.1f} % higher"
+    )
 
 
 def draw_loss(axis, table, name, texts, step="epoch"):
@@ -198,9 +204,10 @@ def write_losses(stem, rows, loss="nb"):
             this epoch".
         loss: scDecoder's and scGMVAE's --loss, which says the unit.
     """
-    table = pd.DataFrame(rows)
+    stage = Path(stem).name
+    table = pd.DataFrame(rows).rename(columns={"epoch": counted_in(stage)})
     write_whole(f"{stem}_loss.csv", lambda path: table.to_csv(path, index=False))
-    write_curves(f"{stem}_loss.png", {Path(stem).name: table}, loss)
+    write_curves(f"{stem}_loss.png", {stage: table}, loss)
 
 
 def write_curves(path, curves, loss="nb"):
@@ -210,6 +217,7 @@ def write_curves(path, curves, loss="nb"):
         path: ending in .png, .pdf or .svg. curves: stage -> data frame of the csv that
             :func:`write_losses` writes. loss: scDecoder's --loss.
     """
+    curves = {stage: t.rename(columns={"step": "epoch"}) for stage, t in curves.items()}
     panels = [(stage, name) for stage, table in curves.items() for name in loss_names(table)]
     texts = [loss_text(curves[stage], stage, name, loss) for stage, name in panels]
     n = max(len(panels), 1)

@@ -79,7 +79,7 @@ def read_proportions(path, cell_types, lineage_file=None):
         rows = rows.where(rows.notna(), "").astype(str)
         rows.columns = [str(name) for name in rows.columns]
     elif not Path(path).is_file():
-        raise InputError(f"{path}: no such file; expected known proportions for --proportions")
+        raise InputError(f"{path}: no such file; expected a table of known proportions")
     else:
         rows = read_rows(path).fillna("")
     groups = names = list(cell_types)  # of each type its group; their names

@@ -4,12 +4,10 @@ import pandas as pd
 
 from readers.labels import read_column
 from runtime.errors import InputError, some
+from runtime.flags import flag
 
-GROUPS = {
-    "donors": "donor",
-    "conditions": "condition",
-    "batches": "batch",
-}  # setting -> what it says of each sample
+# Setting -> what it says of each sample.
+GROUPS = {"donors": "donor", "conditions": "condition", "batch_key": "batch"}
 
 
 def read_samples(adata, settings):
@@ -17,7 +15,7 @@ def read_samples(adata, settings):
 
     Args:
         adata: AnnData or BackedCells (N cells). settings: with ``samples``; ``donors``,
-            ``conditions`` and ``batches`` where the script has them.
+            ``conditions`` and ``batch_key`` where the script has them.
 
     Returns:
         data frame (N) with the columns sample, donor (the sample itself if no donors are given)
@@ -37,7 +35,7 @@ def read_samples(adata, settings):
     table = pd.DataFrame({"sample": sample, "donor": sample})
     for setting, column in GROUPS.items():
         if (source := getattr(settings, setting, None)) is not None:
-            table[column] = read_column(adata, source, f"--{setting}", column)
+            table[column] = read_column(adata, source, flag(setting), column)
             check_one_each(table[["sample", column]].dropna(subset="sample"), setting, source)
     return table
 
@@ -52,14 +50,14 @@ def check_one_each(table, setting, source):
     if values.isna().any():
         names = sample[values.isna()].unique()
         raise InputError(
-            f"--{setting} {source}: found none for cells of {len(names)} samples ({some(names)}), "
-            "expected one for each sample"
+            f"{flag(setting)} {source}: found none for cells of {len(names)} samples "
+            f"({some(names)}), expected one for each sample"
         )
     n_values = values.groupby(sample).nunique()
     if (n_values > 1).any():
         names = n_values.index[n_values > 1]
         found = values[sample == names[0]].unique()
         raise InputError(
-            f"--{setting} {source}: found several ({some(found)}) in sample {names[0]}, expected "
-            "one for each sample"
+            f"{flag(setting)} {source}: found several ({some(found)}) in sample {names[0]}, "
+            "expected one for each sample"
         )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from runtime.errors import InputError
-from runtime.script import flag, plain_settings
+from runtime.flags import flag
+from runtime.script import plain_settings
 from runtime.weights import load_model, load_tensors, save_tensors
 
 CHECKPOINT_VERSION = 2
@@ -42,11 +43,16 @@ class Progress:
     """Loss of the validation cells at each epoch that early stopping watches."""
 
 
-def differing_setting(saved, current):
-    """The first setting in which two runs differ, in words, or None; both as plain settings."""
-    for name in current:
-        if name not in FREE and saved.get(name) != current[name]:
-            return f"{flag(name)} {saved.get(name)}, now {current[name]}"
+def differing_setting(saved, cfg):
+    """The first setting in which a run differs from a saved one, in words, or None.
+
+    saved: plain settings, with names of its time. cfg: a TrainingSettings.
+    """
+    renamed, gone = (getattr(cfg, name, {}) for name in ("renamed", "gone"))
+    saved = gone | {renamed.get(name, name): value for name, value in saved.items()}
+    for name, value in (gone | plain_settings(cfg)).items():
+        if name not in FREE and saved.get(name) != value:
+            return f"{flag(name)} {saved.get(name)}, now {value}"
     return None
 
 
@@ -63,7 +69,7 @@ def already_finished(cfg, path, model_class, made_from):
         _, metadata = load_model(path, model_class)
     except InputError:
         return False  # the run will replace it
-    difference = differing_setting(metadata["settings"], plain_settings(cfg))
+    difference = differing_setting(metadata["settings"], cfg)
     if difference is None and metadata.get("made_from") != made_from:
         difference = "other cells, labels, samples or earlier weights"
     if difference:
@@ -196,7 +202,7 @@ class Checkpoint:
         settings = saved.get("settings")
         difference = "no settings"
         if isinstance(settings, dict):
-            difference = differing_setting(settings, current["settings"])
+            difference = differing_setting(settings, self.cfg)
         if difference:
             raise InputError(
                 f"{self.path}: made with {difference}; expected the settings of the interrupted "

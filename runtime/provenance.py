@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from runtime.cell_writers import FOLDER_FILES
-from runtime.script import as_utf8, flag
+from runtime.flags import flag
+from runtime.script import as_utf8
 from runtime.version import VERSION
 
 MAX_FILES = 1000  # of a folder

@@ -22,7 +22,7 @@ class ResumableRun:
         group: the processes that train together. checkpoint: its file.
         signal: number of the signal that ends the run after this step, or None.
         pending: losses that are not read yet; nothing is saved before they are.
-        bar: the progress bar, set by the loop.
+        bar: the progress bar, set by the loop. unit: what users count it in, epoch or step.
     """
 
     def __init__(self, name, cfg, model, optimizer, schedule, rng, made_from):
@@ -42,6 +42,7 @@ class ResumableRun:
         self.progress = Progress(rng_of_pass=rng.bit_generator.state)
         self.checkpoint = Checkpoint(name, cfg, made_from, model, optimizer, schedule, rng)
         self.resumed, self.signal, self.last_saved = False, None, "none"
+        self.unit = "step" if hasattr(cfg, "steps") else "epoch"
         self.pending, self.bar, self.save_time = [], None, time.monotonic()
         if self.group.rank == 0:
             check_writable(cfg.weights, "--weights")  # rather now than after minutes of training
@@ -61,8 +62,8 @@ class ResumableRun:
     @property
     def position(self):
         """How far the run is, in words."""
-        epoch = min(self.progress.epoch, self.n_epochs)
-        return f"epoch {epoch} of {self.n_epochs}, step {self.progress.step}"
+        where = f"{self.unit} {min(self.progress.epoch, self.n_epochs)} of {self.n_epochs}"
+        return where if self.unit == "step" else f"{where}, step {self.progress.step}"
 
     def begin(self):
         """From now on signals take effect between steps; all processes have the same model."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -15,24 +16,9 @@ from tyro import _errors as tyro_errors
 
 from runtime.arguments import IN_SCRIPT
 from runtime.errors import InputError, UsageError, one_line, plain
+from runtime.flags import flag, help_text, unknown_flags, with_current_names
 from runtime.signals import Stopped, catch_signals, end_at_signals
-
-
-def flag(field_name):
-    """The command-line spelling of a settings field."""
-    return "--" + field_name.replace("_", "-")
-
-
-def lead_with(*names):
-    """Class decorator: ``--help`` lists these fields first, inherited ones behind them."""
-
-    def reorder(settings_class):
-        table = settings_class.__dataclass_fields__
-        order = [*names, *(name for name in table if name not in names)]
-        settings_class.__dataclass_fields__ = {name: table[name] for name in order}
-        return settings_class
-
-    return reorder
+from runtime.version import VERSION
 
 
 def plain_settings(settings):
@@ -96,7 +82,7 @@ def wrong_choice(name, value, choices):
     return InputError(f"{name}: found {value}, expected {', '.join(others)} or {last}")
 
 
-def raise_in_one_line(event):
+def raise_in_one_line(settings_class, event):
     """Raise what tyro would print as a box of several lines; ``event``: one of its parse errors.
 
     Raises:
@@ -107,7 +93,7 @@ def raise_in_one_line(event):
     if isinstance(event, tyro_errors.InvalidChoice):
         raise wrong_choice(name, event.value, event.choices)
     if isinstance(event, tyro_errors.UnrecognizedArgs):
-        raise UsageError(f"{' '.join(event.tokens)}: unknown, expected the flags that --help lists")
+        raise unknown_flags(settings_class, event.tokens)
     if isinstance(event, tyro_errors.BadValue):
         raise UsageError(f"{name}: found too few values, expected those that --help lists")
     message = getattr(event, "message", None)
@@ -194,6 +180,24 @@ def expand_home(argument):
     return name + equals + value
 
 
+def read_command_line(settings_class):
+    """Settings from the command line; ``--help`` and ``--version`` are answered, and end it.
+
+    Raises:
+        InputError: a flag or its value cannot be used.
+    """
+    arguments = [expand_home(argument) for argument in sys.argv[1:]]
+    if {"-h", "--help"} & set(arguments):
+        width = shutil.get_terminal_size().columns
+        print(help_text(settings_class, Path(sys.argv[0]).name, width))
+        sys.exit()
+    if "--version" in arguments:
+        print(f"bulk2sc {VERSION}")
+        sys.exit()
+    with tyro_errors.on_parse_error(partial(raise_in_one_line, settings_class)):
+        return tyro.cli(settings_class, args=with_current_names(settings_class, arguments))
+
+
 def parse_args(settings_class):
     """Settings from the command line; with ``torchrun`` the first process alone reports errors.
 
@@ -202,13 +206,12 @@ def parse_args(settings_class):
     # Of a script that has a process of its own, not one that is imported or run in a notebook.
     if settings_class.__module__ == "__main__" and "IPython" not in sys.modules:
         prepare_process()
-    parse = partial(tyro.cli, settings_class, args=[expand_home(a) for a in sys.argv[1:]])
-    with errors_in_one_line(), tyro_errors.on_parse_error(raise_in_one_line):
+    with errors_in_one_line():
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
-            return parse()
+            return read_command_line(settings_class)
         try:
             with silence():
-                return parse()
+                return read_command_line(settings_class)
         except (InputError, SystemExit) as end:
             time.sleep(1)  # torchrun ends all processes as soon as the first one has ended
             sys.exit(getattr(end, "code", 1))

@@ -14,6 +14,11 @@ from counts.pseudobulks import draw_pseudobulks
 from data import mean_counts
 from states.moments import SampleMoments, mix_moments
 
+# Fewest and most cells of each type that a training bulk draws its cells from. Small pools make a
+# type differ from bulk to bulk, as it will in cells that training never saw.
+POOL = 3, 20
+LOST = 0.1  # largest share of genes that another platform misses altogether
+
 
 def draw_proportions(n, present, reference, rng):
     """Expected cell-type proportions (n x K) of training bulks, from sparse to even.
@@ -148,7 +153,7 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
     else:
         share = draw_samples(cells, B, rng)
     n_cells = log_uniform(cfg.min_cells, cfg.max_cells, B, rng).astype(int)
-    pool = log_uniform(cfg.min_pool, cfg.max_pool, B, rng).astype(int)
+    pool = log_uniform(*POOL, B, rng).astype(int)
     pool = None if clean else pool
     if cells.sample is None:
         bulk, pi = draw_pseudobulks(cells.X, cells.codes, proportions, n_cells, rng, pool)
@@ -158,7 +163,7 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
     if not clean:
         sd = rng.uniform(0, cfg.noise if noise is None else noise, (B, 1))
         bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
-        bulk *= rng.random(bulk.shape) >= rng.uniform(0, cfg.lost, (B, 1))
+        bulk *= rng.random(bulk.shape) >= rng.uniform(0, LOST, (B, 1))
     bulk += 1e-9  # so that a bulk without any expressed gene of the model becomes a flat one
     depth = log_uniform(3e4, 3e6, (B, 1), rng)
     counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)

@@ -226,7 +226,7 @@ TINY = {
         *("--lr", 1e-3),
     ],
     "train_decoder.py": ["--epochs", 60, "--batch-size", 8, "--n-hidden", 32, "--lr", 1e-3],
-    "train_encoder.py": ["--epochs", 200, "--batch-size", 32, "--n-hidden", 64, "--lr", 2e-3],
+    "train_encoder.py": ["--steps", 200, "--batch-size", 32, "--n-hidden", 64, "--lr", 2e-3],
 }
 
 
@@ -234,7 +234,7 @@ TINY = {
 QUICK = TINY | {
     "train_gmvae.py": [*TINY["train_gmvae.py"], "--epochs", 6, "--vae-epochs", 2],
     "train_decoder.py": [*TINY["train_decoder.py"], "--epochs", 6],
-    "train_encoder.py": [*TINY["train_encoder.py"], "--epochs", 20],
+    "train_encoder.py": [*TINY["train_encoder.py"], "--steps", 20],
 }
 
 
@@ -375,13 +375,13 @@ OF_SAMPLES = ["--samples", "sample", "--donors", "donor"]
 SMALL = {
     "train_gmvae.py": [
         *("--epochs", 24, "--vae-epochs", 12, "--batch-size", 16, "--lr", 3e-3, "--dropout", 0),
-        *("--kl-start", 0.02, "--kl-end", 0.1, "--n-hidden", 128, "--n-latent", 4),
+        *("--kl-end", 0.1, "--n-hidden", 128, "--n-latent", 4),
     ],
     "train_decoder.py": [
         *("--epochs", 24, "--batch-size", 16, "--lr", 3e-3, "--n-hidden", 64),
         *("--n-components", 4, "--dropout", 0),
     ],
-    "train_encoder.py": ["--epochs", 50, "--batch-size", 32, "--n-hidden", 32, "--lr", 1e-3],
+    "train_encoder.py": ["--steps", 50, "--batch-size", 32, "--n-hidden", 32, "--lr", 1e-3],
 }
 
 
@@ -399,9 +399,11 @@ def trained_samples(tmp_path_factory, sample_h5ad, worker_id):
 
     def train_into(folder):
         import train_encoder
+        import train_gmvae
 
         with pytest.MonkeyPatch.context() as patch:  # enough bulks for states of 60 genes
             patch.setattr(train_encoder, "N_STATE_BULKS", 640)
+            patch.setattr(train_gmvae, "KL_START", 0.02)
             flags = ["--data", sample_h5ad, "--weights", folder, *OF_SAMPLES]
             train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
 

@@ -174,8 +174,8 @@ def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
     weights = tmp_path / "weights"
     shutil.copytree(trained_samples, weights)  # others read what is trained there
     flags = ["--data", sample_h5ad, "--weights", weights, *OF_SAMPLES]
-    few = ["--epochs", 4, "--n-hidden", 8, "--batch-size", 16]
-    done = run_inside("train_encoder.py", *flags, *few, "--batches", tmp_path / "batches.csv")
+    few = ["--steps", 4, "--n-hidden", 8, "--batch-size", 16]
+    done = run_inside("train_encoder.py", *flags, *few, "--batch-key", tmp_path / "batches.csv")
     assert done.returncode == 0, done.stderr
     assert "2 batches" in done.stdout
     model, card = load_model(weights / "bulkEncoder_model.pt", BulkEncoder)
@@ -184,7 +184,7 @@ def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
     assert sum(card["composition"]) == pytest.approx(1)
     total = cells.X.sum(axis=1).A1[~cells.obs["donor"].isin(["d4"])].mean()
     assert np.mean(card["content"]) == pytest.approx(total, rel=0.2)
-    resume = [*flags, *few, "--batches", tmp_path / "batches.csv", "--resume"]
+    resume = [*flags, *few, "--batch-key", tmp_path / "batches.csv", "--resume"]
     assert "nothing left to do" in run_inside("train_encoder.py", *resume).stdout
     batch[cells.obs["donor"] == "d2"] = "v3"  # edited since
     pd.DataFrame({"batch": batch}).to_csv(tmp_path / "batches.csv", index_label="barcode")
@@ -193,14 +193,14 @@ def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
 
 
 def test_batches_need_samples(sample_h5ad, tmp_path):
-    flags = ["--data", sample_h5ad, "--weights", tmp_path, "--batches", "donor"]
-    assert_one_line_error(run_inside("train_encoder.py", *flags), "--batches", "--samples")
+    flags = ["--data", sample_h5ad, "--weights", tmp_path, "--batch-key", "donor"]
+    assert_one_line_error(run_inside("train_encoder.py", *flags), "--batch-key", "--samples")
 
 
 def test_samples_are_of_one_batch(trained_samples, sample_h5ad):
     flags = ["--data", sample_h5ad, "--weights", trained_samples, *OF_SAMPLES]
-    done = run_inside("train_encoder.py", *flags, "--batches", "cell_type")
-    assert_one_line_error(done, "--batches cell_type", "several")
+    done = run_inside("train_encoder.py", *flags, "--batch-key", "cell_type")
+    assert_one_line_error(done, "--batch-key cell_type", "several")
 
 
 def test_bulks_of_another_platform_are_not_corrected_by_the_network():

@@ -44,7 +44,7 @@ def test_held_out_likelihood_knows_types_and_genes(tmp_path):
     """The bound is higher than for wrong cell types and for permuted genes."""
     cells = make_cells((80, 70, 60))
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    settings = QUICK | {"train_encoder.py": ["--epochs", 1]}
+    settings = QUICK | {"train_encoder.py": ["--steps", 1]}
     settings["train_gmvae.py"] = [*QUICK["train_gmvae.py"], "--epochs", 16]
     train("--data", tmp_path / "cells.h5ad", "--weights", tmp_path, settings=settings)
     training, held_out = benchmark.reference(str(tmp_path / "cells.h5ad"), None)

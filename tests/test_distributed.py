@@ -22,13 +22,13 @@ from conftest import ROOT, TINY, run_inside
 from models import Dropout
 from runtime import processes
 from runtime.device import to_sparse
-from test_interruption import FILE, left_behind, same_weights, start_folder
+from test_interruption import FILE, UNIT, left_behind, same_weights, start_folder
 
 # Batches that do not split evenly, and batches of one cell, of which one process gets none.
 SHORT = {
     "train_gmvae.py": ["--epochs", 30, "--vae-epochs", 10, "--batch-size", 7],
     "train_decoder.py": ["--epochs", 1, "--batch-size", 1],
-    "train_encoder.py": ["--epochs", 26, "--batch-size", 5],
+    "train_encoder.py": ["--steps", 26, "--batch-size", 5],
 }
 
 
@@ -170,7 +170,7 @@ def test_losses_looked_at_late_as_on_a_gpu_change_nothing(folders, h5ad, monkeyp
     assert run_inside(script, *flags).returncode == 0
     assert same_weights(every_20, each_step, script)
     done = run_inside(script, *flags, "--lr", 1e18)
-    assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
+    assert f" diverged at {UNIT[script]} " in done.stderr.strip().splitlines()[-1]
 
 
 def test_sparse_counts_become_tensors(cells):

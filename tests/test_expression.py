@@ -614,16 +614,21 @@ def test_expected_counts_have_the_library_sizes_of_the_types(trained_samples, bu
 
 
 def test_platform_is_left_out_or_not(trained_samples, bulk_csv, tmp_path):
-    """A factor of 30 that all bulks share in one gene."""
+    """A factor of 30 that all bulks share in one gene: cells show it, or do not."""
     bulk = pd.read_csv(bulk_csv, index_col=0)
     bulk.loc["GENE30"] = 30 * bulk.loc["GENE30"]
     bulk.to_csv(tmp_path / "bulk.csv")
-    changes = []
-    for platform in ("remove", "none"):
+    share = {}
+    for platform in ("remove", "keep"):
         flags = ["--calibrate", "types", "--platform", platform]
-        _, _, table = generate(tmp_path / "g.h5ad", tmp_path / "bulk.csv", trained_samples, *flags)
-        changes.append(float(table[:, "GENE30"].layers["log2_fold_change"].mean()))
-    assert abs(changes[0]) < 0.5 * changes[1] and changes[1] > 2
+        _, cells, table = generate(
+            tmp_path / "g.h5ad", tmp_path / "bulk.csv", trained_samples, *flags
+        )
+        share[platform] = cells[:, "GENE30"].X.sum() / cells.X.sum()
+        # Shared by all bulks, it is no change of theirs.
+        assert abs(table[:, "GENE30"].layers["log2_fold_change"].mean()) < 1
+    of_bulk = bulk.loc["GENE30"].sum() / bulk.to_numpy().sum()
+    assert share["keep"] == pytest.approx(of_bulk, rel=0.2) and share["remove"] < of_bulk / 10
 
 
 def test_without_states_nothing_changes_unless_asked(tmp_path):
@@ -652,7 +657,7 @@ def test_without_states_nothing_changes_unless_asked(tmp_path):
     [
         (["--calibrate"], ["--calibrate", "too few"]),
         (["--calibrate", "all"], ["--calibrate: found all", "uniform or types"]),
-        (["--platform", "other"], ["--platform: found other", "keep, remove or none"]),
+        (["--platform", "other"], ["--platform: found other", "keep or remove"]),
     ],
 )
 def test_calibration_that_is_none_is_a_one_line_error(bulk_csv, tmp_path, flags, words):

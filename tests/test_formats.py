@@ -443,7 +443,7 @@ def test_cells_per_type_are_balanced(trained, bulk, h5ad, tmp_path):
     mixture.to_csv(tmp_path / "mix.csv")
     given = {
         "bulk": ["--bulk", bulk],
-        "mixtures": ["--proportions", tmp_path / "mix.csv"],
+        "mixtures": ["--known-proportions", tmp_path / "mix.csv"],
         "batches": ["--data", h5ad, "--batch-size", 20],
     }
     for name, flags in given.items():

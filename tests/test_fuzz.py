@@ -104,7 +104,7 @@ def prepare_weights(folder):
     tiny = {
         "train_gmvae.py": ["--n-hidden", 4, "--n-latent", 3, "--epochs", 2, "--vae-epochs", 1],
         "train_decoder.py": ["--n-hidden", 4, "--epochs", 2],
-        "train_encoder.py": ["--n-hidden", 4, "--epochs", 2, "--batch-size", 4],
+        "train_encoder.py": ["--n-hidden", 4, "--steps", 2, "--batch-size", 4],
     }
     for script, flags in tiny.items():
         where = ["--data", folder / "sparse.h5ad", "--weights", weights]

@@ -4,6 +4,7 @@
 """
 
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -28,6 +29,8 @@ FILE = {
     "train_decoder.py": ("scDecoder", scDecoder),
     "train_encoder.py": ("bulkEncoder", BulkEncoder),
 }
+# What a training is counted in.
+UNIT = {"train_gmvae.py": "epoch", "train_decoder.py": "epoch", "train_encoder.py": "step"}
 # Files that a stage reads from the stages before it.
 INPUTS = {
     "train_gmvae.py": [],
@@ -121,13 +124,14 @@ def test_stopped_run_resumes_to_the_same_weights(
         stopped_after = step
         assert done.returncode == 128 + number
         last_line = done.stderr.strip().splitlines()[-1]
-        assert last_line.startswith(f"interrupted ({signal.Signals(number).name}) at epoch ")
+        name = signal.Signals(number).name
+        assert last_line.startswith(f"interrupted ({name}) at {UNIT[script]} ")
         assert "--resume" in last_line and "Traceback" not in done.stderr
         assert left_behind(weights) == [f"{FILE[script][0]}_checkpoint.pt"]
         assert not (weights / f"{FILE[script][0]}_model.pt").exists()
     done = run_inside(script, *flags, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on at epoch" in done.stdout
+    assert f"going on at {UNIT[script]} " in done.stdout
     assert same_weights(weights, uninterrupted, script)
     assert left_behind(weights) == []
 
@@ -202,6 +206,37 @@ def test_resume_is_of_the_same_run(stopped_decoder):
     # Without --resume the checkpoint is overwritten, with a message.
     done = run_inside("train_decoder.py", *flags, "--epochs", 2)
     assert "--resume would go on" in done.stdout and left_behind(weights) == []
+
+
+@pytest.mark.parametrize("script", ["train_gmvae.py", "train_encoder.py"])
+def test_checkpoint_with_settings_of_an_earlier_version(
+    uninterrupted, h5ad, tmp_path, monkeypatch, script
+):
+    """Renamed settings count by their new name; those that are gone must have had the default."""
+    weights = start_folder(tmp_path, uninterrupted, script)
+    flags = [*arguments(script, h5ad, weights), "--resume"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, 12)
+        run_inside(script, *flags)
+    settings_class = importlib.import_module(script.removesuffix(".py")).Settings
+    checkpoint = weights / f"{FILE[script][0]}_checkpoint.pt"
+    card = torch.load(checkpoint, weights_only=True)
+    old_name = {new: old for old, new in settings_class.renamed.items()}
+    settings = {old_name.get(name, name): value for name, value in card["settings"].items()}
+    for name in settings_class.gone:
+        changed = card | {"settings": settings | settings_class.gone | {name: 0.02}}
+        torch.save(changed, checkpoint)
+        named = f"--{name.replace('_', '-')} 0.02"
+        assert_one_line_error(run_inside(script, *flags), checkpoint, named)
+    torch.save(card | {"settings": settings | settings_class.gone}, checkpoint)
+    done = run_inside(script, *flags)
+    assert f"going on at {UNIT[script]} " in done.stdout
+    assert same_weights(weights, uninterrupted, script)
+    # The model of a run that ended, too.
+    model = weights / f"{FILE[script][0]}_model.pt"
+    card = torch.load(model, weights_only=True)
+    torch.save(card | {"settings": settings | settings_class.gone}, model)
+    assert "nothing left to do" in run_inside(script, *flags).stdout
 
 
 def broken_checkpoints(card):
@@ -334,7 +369,7 @@ def test_diverging_loss_stops_with_step_and_keeps_the_last_checkpoint(
         done = run_inside(script, *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line.startswith(f"error: {FILE[script][0]} diverged at epoch ")
+    assert last_line.startswith(f"error: {FILE[script][0]} diverged at {UNIT[script]} ")
     assert "step" in last_line and "checkpoint.pt" in last_line and "--lr" in last_line
     assert not (weights / f"{FILE[script][0]}_model.pt").exists()
     assert run_inside(script, *flags[:-2], "--resume").returncode == 0
@@ -346,7 +381,7 @@ def test_absurd_learning_rate_is_noticed(trained, h5ad, tmp_path, script):
     weights = start_folder(tmp_path, trained, script)
     done = run_inside(script, *arguments(script, h5ad, weights), "--lr", 1e18)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert " diverged at epoch " in done.stderr.strip().splitlines()[-1]
+    assert f" diverged at {UNIT[script]} " in done.stderr.strip().splitlines()[-1]
     assert not (weights / f"{FILE[script][0]}_model.pt").exists()
 
 

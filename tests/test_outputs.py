@@ -137,7 +137,7 @@ def test_proportions_given_are_own_files(flags, tmp_path):
     table = pd.DataFrame({"B cells": [0.5]}, index=["a"])
     table.columns = [sorted(set(make_cells().obs["cell_type"]))[0]]
     table.to_csv(tmp_path / "known.csv")
-    flags = ["--proportions", tmp_path / "known.csv", *flags[3:]]
+    flags = ["--known-proportions", tmp_path / "known.csv", *flags[3:]]
     for _ in range(2):
         done = run_inside("bulk2sc.py", *flags)
         assert done.returncode == 0, done.stderr

@@ -73,7 +73,8 @@ def test_command_functions_and_errors_far_from_the_checkout(installed, tmp_path)
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
     code = (
         "import sys; from bulk2sc import cli\n"
-        "sys.argv = ['bulk2sc', '--proportions', 'mix.csv', '--n-cells', '5', '--no-report']\n"
+        "sys.argv = ['bulk2sc', '--known-proportions', 'mix.csv', '--n-cells', '5']\n"
+        "sys.argv += ['--no-report']\n"
         "cli.bulk2sc()\n"
         "import pandas as pd; from bulk2sc.api import generate, load, mixtures\n"
         "models = load()\n"

@@ -284,7 +284,7 @@ def test_known_proportions_reach_table_cells_and_expression(trained, bulk, tmp_p
     known = write(tmp_path / "known.csv", table)
     flags = ["--bulk", bulk, "--n-cells", 200]
     _, before = generate(tmp_path / "before.h5ad", trained, *flags)
-    done, cells = generate(tmp_path / "g.h5ad", trained, *flags, "--proportions", known)
+    done, cells = generate(tmp_path / "g.h5ad", trained, *flags, "--known-proportions", known)
     assert "1 of 3 samples not in it" in done.stdout and "4 of 9 proportions fixed" in done.stdout
     pi, old = wide(cells, "proportion"), wide(before, "proportion")
     assert pi[0].tolist() == [0, 1, 0] and pi[1, 0] == 0.6
@@ -311,7 +311,8 @@ def test_known_proportions_reach_table_cells_and_expression(trained, bulk, tmp_p
 def test_expected_sum_is_that_of_the_known_type(trained, bulk, tmp_path):
     """With all cells of one type and --calibrate uniform, its cells alone add up to the bulk."""
     known = write(tmp_path / "known.csv", pd.DataFrame({NK: [100.0] * 3}, ["x", "y", "z"]))
-    flags = ["--bulk", bulk, "--n-cells", 300, "--proportions", known, "--calibrate", "uniform"]
+    flags = ["--bulk", bulk, "--n-cells", 300, "--known-proportions", known]
+    flags += ["--calibrate", "uniform"]
     _, cells = generate(tmp_path / "g.h5ad", trained, *flags)
     assert set(cells.obs["cell_type"]) == {NK}
     assert (cells.uns["fit"]["agreement"] > 0.95).all()  # 0.2 without --calibrate
@@ -319,7 +320,7 @@ def test_expected_sum_is_that_of_the_known_type(trained, bulk, tmp_path):
 
 def test_rna_fractions_are_those_of_the_generated_counts(trained, bulk, tmp_path):
     known = write(tmp_path / "known.csv", pd.DataFrame({B: [0.5], T: [0.3], NK: [0.2]}, ["x"]))
-    flags = ["--bulk", bulk, "--n-cells", 3000, "--proportions", known]
+    flags = ["--bulk", bulk, "--n-cells", 3000, "--known-proportions", known]
     _, cells = generate(tmp_path / "g.h5ad", trained, *flags)
     of_x = cells[cells.obs["sample"] == "x"]
     total = pd.Series(of_x.X.sum(axis=1).A1).groupby(of_x.obs["cell_type"].to_numpy()).sum()
@@ -335,7 +336,7 @@ def test_lineages_are_split_as_estimated(trained, bulk, tmp_path, lineages):
     known = write(tmp_path / "known.csv", "sample,lymph,killer\nx,80,20\ny,,10\nz,100,0\n")
     flags = ["--bulk", bulk, "--n-cells", 50]
     _, before = generate(tmp_path / "before.h5ad", trained, *flags)
-    flags += ["--proportions", known, "--lineages", lineages]
+    flags += ["--known-proportions", known, "--lineages", lineages]
     done, cells = generate(tmp_path / "g.h5ad", trained, *flags)
     assert "3 of 9 proportions fixed, 4 more share a known lineage" in done.stdout
     pi, old = wide(cells, "proportion"), wide(before, "proportion")
@@ -362,7 +363,7 @@ def test_mixtures_without_bulk_or_reference(trained, tmp_path):
     weights = copy_weights(trained, tmp_path / "w")
     known = write(tmp_path / "known.csv", pd.DataFrame({T: [0.5, 1, None]}, ["a", "b", "c"]))
     out = tmp_path / "m" / "g.h5ad"
-    flags = ["--proportions", known, "--n-cells", 400, "--data", tmp_path / "nowhere"]
+    flags = ["--known-proportions", known, "--n-cells", 400, "--data", tmp_path / "nowhere"]
     done, cells = generate(out, weights, *flags)
     assert "in 2 of them what is not given is shared evenly" in done.stdout
     np.testing.assert_allclose(
@@ -382,7 +383,7 @@ def test_mixtures_are_the_types_own_cells(trained, tmp_path):
     """z has the moments of the mixture, and the weights' composition fills what is not given."""
     weights = copy_weights(trained, tmp_path / "w", [0.75, 0.25, 0.0])
     known = write(tmp_path / "known.csv", pd.DataFrame({NK: [0.2]}, ["a"]))
-    flags = ["--proportions", known, "--n-cells", 4000]
+    flags = ["--known-proportions", known, "--n-cells", 4000]
     done, cells = generate(tmp_path / "g.h5ad", weights, *flags)
     assert "in the ratio of the reference's cells" in done.stdout
     np.testing.assert_allclose(wide(cells, "proportion"), [[0.6, 0.2, 0.2]])
@@ -396,7 +397,7 @@ def test_mixtures_are_the_types_own_cells(trained, tmp_path):
 def test_weights_with_another_composition_are_refused(trained, tmp_path, composition):
     weights = copy_weights(trained, tmp_path / "w", composition)
     known = write(tmp_path / "known.csv", pd.DataFrame({NK: [0.2]}, ["a"]))
-    done = run_inside("bulk2sc.py", "--weights", weights, "--proportions", known)
+    done = run_inside("bulk2sc.py", "--weights", weights, "--known-proportions", known)
     assert_one_line_error(done, "bulkEncoder_model.pt", "composition")
 
 
@@ -404,17 +405,17 @@ def test_errors_come_before_anything_is_written(trained, bulk, tmp_path):
     known = write(tmp_path / "known.csv", pd.DataFrame({B: [0.5]}, ["q"]))
     out = tmp_path / "out" / "g.h5ad"
     flags = ["--weights", trained, "--out", out, "--n-cells", 5]
-    done = run_inside("bulk2sc.py", *flags, "--bulk", bulk, "--proportions", known)
+    done = run_inside("bulk2sc.py", *flags, "--bulk", bulk, "--known-proportions", known)
     assert_one_line_error(done, known, "x, y, z", "q")
-    done = run_inside("bulk2sc.py", *flags, "--proportions", tmp_path / "none.csv")
+    done = run_inside("bulk2sc.py", *flags, "--known-proportions", tmp_path / "none.csv")
     assert_one_line_error(done, "none.csv", "no such file")
     done = run_inside("bulk2sc.py", *flags, "--lineages", known)
-    assert_one_line_error(done, "--lineages", "--proportions")
+    assert_one_line_error(done, "--lineages", "--known-proportions")
     assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("name", ["g.h5ad", "g.proportions.csv", "g.fit.csv", "g.expression.h5ad"])
-@pytest.mark.parametrize("flag", ["--bulk", "--proportions", "--data"])
+@pytest.mark.parametrize("flag", ["--bulk", "--known-proportions", "--data"])
 def test_an_output_never_replaces_an_input(tmp_path, name, flag):
     (tmp_path / name).write_text("precious")
     (tmp_path / "link").symlink_to(name)
@@ -425,7 +426,7 @@ def test_an_output_never_replaces_an_input(tmp_path, name, flag):
 
 
 def test_shipped_truth_is_a_table_of_known_proportions(capsys):
-    """examples/README.md gives it to --proportions."""
+    """examples/README.md gives it to --known-proportions."""
     path = ROOT / "examples" / "bulk_pbmc_simulated_proportions.csv"
     types = list(pd.read_csv(path, index_col=0))
     known = read_proportions(path, types)

@@ -56,7 +56,7 @@ SMALL = {
     "train.py": "--epochs 4 2 20",
     "train_gmvae.py": "--epochs 4 --vae-epochs 2",
     "train_decoder.py": "--epochs 2 --n-hidden 16",
-    "train_encoder.py": "--epochs 20",
+    "train_encoder.py": "--steps 20",
     "bulk2sc.py": "--n-cells 20",
     "evaluate.py": "--n-draws 1 --n-pseudobulks 5 --n-trees 5",
     "benchmarks/compare_cells.py": "",  # only its flags; test_comparisons.py runs it

@@ -206,7 +206,8 @@ def test_known_proportions_are_marked_as_given(trained, bulk, tmp_path):
     known = tmp_path / "known.csv"
     pd.DataFrame({CELL_TYPES[0]: [0.25]}, index=["second"]).to_csv(known)
     flags = ["--report", "--weights", trained, "--bulk", bulk, "--n-cells", 20]
-    done = run_inside("bulk2sc.py", *flags, "--proportions", known, "--out", tmp_path / "g.h5ad")
+    flags += ["--known-proportions", known]
+    done = run_inside("bulk2sc.py", *flags, "--out", tmp_path / "g.h5ad")
     assert done.returncode == 0, done.stderr
     rows = Page((tmp_path / "g.report.html").read_text()).rows
     given = [row for row in rows if len(row) == 6 and row[4] == "given"]

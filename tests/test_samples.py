@@ -39,7 +39,7 @@ from states.directions import fit_states, group_bulks
 from states.moments import SampleMoments, mix_moments, sample_moments, shrink_moments
 from states.pseudobulks import BulkCells, draw_from_samples, draw_samples, simulate_bulks
 from test_distributed import assert_files_close, final_messages, start_two
-from test_interruption import FILE, left_behind, same_weights, stop_at
+from test_interruption import FILE, UNIT, left_behind, same_weights, stop_at
 
 # A few steps of each training, for tests of splits and files. Fewer genes than there are, so that
 # they are chosen.
@@ -50,7 +50,7 @@ FEW = {
     ],
     "train_decoder.py": ["--epochs", 2, "--batch-size", 32, "--n-hidden", 16, "--n-components", 2],
     "train_encoder.py": [
-        *("--epochs", 4, "--batch-size", 32, "--n-hidden", 16),
+        *("--steps", 4, "--batch-size", 32, "--n-hidden", 16),
         *("--n-genes", 30, "--n-state-genes", 20),
     ],
 }
@@ -483,7 +483,7 @@ def test_stopped_run_resumes_to_the_same_weights(
         assert run_inside(script, *flags).returncode == 128 + signal.SIGTERM
     assert left_behind(weights) == [f"{FILE[script][0]}_checkpoint.pt"]
     done = run_inside(script, *flags)
-    assert done.returncode == 0 and "going on at epoch" in done.stdout
+    assert done.returncode == 0 and f"going on at {UNIT[script]} " in done.stdout
     assert same_weights(weights, few, script) and left_behind(weights) == []
     if script == STAGES[0]:
         samples = [card(folder, script)["samples"] for folder in (few, weights)]

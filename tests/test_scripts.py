@@ -1,5 +1,8 @@
 """The real scripts: the whole pipeline, regressions of the published code, and bad input."""
 
+import dataclasses
+import importlib
+import re
 import shutil
 
 import anndata
@@ -12,6 +15,8 @@ import scipy.sparse as sp
 import torch
 
 import generation
+import train_encoder
+import train_gmvae
 from conftest import (
     CELL_TYPES,
     QUICK,
@@ -29,7 +34,11 @@ from deconvolution.fit import MISFIT
 from models import scGMVAE
 from plots.style import type_colors
 from runtime.errors import InputError
+from runtime.flags import COLUMN, help_text
+from runtime.script import parse_args
+from runtime.version import VERSION
 from runtime.weights import load_model
+from states import pseudobulks
 
 TRAININGS = list(TINY)
 GENES = [f"GENE{i}" for i in range(60)]
@@ -524,15 +533,16 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
         ("train_gmvae.py", ["--held-out", 1.5], "--held-out: found 1.5"),
         ("train_gmvae.py", ["--loss", "poisson"], "--loss: found poisson"),
         ("train_gmvae.py", ["--vae-epochs", 999], "--vae-epochs"),
-        ("train_gmvae.py", ["--thin", 0], "--thin: found 0"),
+        ("train_gmvae.py", ["--kl-end", -1], "--kl-end: found -1"),
         ("evaluate.py", ["--n-draws", 0], "--n-draws"),
         ("evaluate.py", ["--generated", "g.h5ad", "--more-weights", "w1"], "--generated"),
         ("train_decoder.py", ["--pairing", "none"], "--pairing: found none"),
         ("train_decoder.py", ["--loss", "l3"], "--loss: found l3"),
         ("train_decoder.py", ["--lr", 0], "--lr: found 0"),
         ("train_encoder.py", ["--noise", -1], "--noise: found -1"),
-        ("train_encoder.py", ["--lost", 1], "--lost: found 1"),
-        ("train_encoder.py", ["--folds", 0], "--folds: found 0"),
+        ("train_encoder.py", ["--steps", 0], "--steps: found 0"),
+        ("train_encoder.py", ["--min-cells", 9, "--max-cells", 8], "--max-cells: found 9 to 8"),
+        ("bulk2sc.py", ["--platform", "none"], "--platform: found none, expected keep or remove"),
         ("train_decoder.py", ["--n-components", 0], "--n-components: found 0"),
         ("bulk2sc.py", ["--calibrate", "uniform"], "--calibrate: found no --bulk"),
         ("bulk2sc.py", ["--n-cells", -1], "--n-cells: found -1"),
@@ -549,7 +559,9 @@ def test_settings_out_of_range(script, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--no-such-flag", 1], ["--no-such-flag", "unknown"]),
+        (["--no-such-flag", 1], ["--no-such-flag", "unknown, expected the flags"]),
+        (["--n-cell", 5], ["--n-cell 5", "unknown, did you mean --n-cells?"]),
+        (["--known_proportion=x.csv"], ["did you mean --known-proportions?"]),
         (["one", "two"], ["one two", "unknown"]),
         (["--n-cells", "many"], ["--n-cells", "many"]),
         (["--n-cells"], ["--n-cells", "too few"]),
@@ -568,8 +580,6 @@ def test_command_line_that_cannot_be_parsed_is_one_line(arguments, words):
 )
 def test_choices_hold_for_edited_settings_too(script, name):
     """The dataclass may be edited, or filled by another program; no command line checks it then."""
-    import importlib
-
     with pytest.raises(InputError, match=f"^--{name}: found none, expected "):
         importlib.import_module(script).Settings(**{name: "none"})
 
@@ -583,10 +593,88 @@ def test_unknown_flag_is_an_error_and_help_lists_all(script):
         assert name in help_text
 
 
+GONE = [
+    *(("train_gmvae.py", name) for name in ("kl_start", "thin")),
+    *(("train_encoder.py", name) for name in ("min_pool", "max_pool", "lost", "folds")),
+]
+
+
+@pytest.mark.parametrize(("script", "name"), GONE)
+def test_flag_that_is_gone_is_a_one_line_error(script, name):
+    """It says the value that always holds now, which is the constant's."""
+    gone = importlib.import_module(script.removesuffix(".py")).Settings.gone
+    done = run_inside(script, f"--{name.replace('_', '-')}", 1)
+    assert_one_line_error(done, f"no longer a flag (always {gone[name]})")
+    assert done.returncode == 2
+    constants = {"kl_start": train_gmvae.KL_START, "thin": train_gmvae.THIN}
+    constants |= dict(zip(("min_pool", "max_pool"), pseudobulks.POOL, strict=True))
+    constants |= {"lost": pseudobulks.LOST, "folds": train_encoder.N_FOLDS}
+    assert gone[name] == constants[name]
+
+
+def read_flags(monkeypatch, settings_class, *arguments):
+    """Settings of a command line."""
+    monkeypatch.setattr("sys.argv", ["script.py", *arguments])
+    return parse_args(settings_class)
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "new", "value"),
+    [
+        ("bulk2sc", "--proportions", "known_proportions", "mix.csv"),
+        ("train_encoder", "--batches", "batch_key", "batch"),
+        ("train_encoder", "--epochs", "steps", "7"),
+    ],
+)
+def test_old_name_of_a_flag_goes_on_working(monkeypatch, capsys, script, old, new, value):
+    """One line on stderr says the new name; an underscore or an equals sign is no matter."""
+    settings_class = importlib.import_module(script).Settings
+    line = f"note: {old} is now called --{new.replace('_', '-')}\n"
+    for given in ([old, value], [f"{old}={value}"]):
+        settings = read_flags(monkeypatch, settings_class, "--samples", "sample", *given)
+        assert str(getattr(settings, new)) == value
+        assert capsys.readouterr().err == line
+    read_flags(monkeypatch, settings_class, "--samples=s", f"--{new}", value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_of_other_tools_are_understood(monkeypatch, capsys, script):
+    settings_class = importlib.import_module(script.removesuffix(".py")).Settings
+    settings = read_flags(monkeypatch, settings_class, "--model", "m", "--reference=r.h5ad")
+    assert str(settings.weights) == "m" and settings.data == "r.h5ad"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_version(monkeypatch, capsys, script):
+    settings_class = importlib.import_module(script.removesuffix(".py")).Settings
+    with pytest.raises(SystemExit) as end:
+        read_flags(monkeypatch, settings_class, "--version")
+    assert not end.value.code and capsys.readouterr().out == f"bulk2sc {VERSION}\n"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_wrapped_once(script, columns):
+    """Each text fills its lines, and no number is broken at its comma. Regression: "3,"."""
+    settings_class = importlib.import_module(script.removesuffix(".py")).Settings
+    width, page = min(columns, 120), help_text(settings_class, script, columns)
+    indent, last = " " * COLUMN, ""
+    for line in page.splitlines():
+        if indent == last[:COLUMN] == line[:COLUMN] != "" and line[COLUMN] != " ":
+            word = re.match(r"\(default: \S+|\S+", line.strip())[0]
+            assert len(last) + 1 + len(word) > width, f"{last}\n{line}"
+        assert len(line) <= width or line.startswith("Example: ") or " " not in line.strip(), line
+        last = line
+    assert not re.search(r"\d,\n +\d{3}\b", page) and "{None}" not in page
+    for field in dataclasses.fields(settings_class):  # each once, in a group
+        assert len(re.findall(rf"^  --{field.name.replace('_', '-')}\b(?!-)", page, re.M)) == 1
+    assert re.search("^advanced:$", page, re.M)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_importable_without_running(script):
-    import importlib
-
     module = importlib.import_module(script.removesuffix(".py"))
     assert callable(module.main) and module.Settings()
 
