@@ -34,10 +34,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-from evaluation.settings import EvaluationSettings, check_out
-from readers.bulk_options import BulkOptions
+from evaluation.settings import EvaluationSettings, MeasuredBulks, check_out
 from runtime.errors import InputError
-from runtime.flags import flag, in_groups
+from runtime.flags import in_groups
 from runtime.script import parse_args, run_script
 
 # Flags that other scripts have now.
@@ -61,19 +60,12 @@ STATES += ("mixing", "reference_contrast", "cells_per_sample", "contrasts_only")
     },
 )
 @dataclass
-class Settings(EvaluationSettings, BulkOptions):
+class Settings(EvaluationSettings, MeasuredBulks):
     """Compare generated cells with held-out real ones, and predicted with true proportions.
 
     Example: python evaluate.py --data filtered_feature_bc_matrix --weights my_weights
     """
 
-    bulk: Path | None = None
-    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
-    fractions: Path | None = None
-    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
-    lineages: Path | None = None
-    """Lineage of each cell type, as --fractions names it: a csv cell_type,lineage.
-    Given alone, proportions of pseudobulks are compared by lineage, too."""
     proportions_only: bool = False
     """Measure proportions alone, not cells."""
     generated: Path | None = None
@@ -91,21 +83,14 @@ class Settings(EvaluationSettings, BulkOptions):
             raise InputError("--generated: one file of cells, expected no --more-weights with it")
         if self.generated is not None and self.proportions_only:
             raise InputError("--proportions-only: found --generated as well, expected one of them")
-        needed = ("bulk", "fractions", "lineages")
-        missing = [flag(name) for name in needed if getattr(self, name) is None]
-        if missing and not (self.bulk is self.fractions is None):
-            given = " and ".join(flag(name) for name in needed if flag(name) not in missing)
-            raise InputError(
-                f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
-                "--lineages together"
-            )
+        self.check_bulks()
 
 
 if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
 from data import Reference
-from evaluation.cells import load_trained, measure_cells, tool_methods
+from evaluation.cells import load_all, measure_cells, tool_methods
 from evaluation.proportions import (
     ProportionMethods,
     measure_pseudobulks,
@@ -119,7 +104,7 @@ from evaluation.tables import (
     table_of,
     write_table,
 )
-from runtime.device import pick_device, seed_everything
+from runtime.device import seed_everything
 
 
 def measure(model, reference, truth, cfg):
@@ -139,12 +124,10 @@ def measure(model, reference, truth, cfg):
 
 def main(cfg):
     check_out(cfg.out)
-    device, reference = pick_device(cfg.device), Reference.load(cfg)
+    reference = Reference.load(cfg)
     truth = read_truth(cfg, reference.cell_types)
     # Bulks of other cells than the reference's need no held-out ones.
-    fewest = 0 if cfg.proportions_only else 2
-    folders = (cfg.weights, *cfg.more_weights)
-    trained = [load_trained(folder, reference, device, fewest) for folder in folders]
+    trained = load_all(cfg, reference, min_cells=0 if cfg.proportions_only else 2)
     rows = []
     for model, cells in trained:
         rows += [(str(model.folder), *row) for row in measure(model, cells, truth, cfg)]

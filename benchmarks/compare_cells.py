@@ -77,7 +77,7 @@ from evaluation.cells import (
     compare_perfect,
     draw_decoded,
     excess_auroc,
-    load_trained,
+    load_all,
     match_types,
     measure_cells,
     simulate,
@@ -86,7 +86,7 @@ from evaluation.cells import (
 from evaluation.metrics import CellMetrics
 from evaluation.tables import print_cells, table_of, write_table
 from generation import draw_types, new_cells
-from runtime.device import pick_device, seed_everything
+from runtime.device import seed_everything
 
 CELLS_PER_SUM = 1000  # generated cells that are added up to one bulk
 
@@ -190,10 +190,8 @@ def measure(model, reference, cfg):
 
 def main(cfg):
     check_out(cfg.out)
-    device, reference = pick_device(cfg.device), Reference.load(cfg)
-    folders = (cfg.weights, *cfg.more_weights)
-    trained = [load_trained(folder, reference, device) for folder in folders]
-    rows = []
+    reference = Reference.load(cfg)
+    trained, rows = load_all(cfg, reference), []
     for model, cells in trained:
         rows += [(str(model.folder), *row) for row in measure(model, cells, cfg)]
     table = table_of(rows, reference.cell_types, len(trained))

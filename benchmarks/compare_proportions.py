@@ -21,8 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.settings import EvaluationSettings, check_out
-from readers.bulk_options import BulkOptions
+from evaluation.settings import EvaluationSettings, MeasuredBulks, check_out
 from runtime.errors import InputError
 from runtime.flags import in_groups
 from runtime.script import parse_args, run_script
@@ -38,7 +37,7 @@ from runtime.script import parse_args, run_script
     }
 )
 @dataclass
-class Settings(EvaluationSettings, BulkOptions):
+class Settings(EvaluationSettings, MeasuredBulks):
     """Compare proportions by bulk2sc with those of published estimators.
 
     Example: python benchmarks/compare_proportions.py --data filtered_feature_bc_matrix --weights w0
@@ -47,12 +46,6 @@ class Settings(EvaluationSettings, BulkOptions):
     out: Path = Path("results/proportions")
     """Folder of the results, evaluation.csv and evaluation.png; those of an earlier run are
     replaced."""
-    bulk: Path | None = None
-    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
-    fractions: Path | None = None
-    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
-    lineages: Path | None = None
-    """Lineage of each cell type, as --fractions names it: a csv cell_type,lineage."""
     shift_data: tuple[str, ...] = ()
     """Further single-cell data sets, of other donors or protocols, each as --data is. Proportions
     of their pseudobulks are compared by lineage; --lineages names their cell types, too."""
@@ -68,10 +61,9 @@ class Settings(EvaluationSettings, BulkOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_needs(bulk="fractions", fractions="bulk", shift_data="lineages")
-        self.check_needs(shift_labels="shift_data", shift_cells="shift_data")
-        if self.bulk is not None and self.lineages is None:
-            raise InputError("--bulk: found no --lineages, which it needs")
+        self.check_needs(shift_data="lineages", shift_labels="shift_data")
+        self.check_needs(shift_cells="shift_data")
+        self.check_bulks()
         if len(self.shift_labels) not in (0, 1, len(self.shift_data)):
             raise InputError(
                 f"--shift-labels: found {len(self.shift_labels)} for {len(self.shift_data)} "
@@ -89,7 +81,7 @@ import scipy.sparse as sp
 
 from counts.pseudobulks import draw_test_bulks
 from data import DatasetSettings, Reference, align_genes
-from evaluation.cells import load_trained
+from evaluation.cells import load_all
 from evaluation.metrics import METRICS, proportion_names, to_lineages
 from evaluation.proportions import (
     ProportionMethods,
@@ -103,7 +95,7 @@ from readers.bulk import Bulk
 from readers.counts import read_counts
 from readers.labels import natural_order
 from readers.lineages import lineages_in, read_lineages
-from runtime.device import pick_device, seed_everything
+from runtime.device import seed_everything
 from runtime.errors import some
 
 BULKS_PER_PLATFORM = 20  # of those with a simulated change of platform
@@ -304,10 +296,9 @@ def measure(model, reference, truth, cfg):
 
 def main(cfg):
     check_out(cfg.out)
-    device, reference = pick_device(cfg.device), Reference.load(cfg)
+    reference = Reference.load(cfg)
     truth = read_sets(cfg, reference.cell_types)
-    folders = (cfg.weights, *cfg.more_weights)
-    trained = [load_trained(folder, reference, device, fewest=0) for folder in folders]
+    trained = load_all(cfg, reference, min_cells=0)
     rows = []
     for model, cells in trained:
         rows += [(str(model.folder), *row) for row in measure(model, cells, truth, cfg)]

@@ -124,10 +124,9 @@ from benchmarks.state_truth import (
     truth_of_profiles,
 )
 from data import Reference, align_genes, sum_by_type
-from evaluation.cells import load_trained
+from evaluation.cells import load_all
 from evaluation.metrics import CellMetrics, false_changes, fold_change_metrics, random_forest_auroc
 from evaluation.tables import format_table, summarise, write_table
-from runtime.device import pick_device
 from runtime.errors import some
 
 NULL_CELLS = 100  # of a type on each side of the null, where no real cells limit them
@@ -439,11 +438,11 @@ def print_contrasts(table, plan, donors):
 
 def main(cfg):
     check_out(cfg.out)
-    device, reference = pick_device(cfg.device), Reference.load(cfg)
+    reference = Reference.load(cfg)
     plan = plan_contrasts(cfg, reference.cell_types)
     rows = []
-    for folder in (cfg.weights, *cfg.more_weights):
-        rows += measure_contrasts(*load_trained(folder, reference, device, fewest=0), plan, cfg)
+    for trained in load_all(cfg, reference, min_cells=0):
+        rows += measure_contrasts(*trained, plan, cfg)
     if not rows:
         raise InputError(
             f"--conditions {cfg.conditions}: found no cell type with {MIN_CELLS} cells in "

@@ -15,27 +15,34 @@ from data import align_genes, split_cells
 from evaluation.metrics import CellMetrics
 from generation import MODEL_FILES, Model, new_cells
 from readers.counts import read_counts
+from runtime.device import pick_device
 from runtime.errors import InputError
 
 PERFECT_SEED = 1_000_000  # added to the seed, for cells of the perfect model that are no others'
 REAL = "other real cells"  # the method that draws training cells
 
 
-def load_trained(folder, reference, device, fewest=2):
+def load_trained(folder, reference, device, min_cells=2):
     """Model of a folder of weights, and the Reference with the cells held out that it lists.
 
-    fewest: held-out cells that there must be.
+    min_cells: held-out cells that there must be.
 
     Raises:
         InputError: the weights are of another dataset, or hold out fewer cells.
     """
     model = Model.load(folder, device)
     reference = model.split(reference)
-    if len(reference.test) < fewest:
+    if len(reference.test) < min_cells:
         raise InputError(
             f"{folder / MODEL_FILES[1]}: no cells were held out, so nothing can be measured"
         )
     return model, reference
+
+
+def load_all(cfg, reference, min_cells=2):
+    """:func:`load_trained` of all folders of weights that the settings name, a list."""
+    folders, device = (cfg.weights, *cfg.more_weights), pick_device(cfg.device)
+    return [load_trained(folder, reference, device, min_cells) for folder in folders]
 
 
 def match_types(codes, target, pool, rng):

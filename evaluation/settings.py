@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import DatasetSettings
+from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
 from runtime.flags import flag
 from runtime.outputs import is_own
@@ -39,6 +40,34 @@ class EvaluationSettings(DatasetSettings):
         for name, needed in needs.items():
             if getattr(self, name) and not getattr(self, needed):
                 raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
+
+
+@dataclass
+class MeasuredBulks(BulkOptions):
+    """Real bulks whose proportions were measured."""
+
+    bulk: Path | None = None
+    """Real bulk samples, read as bulk2sc.py reads them, to be compared with --fractions."""
+    fractions: Path | None = None
+    """Their measured fractions: a csv, first column sample, then one column for each lineage."""
+    lineages: Path | None = None
+    """Lineage of each cell type, as --fractions names it: a csv cell_type,lineage.
+    Given alone, proportions of pseudobulks are compared by lineage, too."""
+
+    def check_bulks(self):
+        """Check that bulks, their fractions and their lineages are given together.
+
+        Raises:
+            InputError: they are not.
+        """
+        needed = ("bulk", "fractions", "lineages")
+        missing = [flag(name) for name in needed if getattr(self, name) is None]
+        if missing and not (self.bulk is self.fractions is None):
+            given = " and ".join(flag(name) for name in needed if flag(name) not in missing)
+            raise InputError(
+                f"{given}: found no {' and no '.join(missing)}, expected --bulk, --fractions and "
+                "--lineages together"
+            )
 
 
 def check_out(folder):
