@@ -90,13 +90,13 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 import bulk2sc
+from counts.markers import markers_of_one_type
 from counts.pseudobulks import draw_test_bulks
 from data import Reference, align_genes, library_size, log_normalise, mean_counts
 from deconvolution.encode import calibrate_to, encode_samples
 from deconvolution.estimators import nnls_proportions
 from deconvolution.fit import log_cpm
 from deconvolution.proportions import normal_interval
-from evaluation.markers import markers_of_one_type
 from evaluation.metrics import concordance
 from generation import CHUNK, Model, draw_types, new_cells
 from models import encode_cells, scGMVAE

@@ -1,1 +1,1 @@
-"""What is computed from matrices of counts: variable genes, sums of cells."""
+"""What is computed from counts: variable genes, markers, sums of cells."""

@@ -19,8 +19,8 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from counts.genes import choose_genes
+from counts.markers import markers_by_test
 from data import library_size, log_normalise
-from evaluation.markers import markers_by_test
 
 METRICS = {  # every metric in the order of the tables, and its best possible value
     "random-forest AUROC, PCs": 0.5,

@@ -15,9 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from counts.markers import markers_of_profiles
 from data import log_normalise
 from deconvolution.fit import MISFIT
-from evaluation.markers import markers_of_profiles
 from plots.cells import bare, draw_markers, scatter, tsne
 from plots.proportions import draw_intervals
 from plots.style import ORIGIN_COLORS, plain_text, pyplot, type_colors

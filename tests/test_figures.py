@@ -19,8 +19,8 @@ from conftest import (
     run_inside,
 )
 from counts.genes import HOUSEKEEPING
+from counts.markers import markers_of_one_type
 from data import Reference
-from evaluation.markers import markers_of_one_type
 from generation import Model
 from make_figures import (
     Settings,

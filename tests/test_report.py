@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from conftest import CELL_TYPES, assert_one_line_error, make_cells, run_inside
+from counts.markers import markers_of_profiles
 from deconvolution.proportions import Proportions
-from evaluation.markers import markers_of_profiles
 from plots import report
 from runtime.outputs import OWN_LINES
 
