@@ -116,7 +116,7 @@ def shift_platform(bulk, rng, counted=slice(None)):
     degrees of freedom and the logarithm cut at ±4. Each platform also loses a tenth of the genes,
     which read 0 without being marked as absent. Rows sum to 200,000 over the genes in ``counted``;
     Poisson noise is left to the caller. The Bulk Encoder trains on another model of noise:
-    log-normal, with each bulk's own sd, no lost genes and no shared platform.
+    log-normal, with each bulk's own sd and lost genes, and no shared platform.
     """
     n_platforms, n_genes = -(-len(bulk) // BULKS_PER_PLATFORM), bulk.shape[1]
     t = rng.standard_t(4, (n_platforms, n_genes))

@@ -106,14 +106,3 @@ def counts_reads(bulk, expected, genes, measured):
     why = f"genes lie off the expected by a factor of {np.exp(sd):.1f}"
     unsure = "too few ribosomal genes to be sure, --mrna-content settles it"
     return sd > OTHER_PROTOCOL, f"{why} ({unsure})"
-
-
-def to_cells(pi, counts, content):
-    """Fractions of cells from those that the reference's counts would mean (S, K).
-
-        π'_k = (π_k n_k / c_k) / Σ_j (π_j n_j / c_j)
-
-    pi: (S, K), as if cells gave n counts. counts: n (K). content: c, what they do give (K).
-    """
-    cells = pi * (counts / content)
-    return cells / cells.sum(axis=1, keepdims=True)

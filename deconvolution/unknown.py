@@ -46,8 +46,9 @@ N_MARKERS, FEWEST_MARKERS, FEWEST_GENES = 40, 8, 300
 SHARE_QUANTILE, LOW_QUANTILE = 0.7, 0.5
 # What the upper limit adds: with less, it covers too few of the bulks of other data sets.
 ABSOLUTE, RELATIVE = 0.05, 0.2
-NULL = 0.02  # false share of bulks of the reference's own cells, if training did not measure it
-NULL_GENES = 5000  # of which that holds; the fewer, the more chance has to say
+# Share that bulks of the reference's own cells hardly exceed, on so many genes; the fewer, the more
+# chance has to say.
+FALSE_SHARE, FALSE_SHARE_GENES = 0.02, 5000
 WARN = 0.1  # lower limit of the share from which users are warned
 
 
@@ -235,7 +236,7 @@ def nothing_known(n, names=()):
     return UnknownShare(nan, nan.copy(), nan.copy(), list(names), np.full((n, len(names)), np.nan))
 
 
-def unknown_share(bulk, measured, profiles, genes, null=None, types=None):
+def unknown_share(bulk, measured, profiles, genes, types=None):
     """Share of the RNA of bulks that no type of the reference explains, with a 90 % interval.
 
         low = l - n,    high = (1 + RELATIVE) h + ABSOLUTE + n      l, h: of shares_of_types
@@ -245,8 +246,7 @@ def unknown_share(bulk, measured, profiles, genes, null=None, types=None):
     Args:
         bulk: (S, G), counts, TPM or CPM. measured: mask (G) of the genes that the bulk has.
         profiles: of the reference's types, any scale, (K, G), or (S, K, G), of which the mean is
-            taken. genes: names (G). null: of :func:`null_reference`, default NULL.
-        types: DataFrame as of :func:`read_types`, the default.
+            taken. genes: names (G). types: DataFrame as of :func:`read_types`, the default.
 
     Returns:
         UnknownShare; nan for bulks without counts, and for all bulks where the reference has fewer
@@ -268,50 +268,8 @@ def unknown_share(bulk, measured, profiles, genes, null=None, types=None):
     filled = ~np.isnan(b[:, 0])
     result = nothing_known(len(b), names)
     low, middle, high = shares_of_types(b[filled], P, L[lacking])
-    false = false_share(null, used.sum())
+    false = FALSE_SHARE * max(1.0, (FALSE_SHARE_GENES / used.sum()) ** 0.5)
     result.parts[filled], result.share[filled] = middle, middle.sum(axis=1)
     result.low[filled] = (low.sum(axis=1) - false).clip(0, 1)
     result.high[filled] = ((1 + RELATIVE) * high.sum(axis=1) + ABSOLUTE + false).clip(0, 1)
     return result
-
-
-def false_share(null, n_genes):
-    """Share that bulks of the reference's own cells hardly exceed; null: see null_reference."""
-    chance = NULL * max(1.0, (NULL_GENES / n_genes) ** 0.5)
-    return max(chance, null["share"][0] + 1.645 * null["share"][1]) if null else chance
-
-
-def null_reference(bulk, profiles, genes, types=None):
-    """False share of bulks of the reference's own cells, for training to keep in the card.
-
-    Args:
-        bulk: held-out pseudobulks, some of them as other platforms measure them (S, G).
-        profiles, genes, types: as :func:`unknown_share` takes them.
-
-    Returns:
-        dict: ``share`` -> [mean, sd]; empty where nothing can be told.
-    """
-    measured = np.ones(len(genes), bool)
-    share = unknown_share(bulk, measured, profiles, genes, types=types).share
-    if np.isnan(share).all():
-        return {}
-    return {"share": [float(np.nanmean(share)), float(np.nanstd(share))]}
-
-
-def shares_of_cells(unknown, rna, content, content_of_parts):
-    """The same as shares of cells, if the mRNA content of all types is known.
-
-        v_l = (u_l / c_l) / (Σ_j u_j / c_j + (1 - share) Σ_k r_k / c_k)
-
-    Args:
-        unknown: UnknownShare (S, L). rna: the known types' shares of their RNA (S, K), rows summing
-            to 1. content: of them (K). content_of_parts: of the types that the reference lacks (L),
-            on the same scale; nan if not known.
-
-    Returns:
-        (S), nan where a type that takes part has no content.
-    """
-    u = np.where(unknown.parts > 0, unknown.parts, 0)
-    cells = np.where(u > 0, u / np.asarray(content_of_parts, float), 0).sum(axis=1)
-    known = (1 - unknown.share) * (rna / content).sum(axis=1)
-    return cells / (cells + known)

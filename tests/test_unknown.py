@@ -9,9 +9,7 @@ from counts.genes import PROTOCOL_GENES
 from deconvolution import unknown
 from deconvolution.unknown import (
     LINEAGES,
-    null_reference,
     read_types,
-    shares_of_cells,
     unknown_share,
 )
 
@@ -198,30 +196,6 @@ def test_profiles_of_samples_are_averaged(world):
     by_sample = np.stack([reference * scale for scale in np.linspace(0.5, 2, len(bulk))])
     result = unknown_share(bulk, np.ones(G, bool), by_sample, GENES, types=table)
     np.testing.assert_allclose(result.share, estimate(world, bulk).share, rtol=1e-6)
-
-
-def test_false_share_of_the_reference_widens_the_interval(world):
-    table, reference = world
-    rng = np.random.default_rng(10)
-    own = simulate(world, 0.0, rng, sd=0.3, n=20, own=True)
-    null = null_reference(own, reference, GENES, types=table)
-    assert set(null) == {"share"} and 0 <= null["share"][0] < 0.05
-    assert all(type(value) is float for value in null["share"])
-    bulk = simulate(world, 0.3, rng)
-    plain, wide = estimate(world, bulk), estimate(world, bulk, null={"share": [0.1, 0.05]})
-    np.testing.assert_array_equal(wide.share, plain.share)
-    assert (wide.low < plain.low).all() and (wide.high > plain.high).all()
-    assert null_reference(own[:, :5], reference[:, :5], GENES[:5], types=table) == {}
-
-
-def test_shares_of_cells_allow_for_content(world):
-    result = estimate(world, simulate(world, 0.3, np.random.default_rng(11), n=2))
-    rna = np.full((2, 5), 0.2)
-    same = shares_of_cells(result, rna, np.ones(5), [1.0])
-    np.testing.assert_allclose(same, result.share)
-    small = shares_of_cells(result, rna, np.ones(5), [0.25])  # a quarter of the RNA: more cells
-    np.testing.assert_allclose(small, 4 * same / (4 * same + 1 - same))
-    assert np.isnan(shares_of_cells(result, rna, np.ones(5), [np.nan])).all()
 
 
 def test_the_shipped_table_holds_types_of_blood():
