@@ -198,14 +198,14 @@ def reconstruct(X, codes, decoder, gmvae, genes, generator):
 
     Args:
         X: counts (N x G), CSR, in the decoder's ``genes``. codes: cell types (N).
-        gmvae: scGMVAE and its card; None draws z from each cell's type instead.
+        gmvae: scGMVAE and its metadata; None draws z from each cell's type instead.
     """
     device = decoder.mu.device
     k = torch.as_tensor(codes, device=device)
     mean, var = decoder.mu[k], decoder.var[k]  # (N, D)
     if gmvae is not None:
-        model, card = gmvae
-        X_model, _ = align_genes(X, genes, card["genes"], "scGMVAE", report=False)
+        model, metadata = gmvae
+        X_model, _ = align_genes(X, genes, metadata["genes"], "scGMVAE", report=False)
         mean, var = (part.to(device) for part in encode_cells(model, X_model))
     z = mean + var.sqrt() * torch.randn(mean.shape, generator=generator, device=device)  # (N, D)
     library = torch.as_tensor(library_size(X), device=device, dtype=torch.float32)

@@ -194,7 +194,7 @@ def take_components(cfg, mu, var, cells, codes, cell_types, rng):
 
 
 def load_gmvae(cfg, mu, var, cell_types, device):
-    """scGMVAE of stage 1 and its card, checked against labels and mixture; or None twice.
+    """scGMVAE of stage 1 and its metadata, checked against labels and mixture; or None twice.
 
     Raises:
         InputError: it is of other cell types or another mixture, or missing though asked for.
@@ -202,14 +202,14 @@ def load_gmvae(cfg, mu, var, cell_types, device):
     path = cfg.weights / "scGMVAE_model.pt"
     if cfg.pairing != "posterior" and not path.exists():
         return None, None
-    gmvae, card = load_model(path, scGMVAE, device)
-    check_cell_types(path, card, cell_types)
+    gmvae, metadata = load_model(path, scGMVAE, device)
+    check_cell_types(path, metadata, cell_types)
     check_mixture(path, gmvae, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
     if cfg.components:
         raise InputError(
             f"--components: {path} says which component is which cell type; expected none"
         )
-    return gmvae, card
+    return gmvae, metadata
 
 
 def start_model(X, library, train, codes, mixture, posterior, cfg):

@@ -116,7 +116,7 @@ from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
 from states.directions import fit_states, group_bulks
-from states.moments import SampleMoments, read_samples_card, relative_to_batches, sample_moments
+from states.moments import SampleMoments, read_samples_metadata, relative_to_batches, sample_moments
 from states.pseudobulks import (
     BulkCells,
     Pseudobulks,
@@ -213,17 +213,17 @@ def read_mixture(cfg, cell_types):
     """The mixture in the order of the cell types, and scDecoder, which was trained on it.
 
     Returns:
-        mu, var: (K, D) each. decoder, card: scDecoder on the CPU, and the rest of its file.
+        mu, var: (K, D) each. decoder, metadata: scDecoder on the CPU, and the rest of its file.
     """
     mu, var = load_mixture(cfg.weights, len(cell_types))  # (K, D) each
     path = cfg.weights / "scDecoder_model.pt"
-    decoder, card = load_model(path, scDecoder)
-    check_cell_types(path, card, cell_types)
+    decoder, metadata = load_model(path, scDecoder)
+    check_cell_types(path, metadata, cell_types)
     # Which component each type is in mixture files from elsewhere, as stage 2 took them.
-    order = list(card.get("components", range(len(cell_types))))
+    order = list(metadata.get("components", range(len(cell_types))))
     mu, var = mu[order], var[order]
     check_mixture(path, decoder, mu, var, "gmm_mu_c.pt and gmm_var_c.pt")
-    return mu, var, decoder, card
+    return mu, var, decoder, metadata
 
 
 def read_samples(cfg, reference):
@@ -240,13 +240,13 @@ def read_samples(cfg, reference):
     if len(names) == 1:
         return None, None
     path = cfg.weights / "scGMVAE_model.pt"
-    gmvae, card = load_model(path, scGMVAE)
-    if "samples" not in card:
+    gmvae, metadata = load_model(path, scGMVAE)
+    if "samples" not in metadata:
         raise InputError(f"{path}: trained without --samples, expected stage 1 trained with them")
-    check_cell_types(path, card, reference.cell_types)
+    check_cell_types(path, metadata, reference.cell_types)
     mixture = load_mixture(cfg.weights, len(reference.cell_types))
     check_mixture(path, gmvae, *mixture, "gmm_mu_c.pt and gmm_var_c.pt")
-    known, moments = read_samples_card(card["samples"])
+    known, moments = read_samples_metadata(metadata["samples"])
     trained = {names[s] for s in np.unique(sample[reference.train])}
     if trained != set(known):
         raise InputError(
@@ -260,7 +260,7 @@ def read_samples(cfg, reference):
     rows = reference.test
     if len(rows) == 0:
         return moments, None
-    X, _ = reference.counts(card["genes"], cfg.data, report=True)
+    X, _ = reference.counts(metadata["genes"], cfg.data, report=True)
     mean, var = (part.numpy() for part in encode_cells(gmvae, X, rows))
     shape = moments.mu.shape[:2]
     return moments, sample_moments(mean, var, reference.codes[rows], sample[rows], shape)

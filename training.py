@@ -318,14 +318,14 @@ class TrainingRun(ResumableRun):
         if step < self.rate.decay_from and is_flat(self.progress.validation):
             self.rate.fall(step)
 
-    def save_results(self, **card):
-        """Write the model with its ``card`` and the loss curves, then remove the checkpoint.
+    def save_results(self, **metadata):
+        """Write the model with its ``metadata`` and the loss curves, then remove the checkpoint.
 
-        card: what the model's file should know besides, see :func:`runtime.weights.save_model`.
+        metadata: what the model's file should know besides, see :func:`runtime.weights.save_model`.
         """
-        card |= {"epoch": self.n_epochs, "plan": vars(self.plan), "made_from": self.made_from}
+        metadata |= {"epoch": self.n_epochs, "plan": vars(self.plan), "made_from": self.made_from}
         path = self.cfg.weights / f"{self.name}_model.pt"
-        save_model(path, self.model, self.cfg, **card)
+        save_model(path, self.model, self.cfg, **metadata)
         loss = getattr(self.cfg, "loss", "nb")
         write_losses(self.cfg.weights / self.name, self.progress.curve, loss)
         self.remove_checkpoint()

@@ -265,7 +265,7 @@ def our_elbo(weights, training, held_out, n=10):
     from models import encode_cells, scGMVAE
     from runtime.weights import load_model
 
-    gmvae, card = load_model(weights / "scGMVAE_model.pt", scGMVAE)
+    gmvae, metadata = load_model(weights / "scGMVAE_model.pt", scGMVAE)
     decoder, saved = load_model(weights / "scDecoder_model.pt", scDecoder)
     if set(saved["held_out"]) != set(held_out.cells.obs_names):
         raise ValueError("the models hold out other cells")
@@ -273,7 +273,7 @@ def our_elbo(weights, training, held_out, n=10):
     y, n = torch.from_numpy(held_out.codes), len(training.codes)  # (N)
     p_y = np.bincount(training.codes, minlength=len(saved["cell_types"])) / n
     x = torch.from_numpy(held_out.X.toarray().astype(np.float32))  # (N, G)
-    aligned, _ = held_out.counts(card["genes"], "the reference")
+    aligned, _ = held_out.counts(metadata["genes"], "the reference")
     mean, var = encode_cells(gmvae, aligned)  # (N, D)
     q = torch.distributions.Normal(mean, var.sqrt())
     mu, sd = decoder.mu[y], decoder.var[y].sqrt()  # (N, D)

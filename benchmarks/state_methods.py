@@ -22,7 +22,7 @@ from models import scGMVAE
 from readers.bulk import Bulk
 from readers.labels import natural_order
 from runtime.weights import load_model
-from states.moments import mix_moments, read_samples_card
+from states.moments import mix_moments, read_samples_metadata
 
 # Methods whose cells are generated: bulk2sc.py's --calibrate, and whether moments are the bulk's.
 GENERATED = {
@@ -115,10 +115,10 @@ def condition_moments(model, plan):
     A type that no sample of a condition has gets the mean of these samples' shrunk moments.
     """
     file = model.folder / "scGMVAE_model.pt"
-    card = load_model(file, scGMVAE)[1].get("samples") if file.exists() else None
-    if card is None:
+    metadata = load_model(file, scGMVAE)[1].get("samples") if file.exists() else None
+    if metadata is None:
         return None
-    names, moments = read_samples_card(card)
+    names, moments = read_samples_metadata(metadata)
     condition = plan.samples["condition"].reindex(names).to_numpy()
     of_condition = np.stack([condition == c for c in plan.reference_conditions])  # (2, S)
     if not of_condition.any(axis=1).all():

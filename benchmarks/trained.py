@@ -85,7 +85,7 @@ def train_anew(cfg, weights, simulated, codes, metadata):
             (N x G). codes: their types (N). metadata: of that model.
 
     Returns:
-        ``(decoder, card)``: scDecoder in eval mode, and what its file says.
+        ``(decoder, metadata)``: scDecoder in eval mode, and what its file says.
 
     Raises:
         InputError: scGMVAE_model.pt is missing, or a file has settings that cannot be used.

@@ -462,7 +462,7 @@ def expression_rows(samples, proportions, cell_types):
     )
 
 
-def write_expression(path, samples, proportions, expression, card):
+def write_expression(path, samples, proportions, expression, metadata):
     """Write the expected expression, some samples at a time: a row for each type of each sample.
 
     An .h5ad (S K x G), float32. X: expected counts of one cell. Layers: ``log2_fold_change``
@@ -471,8 +471,8 @@ def write_expression(path, samples, proportions, expression, card):
     digits, four decimal ones, as further ones are noise that takes most of the space.
 
     Args:
-        path: of the file. samples: names (S). proportions: (S, K). expression: Expression. card: of
-            the decoder, with ``genes``, ``gene_ids`` and ``cell_types``.
+        path: of the file. samples: names (S). proportions: (S, K). expression: Expression.
+            metadata: of the decoder, with ``genes``, ``gene_ids`` and ``cell_types``.
     """
     import anndata
     import pandas as pd
@@ -480,10 +480,10 @@ def write_expression(path, samples, proportions, expression, card):
     from runtime.cell_writers import open_tables
 
     S, K, G = expression.shape
-    var = pd.DataFrame(index=card["genes"])
-    if "gene_ids" in card:
-        var["gene_ids"] = card["gene_ids"]
-    obs = expression_rows(samples, proportions, card["cell_types"])
+    var = pd.DataFrame(index=metadata["genes"])
+    if "gene_ids" in metadata:
+        var["gene_ids"] = metadata["gene_ids"]
+    obs = expression_rows(samples, proportions, metadata["cell_types"])
     library = expression.library[:, None].astype(np.float32)
     names = ("X", "layers/log2_fold_change", "layers/log2_fold_change_sd")
     with open_tables(path, anndata.AnnData(obs=obs, var=var), names, rows=K) as write:

@@ -159,13 +159,13 @@ def mixtures(known, cell_types, composition, content):
     return make_proportions(known.samples, cell_types, pi, content, known=known)
 
 
-def reference_composition(card):
+def reference_composition(metadata):
     """Mean fractions of the cell types in the reference (K), and in words where they come from.
 
-    card: of the Bulk Encoder, with ``cell_types`` (K) and, in newer files, ``composition`` (K).
+    metadata: of the Bulk Encoder, with ``cell_types`` (K) and, in newer files, ``composition`` (K).
     """
-    K = len(card["cell_types"])
-    if "composition" not in card:
+    K = len(metadata["cell_types"])
+    if "composition" not in metadata:
         return np.full(K, 1 / K), "evenly, as the weights do not hold the reference's composition"
-    share = np.array(card["composition"], np.float64)
+    share = np.array(metadata["composition"], np.float64)
     return share / share.sum(), "in the ratio of the reference's cells"

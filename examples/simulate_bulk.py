@@ -70,12 +70,12 @@ def simulate_bulk(decoder, n_per_type, generator):
 
 
 def main(cfg):
-    decoder, card = load_model(WEIGHTS, scDecoder)
+    decoder, metadata = load_model(WEIGHTS, scDecoder)
     generator = torch.Generator().manual_seed(cfg.seed)
-    share = COMPOSITION[card["cell_types"]] / 100  # (S, K)
+    share = COMPOSITION[metadata["cell_types"]] / 100  # (S, K)
     n_cells = (share * cfg.n_cells).round().astype(int)
     bulks = [simulate_bulk(decoder, row, generator) for row in n_cells.to_numpy()]
-    table = pd.DataFrame(dict(zip(share.index, bulks, strict=True)), index=card["genes"])
+    table = pd.DataFrame(dict(zip(share.index, bulks, strict=True)), index=metadata["genes"])
     table.index.name = "gene"
 
     # A fixed time stamp and no file name in the header: the same counts give the same file.

@@ -23,13 +23,13 @@ MAX_VALUE, MAX_LOG = 1e15, 80  # of a weight, and of one that an exponential is 
 MIXTURE_FILES = ("gmm_mu_c.pt", "gmm_var_c.pt")
 
 
-def save_model(path, model, settings, **card):
-    """Save a model so that the file alone rebuilds it: state, shape, settings and ``card``.
+def save_model(path, model, settings, **metadata):
+    """Save a model so that the file alone rebuilds it: state, shape, settings and ``metadata``.
 
-    ``card`` holds what else the file should know: genes, cell_types, held_out (barcodes), epoch.
+    ``metadata`` holds what else it should know: genes, cell_types, held_out (barcodes), epoch.
     Only tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it.
     """
-    card = {
+    metadata = {
         "format": "bulk2sc",
         "version": FORMAT_VERSION,
         "model": type(model).__name__,
@@ -37,9 +37,9 @@ def save_model(path, model, settings, **card):
         "state": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "settings": plain_settings(settings),
         "seed": settings.seed,
-        **card,
+        **metadata,
     }
-    save_tensors(path, card)
+    save_tensors(path, metadata)
 
 
 def save_tensors(path, content):
@@ -111,7 +111,7 @@ def is_list_of_weights(value, length):
     )
 
 
-def check_card(card, model_class):
+def check_metadata(metadata, model_class):
     """Check that what a file says of a model fits together, before anything is built from it.
 
     The model is first built on the meta device, without memory; what is allocated for it later is
@@ -120,7 +120,7 @@ def check_card(card, model_class):
     Raises:
         ValueError, KeyError, TypeError, RuntimeError: it does not; says what.
     """
-    config, state = card["config"], card["state"]
+    config, state = metadata["config"], metadata["state"]
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise ValueError("config or state is no dict")
     for name, value in config.items():
@@ -141,22 +141,25 @@ def check_card(card, model_class):
         shape_and_dtype = expected[name].shape, expected[name].dtype
         if not is_plain_tensor(value) or (value.shape, value.dtype) != shape_and_dtype:
             raise ValueError(f"tensor {name}")
-    names, K = card["genes"], config["n_types"]
-    check_samples(card.get("samples"), (K, config.get("n_latent")))
-    check_signature(card.get("signature"), K)
-    fraction, fit = card["held_out_fraction"], card.get("fit", {})
+    names, K = metadata["genes"], config["n_types"]
+    check_samples(metadata.get("samples"), (K, config.get("n_latent")))
+    check_signature(metadata.get("signature"), K)
+    fraction, fit = metadata["held_out_fraction"], metadata.get("fit", {})
     of_types = {  # of the reference; older files have none
-        name: card.get(name, [1.0] * K) for name in ("composition", "content")
+        name: metadata.get(name, [1.0] * K) for name in ("composition", "content")
     }
     sound = {
         "genes": is_list_of_names(names, config["n_genes"]) and len(set(names)) == len(names),
-        "gene_ids": is_list_of_names(card.get("gene_ids", names), len(names)),  # older have none
-        "cell_types": is_list_of_names(card["cell_types"], K) and len(set(card["cell_types"])) == K,
-        "held_out": is_list_of_names(card["held_out"]),
+        "gene_ids": is_list_of_names(
+            metadata.get("gene_ids", names), len(names)
+        ),  # older have none
+        "cell_types": is_list_of_names(metadata["cell_types"], K)
+        and len(set(metadata["cell_types"])) == K,
+        "held_out": is_list_of_names(metadata["held_out"]),
         "held_out_fraction": isinstance(fraction, int | float) and 0 <= fraction < 1,
-        "settings": isinstance(card["settings"], dict),
+        "settings": isinstance(metadata["settings"], dict),
         **{name: is_list_of_weights(value, K) for name, value in of_types.items()},
-        "components": sorted(card.get("components", range(K))) == list(range(K)),
+        "components": sorted(metadata.get("components", range(K))) == list(range(K)),
         "fit": isinstance(fit, dict)
         and all(
             len(pair) == 2 and all(isinstance(v, float) for v in pair) and pair[1] > 0
@@ -236,26 +239,32 @@ def load_model(path, model_class, device="cpu"):
     """Rebuild a saved model in eval mode from a file of any origin.
 
     Returns:
-        ``(model, card)``: the module on ``device``, and the rest of the file as a dict.
+        ``(model, metadata)``: the module on ``device``, and the rest of the file as a dict.
 
     Raises:
         InputError: missing, truncated, another kind of file or version, or a state that does not
             fit its own description.
     """
     name = model_class.__name__
-    card = load_tensors(path, MADE_BY[name])
-    if not isinstance(card, dict) or card.get("format") != "bulk2sc" or card.get("model") != name:
+    metadata = load_tensors(path, MADE_BY[name])
+    if (
+        not isinstance(metadata, dict)
+        or metadata.get("format") != "bulk2sc"
+        or metadata.get("model") != name
+    ):
         found = (
-            card.get("model", "something else") if isinstance(card, dict) else type(card).__name__
+            metadata.get("model", "something else")
+            if isinstance(metadata, dict)
+            else type(metadata).__name__
         )
         raise InputError(f"{path}: found {found}, expected a {name} by {MADE_BY[name]}")
-    if card.get("version") != FORMAT_VERSION:
-        found = card.get("version")
+    if metadata.get("version") != FORMAT_VERSION:
+        found = metadata.get("version")
         raise InputError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
     try:
-        check_card(card, model_class)
-        model = model_class(**card["config"])
-        model.load_state_dict(card.pop("state"))
+        check_metadata(metadata, model_class)
+        model = model_class(**metadata["config"])
+        model.load_state_dict(metadata.pop("state"))
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: its parts do not fit together ({one_line(error)}), expected a whole {name}"
@@ -267,7 +276,7 @@ def load_model(path, model_class, device="cpu"):
             f"{path}: {error} with values that are not finite or out of range, expected trained "
             "weights"
         ) from error
-    return model.to(device).eval(), card
+    return model.to(device).eval(), metadata
 
 
 def save_mixture(folder, mu, var):
@@ -316,11 +325,12 @@ def load_mixture(folder, n_types):
     return mu, var
 
 
-def check_cell_types(path, card, cell_types):
+def check_cell_types(path, metadata, cell_types):
     """Raise InputError unless a model and the labels have the same name-to-code map."""
-    if card["cell_types"] != list(cell_types):
+    known = metadata["cell_types"]
+    if known != list(cell_types):
         raise InputError(
-            f"{path}: knows {len(card['cell_types'])} cell types ({some(card['cell_types'])}), the "
+            f"{path}: knows {len(known)} cell types ({some(known)}), the "
             f"labels have {len(cell_types)} ({some(cell_types)}); expected weights of this dataset"
         )
 

@@ -149,10 +149,10 @@ def describe_samples(names, moments):
     return {"names": [names[i] for i in used], **tensors}
 
 
-def read_samples_card(card):
+def read_samples_metadata(metadata):
     """Names (S) and shrunk SampleMoments of the ``samples`` of a file; see describe_samples."""
-    parts = (card[name].double().numpy() for name in ("n_cells", "mu", "var"))
-    return card["names"], SampleMoments(*parts)
+    parts = (metadata[name].double().numpy() for name in ("n_cells", "mu", "var"))
+    return metadata["names"], SampleMoments(*parts)
 
 
 def mix_moments(share, moments):
