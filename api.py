@@ -276,7 +276,7 @@ def generate(
             cells_per_type: cells of each type of each sample, in place of as many as the
             proportions say. seed: the same seed gives the same cells on CPU. out: an ``.h5ad``, a
             10x ``.h5`` or a folder to write block by block. run: dict with ``name``, ``settings``
-            and ``provenance``. metadata: DataFrame (S rows) for ``.obs``. shown: report.ShownCells
+            and ``provenance``. metadata: DataFrame (S rows) for ``.obs``. shown: ShownCells
             to fill.
 
     Returns:

@@ -148,7 +148,7 @@ def type_names(reference):
 
 
 def save(cfg, name, write, *arguments):
-    """Write a picture by one of plotting's functions."""
+    """Write a picture by a function of plots/."""
     path = cfg.out / f"{name}.{cfg.format}"
     write(path, *arguments)
     print(f"wrote {path}")

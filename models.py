@@ -21,7 +21,7 @@ from deconvolution import itakura_saito
 from deconvolution.platforms import common_ratio, robust_sd
 from distributions import latents, library_sizes
 from distributions.fits import fit_log_factor, fit_log_theta, moments_of_counts, shrink_means
-from distributions.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
+from distributions.negative_binomial import COMPILED, NegativeBinomial, ZeroInflatedNegativeBinomial
 from distributions.regression import Regression
 from runtime.device import in_batches, to_csr, to_sparse
 
@@ -421,7 +421,7 @@ class scDecoder(CountDecoder):
         Raises:
             InputError: a count would not be finite or would be over 2^31 - 1.
         """
-        if self.mu.is_cuda or not self.family.has_theta:
+        if self.mu.is_cuda or self.family not in COMPILED:
             factor = None if log_factor is None else log_factor[sample]
             return to_csr(self.sample_cells(z, library, codes, generator, factor))
         from runtime.sampler import sample_csr  # compiles, so only when needed

@@ -356,7 +356,7 @@ def main(cfg):
     z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
     library = torch.from_numpy(library_size(cells.X))  # (N)
     model = start_model(cells.X, library, train, codes, (mu, var), posterior, cfg).to(device)
-    fast = [] if cfg.loss == "mse_l1" else [model.log_theta]  # the regression has none
+    fast = [] if model.log_theta is None else [model.log_theta]
     optimizer, schedule = two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
     run = TrainingRun("scDecoder", cfg, plan, model, optimizer, schedule, rng, made_from)

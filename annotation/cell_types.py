@@ -132,7 +132,7 @@ def variable_genes(X, n_genes):
     """Indices of the genes that vary most, of counts (N x G), around a quadratic trend.
 
     The trend of log variance by log mean is fitted by least squares, since the loess of
-    :func:`data.choose_genes` cannot be fitted to the few cells of a small node.
+    :func:`counts.genes.choose_genes` cannot be fitted to the few cells of a small node.
     """
     if X.shape[1] <= n_genes:
         return np.arange(X.shape[1])

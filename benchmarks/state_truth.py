@@ -92,7 +92,7 @@ def plan_contrasts(cfg, cell_types):
     """Read and check everything that the settings name, before anything is measured.
 
     Args:
-        cfg: settings of evaluate.py. cell_types: names (K).
+        cfg: settings of compare_states.py. cell_types: names (K).
 
     Raises:
         InputError: a file or setting cannot be used, or the two conditions are not clear.

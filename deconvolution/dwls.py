@@ -2,8 +2,8 @@
 
 A bulk is fitted by the mean counts of the cell types in a signature: the genes that rise most from
 all other types to one. The answer for a bulk sample is a weighted mean of the Bulk Encoder's and of
-this one (:func:`generation.encode_samples`): they read other genes by other weights, so that their
-errors partly cancel. :mod:`deconvolution.published` measures DWLS by itself.
+this one (:func:`deconvolution.encode.encode_samples`): they read other genes by other weights, so
+that their errors partly cancel. benchmarks/estimators/dwls.py measures DWLS by itself.
 
 Notation in shape comments: S bulks, N cells, G genes, M genes of a signature, K cell types.
 """
@@ -211,7 +211,7 @@ def dwls(bulk, S, seed=0):
 
 @dataclass
 class Signature:
-    """What the weights of the Bulk Encoder hold for :func:`deconvolution.dwls`."""
+    """What the weights of the Bulk Encoder hold for :func:`dwls`."""
 
     genes: list[str]
     """Names of the candidates (M): up to 200 of each type."""

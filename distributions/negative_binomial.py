@@ -201,3 +201,7 @@ def sample_zinb(mean, theta, dropout_logits, generator=None):
     counts = sample_nb(mean, theta, generator)
     keep = torch.rand(mean.shape, generator=generator, device=mean.device)
     return counts * (keep >= torch.sigmoid(dropout_logits))
+
+
+# What runtime.sampler draws on a CPU; any other distribution draws by its own ``sample``.
+COMPILED = (NegativeBinomial, ZeroInflatedNegativeBinomial)

@@ -1,4 +1,4 @@
-"""How good generated cells and predicted proportions are: the metrics of evaluate.py.
+"""How good generated cells and predicted proportions are: every metric.
 
 Notation: N real and M generated cells, G genes, P features (PCs or genes), S bulks, K cell types,
 L lineages.

@@ -25,8 +25,8 @@ class ProportionMethods:
     """bulk2sc and what it is measured beside, of one model and the cells that it was trained on.
 
     Args:
-        model: Model. reference: Reference. estimators: deconvolution.estimators.Estimators that
-            read all genes. seed: of theirs.
+        model: Model. reference: Reference. estimators: list of Estimator, which read all
+            genes. seed: of theirs.
     """
 
     def __init__(self, model, reference, estimators=(), seed=0):

@@ -74,12 +74,12 @@ def check_out(folder):
     """Check, before anything is measured, that results can be written, and replace only our own.
 
     Raises:
-        InputError: they cannot, or a file of their name is there that evaluate.py did not write.
+        InputError: they cannot, or a file of their name is there that no evaluation wrote.
     """
     check_writable(folder)
     table, picture = folder / "evaluation.csv", folder / "evaluation.png"
     if not is_own(table, table.name):  # a picture cannot tell by itself
         for path in filter(Path.exists, (table, picture)):
             raise InputError(
-                f"{path}: found a file that is not from evaluate.py, expected another --out"
+                f"{path}: found a file that is no evaluation of bulk2sc, expected another --out"
             )

@@ -31,7 +31,7 @@ from states.conditions import choose_conditions
 STATE_GENES = ("ISG15", "IFI6", "CXCL10", "CCL8", "CD14")
 MIN_CELLS = 5  # real cells of a type in each of the two samples, for its expression to be shown
 MAX_TYPES = 12  # whose expression is shown
-PSEUDOCOUNT = 10  # added to CPM, as in the fold changes of evaluate.py
+PSEUDOCOUNT = 10  # added to CPM, as in the fold changes of evaluation/metrics.py
 
 
 @dataclass

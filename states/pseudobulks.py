@@ -110,7 +110,7 @@ def draw_from_samples(cells, share, n_cells, pool, rng):
 
     Args:
         cells: BulkCells. share: of the samples (B x S). n_cells, pool: as
-            :func:`data.draw_pseudobulks` takes them (B).
+            :func:`draw_pseudobulks` takes them (B).
 
     Returns:
         bulk (B, G) and a Pseudobulks without counts.

@@ -455,7 +455,7 @@ def test_results_replace_no_other_files(trained, h5ad, tmp_path):
     for name in ("evaluation.png", "evaluation.csv"):
         (tmp_path / name).write_text("metric,value\n")
         done = run_inside("evaluate.py", *flags, tmp_path)
-        assert_one_line_error(done, name, "not from evaluate.py, expected another --out")
+        assert_one_line_error(done, name, "no evaluation of bulk2sc, expected another --out")
         assert (tmp_path / name).read_text() == "metric,value\n"
 
 
