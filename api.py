@@ -251,6 +251,7 @@ def mixtures(proportions, model, lineages=None):
         CellSource, for :func:`generate`.
     """
     check_model(model)
+    check_type("proportions", proportions, (pd.DataFrame, *PATH), "a DataFrame or a csv")
     known = known_proportions(proportions, model.cell_types, lineages)
     proportions, encoded = encode_mixtures(model, known)
     return CellSource(proportions.names, [encoded], proportions)
@@ -289,6 +290,7 @@ def generate(
     check_model(model)
     n_cells, cells_per_type, seed = check_amounts(n_cells, cells_per_type, seed)
     check_sink(out)
+    check_source(source, model)
     decoder, genes = model.decoder, model.genes
     bulks = source if isinstance(source, CellSource) else CellSource.of_samples(source)
     samples = bulks.samples
@@ -337,6 +339,17 @@ def check_amounts(n_cells, cells_per_type, seed):
         cells_per_type = check_number("cells_per_type", cells_per_type, 1)
     n_cells, seed = check_number("n_cells", n_cells, 0), check_number("seed", seed, 0, 2**32 - 1)
     return n_cells, cells_per_type, seed
+
+
+def check_source(source, model):
+    """Raise InputError unless bulks or mixtures were made with the cell types of a model."""
+    proportions = source.proportions
+    if proportions is not None and list(proportions.cell_types) != list(model.cell_types):
+        raise InputError(
+            f"source: made for {len(proportions.cell_types)} cell types "
+            f"({some(proportions.cell_types)}), the model has {len(model.cell_types)} "
+            f"({some(model.cell_types)}); expected one and the same model"
+        )
 
 
 def check_sink(out):

@@ -20,7 +20,7 @@ from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, some
 from runtime.flags import flag
-from runtime.script import check_choices
+from runtime.script import check_settings
 
 if TYPE_CHECKING:  # slow to import, and --help has to answer at once
     import anndata
@@ -53,7 +53,7 @@ class DatasetSettings:
     """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
     def __post_init__(self):
-        check_choices(self)
+        check_settings(self)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
 

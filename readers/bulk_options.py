@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.script import check_settings
+
 
 @dataclass
 class BulkOptions:
@@ -22,3 +24,6 @@ class BulkOptions:
     scale is refused; no: values are taken as they are."""
     pseudocount: float = 1.0
     """What was added before the logarithm of --log."""
+
+    def __post_init__(self):
+        check_settings(self)

@@ -62,14 +62,15 @@ def with_current_names(settings_class, arguments):
     """The arguments, with every flag by its current name; a line on stderr for each old one.
 
     Raises:
-        UsageError: a flag is gone, or another script's.
+        UsageError: a flag is gone, or another script's, or has no value.
     """
     known = known_flags(settings_class)
     renamed = {flag(a): flag(b) for a, b in getattr(settings_class, "renamed", {}).items()}
     gone = {flag(name): value for name, value in getattr(settings_class, "gone", {}).items()}
     moved = {flag(name): to for name, to in getattr(settings_class, "moved", {}).items()}
+    several = {flag(each.name) for each in fields(settings_class) if is_several(each.type)}
     current = []
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
         if name in gone:
@@ -79,8 +80,15 @@ def with_current_names(settings_class, arguments):
         if name in renamed:
             print(f"note: {name} is now called {renamed[name]}", file=sys.stderr)
         name = renamed.get(name) or known.get(name)
+        if name in several and not equals and following.startswith("--"):  # an empty $FILES
+            raise UsageError(f"{name}: found no value, expected one or more")
         current.append(name + equals + value if name else argument)
     return current
+
+
+def is_several(kind):
+    """Whether a flag of this type takes any number of values."""
+    return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
 
 
 def unknown_flags(settings_class, tokens):
@@ -144,7 +152,7 @@ def metavar(kind):
         return "{" + ",".join(inner) + "}"
     if origin is types.UnionType:  # with None
         return metavar(inner[0])
-    if origin is tuple and inner[-1] is Ellipsis:
+    if is_several(kind):
         return f"{metavar(inner[0])} [{metavar(inner[0])} ...]"
     if origin is tuple:
         return " ".join(map(metavar, inner))

@@ -8,13 +8,15 @@ import sys
 import time
 from dataclasses import fields
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Literal, get_args, get_origin
 
 import tyro
 from tyro import _errors as tyro_errors
 
-from runtime.arguments import IN_SCRIPT
+from runtime.arguments import IN_SCRIPT, describe
 from runtime.errors import InputError, UsageError, one_line, plain
 from runtime.flags import flag, help_text, unknown_flags, with_current_names
 from runtime.signals import Stopped, catch_signals, end_at_signals
@@ -64,16 +66,35 @@ def recorded():
         yield lines
 
 
-def check_choices(settings):
-    """Check the fields of type ``Literal``, which Python itself does not.
+# Types of settings -> values that they take, and what these are called.
+KINDS = {
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: ((str, Path), "text"),
+    Path: ((str, Path), "a path"),
+    type(None): (type(None), "None"),
+}
+
+
+def check_settings(settings):
+    """Check the values of settings made in Python by their types, which Python itself does not.
 
     Raises:
-        InputError: a value is none of the choices.
+        InputError: a value is of another type, or none of the choices.
     """
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise wrong_choice(flag(field.name), value, get_args(field.type))
+        value, kind = getattr(settings, field.name), field.type
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise wrong_choice(flag(field.name), value, get_args(kind))
+            continue
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        known = [KINDS.get(each, ((tuple, list), "several values")) for each in kinds]
+        is_flag = isinstance(value, bool) and bool not in kinds  # True is an integer to Python
+        if is_flag or not any(isinstance(value, types) for types, _ in known):
+            expected = " or ".join(name for _, name in known)
+            raise InputError(f"{flag(field.name)}: found {describe(value)}, expected {expected}")
 
 
 def wrong_choice(name, value, choices):

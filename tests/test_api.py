@@ -199,6 +199,28 @@ def test_wrong_arguments_of_train_are_named(tmp_path, given, words):
     assert not (tmp_path / "w").exists()
 
 
+def test_mixtures_of_another_model_are_refused(trained):
+    model, other = api.load(trained, "cpu"), api.load("weights/pbmc1k", "cpu")
+    source = api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), model)
+    refused(lambda: api.generate(source, other, 3), "source: made for 3 cell types", "same model")
+    refused(lambda: api.mixtures(None, model), "proportions: found None, expected a DataFrame")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("n_genes", 1.5, "an integer"),  # trained on one gene
+        ("held_out", "x", "a number or None"),
+        ("seed", None, "an integer"),
+        ("samples", ["a"], "text or None"),
+        ("resume", 1, "True or False"),
+    ],
+)
+def test_settings_of_another_type(name, value, expected, tmp_path):
+    given = {name: value}
+    refused(lambda: api.train("none", tmp_path, **given), f"{name}: found ", f"expected {expected}")
+
+
 def test_what_functions_give_is_shown_in_a_line(trained, bulk):
     model = api.load(trained, "cpu")
     samples = api.deconvolve(bulk[0], model)

@@ -530,6 +530,8 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
     ("script", "arguments", "words"),
     [
         ("train_gmvae.py", ["--epochs", 0], "--epochs: found 0"),
+        ("bulk2sc.py", ["--bulk"], "--bulk: found no value"),  # of an empty variable of the shell
+        ("bulk2sc.py", ["--bulk", "--n-cells", 5], "--bulk: found no value"),
         ("train_gmvae.py", ["--held-out", 1.5], "--held-out: found 1.5"),
         ("train_gmvae.py", ["--loss", "poisson"], "--loss: found poisson"),
         ("train_gmvae.py", ["--vae-epochs", 999], "--vae-epochs"),
