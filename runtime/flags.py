@@ -70,7 +70,7 @@ def with_current_names(settings_class, arguments):
     moved = {flag(name): to for name, to in getattr(settings_class, "moved", {}).items()}
     several = {flag(each.name) for each in fields(settings_class) if is_several(each.type)}
     current = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
         if name in gone:

@@ -640,6 +640,13 @@ def test_old_name_of_a_flag_goes_on_working(monkeypatch, capsys, script, old, ne
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "train.py", "make_figures.py", "annotate.py"])
+def test_no_argument_gives_the_defaults(monkeypatch, script):
+    """Regression: a script without any argument ended in a traceback."""
+    settings_class = importlib.import_module(script.removesuffix(".py")).Settings
+    assert read_flags(monkeypatch, settings_class) == settings_class()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_names_of_other_tools_are_understood(monkeypatch, capsys, script):
     settings_class = importlib.import_module(script.removesuffix(".py")).Settings
