@@ -252,6 +252,15 @@ class Reference:
             self.cells, self.codes, settings, metadata, where
         )
 
+    def subset(self, rows):
+        """A Reference of some of the cells, in memory, of the same cell types."""
+        return replace(
+            self,
+            cells=self.cells[rows].copy(),
+            codes=self.codes[rows],
+            held_out=self.held_out[rows],
+        )
+
     def split_as(self, metadata, where):
         """The same cells with those held out that a model's file lists.
 

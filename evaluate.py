@@ -90,7 +90,7 @@ if __name__ == "__main__":
     settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
 
 from data import Reference
-from evaluation.cells import load_all, measure_cells, tool_methods
+from evaluation.cells import limit_held_out, load_all, measure_cells, tool_methods
 from evaluation.proportions import (
     ProportionMethods,
     measure_pseudobulks,
@@ -117,8 +117,9 @@ def measure(model, reference, truth, cfg):
     rows = measure_real_bulk(methods, *truth, cfg)
     rng = seed_everything(cfg.seed)
     if not cfg.proportions_only:
-        cells = tool_methods(model, reference, cfg, rng)
-        rows += measure_cells(model, reference, cells, cfg)
+        compared = limit_held_out(reference, cfg.seed)
+        methods_of_cells = tool_methods(model, compared, cfg, rng)
+        rows += measure_cells(model, compared, methods_of_cells, cfg)
     return rows + measure_pseudobulks(methods, truth[0], cfg, rng)
 
 

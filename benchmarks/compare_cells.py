@@ -77,6 +77,7 @@ from evaluation.cells import (
     compare_perfect,
     draw_decoded,
     excess_auroc,
+    limit_held_out,
     load_all,
     match_types,
     measure_cells,
@@ -193,7 +194,8 @@ def main(cfg):
     reference = Reference.load(cfg)
     trained, rows = load_all(cfg, reference), []
     for model, cells in trained:
-        rows += [(str(model.folder), *row) for row in measure(model, cells, cfg)]
+        compared = limit_held_out(cells, cfg.seed)
+        rows += [(str(model.folder), *row) for row in measure(model, compared, cfg)]
     table = table_of(rows, reference.cell_types, len(trained))
     print_cells(table[table["cell_type"] == ""], cfg)
     if not importlib.util.find_spec("scvi"):

@@ -19,6 +19,7 @@ from runtime.device import pick_device
 from runtime.errors import InputError
 
 PERFECT_SEED = 1_000_000  # added to the seed, for cells of the perfect model that are no others'
+MAX_CELLS = 1_000  # held-out cells that are compared; distances of all pairs grow with its square
 REAL = "other real cells"  # the method that draws training cells
 
 
@@ -43,6 +44,16 @@ def load_all(cfg, reference, min_cells=2):
     """:func:`load_trained` of all folders of weights that the settings name, a list."""
     folders, device = (cfg.weights, *cfg.more_weights), pick_device(cfg.device)
     return [load_trained(folder, reference, device, min_cells) for folder in folders]
+
+
+def limit_held_out(reference, seed):
+    """The Reference with at most ``MAX_CELLS`` held-out cells, drawn at random."""
+    test = reference.test
+    if len(test) <= MAX_CELLS:
+        return reference
+    print(f"{MAX_CELLS:,} of {len(test):,} held-out cells, drawn at random, are compared")
+    drawn = np.random.default_rng(seed).choice(test, MAX_CELLS, replace=False)
+    return reference.subset(np.sort(np.concatenate([reference.train, drawn])))
 
 
 def match_types(codes, target, pool, rng):
@@ -187,9 +198,10 @@ def measure_left_out(reference, cfg):
     left_out = reference.train[split_cells(codes[reference.train], 0.5, cfg.seed)]
     if len(np.unique(codes[left_out])) < 2:
         return []
-    kept = np.ones(cells.n_obs, dtype=bool)
-    kept[left_out] = False
-    cell_metrics = CellMetrics(cells[kept].copy(), held_out[kept], codes[kept], cfg.n_trees)
+    others = np.ones(cells.n_obs, dtype=bool)
+    others[left_out] = False
+    cell_metrics = CellMetrics(cells[others].copy(), held_out[others], codes[others], cfg.n_trees)
+    left_out = np.random.default_rng(cfg.seed).permutation(left_out)[:MAX_CELLS]
     values = cell_metrics.compare(cells.X[left_out], codes[left_out], cfg.seed)
     # Copying is not measured: these cells are neither generated nor part of the space.
     return [("unseen real cells", *row) for row in values if not row[0].startswith("nearest")]

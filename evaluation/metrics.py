@@ -418,7 +418,7 @@ def pearson_within(true, predicted):
     the same for every sample; this is not. true, predicted: (S, K). A constant prediction has 0; a
     constant truth has NaN.
     """
-    t, p = (part - part.mean(axis=0) for part in (true, predicted))
+    t, p = (np.asarray(part, float) - part.mean(axis=0) for part in (true, predicted))
     norm = np.sqrt((t**2).sum(axis=0) * (p**2).sum(axis=0))
     is_constant = np.ptp(predicted, axis=0) < 1e-12
     r = np.where(is_constant, 0.0, (t * p).sum(axis=0) / np.where(is_constant, 1, norm + 1e-300))

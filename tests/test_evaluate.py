@@ -371,6 +371,17 @@ def truth():
     return Model(None, decoder, card, card), reference
 
 
+def test_only_some_of_many_held_out_cells_are_compared(truth, monkeypatch, capsys):
+    """Regression: distances of all pairs of 40,000 cells do not fit into memory."""
+    _, reference = truth
+    assert of_cells.limit_held_out(reference, 0) is reference
+    monkeypatch.setattr(of_cells, "MAX_CELLS", 30)
+    few = of_cells.limit_held_out(reference, 0)
+    assert "30 of 130 held-out cells" in capsys.readouterr().out
+    names = [set(each.cells.obs_names[each.test]) for each in (few, reference)]
+    assert len(names[0]) == 30 and names[0] < names[1] and len(few.train) == len(reference.train)
+
+
 def test_ceiling_is_what_the_truth_reads_and_worse_models_exceed_it(truth):
     """The truth's fresh cells have no excess; those of a model without variation in types have.
 
