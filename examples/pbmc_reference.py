@@ -95,10 +95,10 @@ def read_set(path, folder, lineage_of, cfg):
         + ", ".join(f"{mask.sum():,} {why}" for why, mask in out.items())
     )
     obs = pd.DataFrame({"cell_type": cell_type, "batch": name}, index=cells.obs_names)
-    for column in ("sample", "donor", "condition"):
-        obs[column] = cells.obs[column].astype(str) if column in cells.obs else name
-    if "condition" not in cells.obs:
-        obs["condition"] = "ctrl"
+    given = {column: cells.obs[column].astype(str) for column in cells.obs}
+    obs["donor"] = given.get("donor", name)
+    obs["sample"] = given.get("sample", obs["donor"])
+    obs["condition"] = given.get("condition", "healthy")
     obs.index = [f"{name}_{barcode}" for barcode in obs.index]
     return anndata.AnnData(cells.X, obs=obs, var=cells.var)[stays].copy()
 
