@@ -47,6 +47,7 @@ import pandas as pd
 import scanpy as sc
 
 from data import TABLES
+from readers.hdf5 import readable
 from runtime.errors import InputError, some
 from runtime.writing import write_h5ad
 
@@ -96,7 +97,10 @@ def describe(cells, cfg):
 
 
 def main(cfg):
-    cells = anndata.read_h5ad(cfg.cells)
+    with readable(cfg.cells):
+        cells = anndata.read_h5ad(cfg.cells)
+    if missing := {"sample", "cell_type"} - set(cells.obs) | {"gene_ids"} - set(cells.var):
+        raise InputError(f"{cfg.cells}: found no {some(sorted(missing))}, expected generated cells")
     retired = [] if cfg.retired is None else cfg.retired.read_text().split()
     counts = with_ids(cells, retired)
     counts.X = counts.X.astype("float32")

@@ -62,14 +62,14 @@ def with_current_names(settings_class, arguments):
     """The arguments, with every flag by its current name; a line on stderr for each old one.
 
     Raises:
-        UsageError: a flag is gone, or another script's, or has no value.
+        UsageError: a flag is gone, or another script's, or has no value, or stands under two names.
     """
     known = known_flags(settings_class)
     renamed = {flag(a): flag(b) for a, b in getattr(settings_class, "renamed", {}).items()}
     gone = {flag(name): value for name, value in getattr(settings_class, "gone", {}).items()}
     moved = {flag(name): to for name, to in getattr(settings_class, "moved", {}).items()}
     several = {flag(each.name) for each in fields(settings_class) if is_several(each.type)}
-    current = []
+    current, spelling = [], {}
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
@@ -79,7 +79,9 @@ def with_current_names(settings_class, arguments):
             raise UsageError(f"{name}: no longer a flag of this script, expected {moved[name]}")
         if name in renamed:
             print(f"note: {name} is now called {renamed[name]}", file=sys.stderr)
-        name = renamed.get(name) or known.get(name)
+        given, name = name, renamed.get(name) or known.get(name)
+        if name and spelling.setdefault(name, given) != given:
+            raise UsageError(f"{given}: found {spelling[name]} as well, expected one of them")
         if name in several and not equals and following.startswith("--"):  # an empty $FILES
             raise UsageError(f"{name}: found no value, expected one or more")
         current.append(name + equals + value if name else argument)
