@@ -31,7 +31,7 @@ DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has 
 
 
 @dataclass
-class DatasetSettings:
+class CellSettings:
     """What every script needs to know about the dataset; edit here for your own."""
 
     data: str = EMBEDDED
@@ -46,16 +46,22 @@ class DatasetSettings:
     """Biological sample of each cell (donor x condition): a column of .obs, a barcode,sample csv or
     FILE:COLUMN. Default: all cells are of one sample."""
     weights: Path = Path("weights")
-    """Folder the models are read from and written to."""
+    """Folder of the models, which the trainings write and the other scripts read."""
     seed: int = 0
     """Seed of every random draw; on CPU the same seed gives the same result."""
-    device: str = "auto"
-    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
     def __post_init__(self):
         check_settings(self)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
+
+
+@dataclass
+class DatasetSettings(CellSettings):
+    """And where its models are run."""
+
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
 
 @dataclass
