@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from readers.counts import EMBEDDED, read_counts
 from runtime.errors import InputError
-from runtime.flags import flag, in_groups
+from runtime.flags import check_least, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -70,9 +70,7 @@ class Settings:
     """Only write the counts to this folder in 10x layout, for scType.R or other tools."""
 
     def __post_init__(self):
-        for name in ("dims", "n_genes", "n_neighbors", "min_cells"):
-            if (found := getattr(self, name)) < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        check_least(self, ("dims", "n_genes", "n_neighbors", "min_cells"))
         if not 0 < self.resolution < float("inf"):
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
         if not 0 <= self.min_confidence <= 1:

@@ -19,7 +19,7 @@ from readers.counts import EMBEDDED, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, some
-from runtime.flags import flag
+from runtime.flags import check_least, flag
 from runtime.script import check_settings
 
 if TYPE_CHECKING:  # slow to import, and --help has to answer at once
@@ -92,10 +92,7 @@ class TrainingSettings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_genes", "epochs", "steps", "batch_size"):
-            found = getattr(self, name, None)  # a training has epochs or steps
-            if found is not None and found < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        check_least(self, ("n_genes", "epochs", "steps", "batch_size"))
         if not 0 <= self.checkpoint_every < float("inf"):
             found = self.checkpoint_every
             raise InputError(f"--checkpoint-every: found {found}, expected 0 or more seconds")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from data import CellSettings
 from runtime.errors import InputError, some
-from runtime.flags import in_groups
+from runtime.flags import check_least, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -56,10 +56,7 @@ class Settings(CellSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_bulks", "cells_per_bulk"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: found {getattr(self, name)}, expected 1 or more")
+        check_least(self, ("n_bulks", "cells_per_bulk"))
         if not 0 < self.concentration < float("inf"):
             raise InputError(f"--concentration: found {self.concentration}, expected above 0")
         if not 0 <= self.noise <= 5:

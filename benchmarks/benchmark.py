@@ -15,8 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.errors import InputError
-from runtime.flags import flag, in_groups
+from runtime.flags import check_least, in_groups
 from runtime.script import parse_args, run_script, silence
 
 
@@ -52,11 +51,7 @@ class Settings:
     """One measurement as JSON (kind and its arguments); how the script calls itself."""
 
     def __post_init__(self):
-        for name in ("n_genes", "n_cells", "rounds"):
-            found = getattr(self, name)
-            found = min(found) if isinstance(found, tuple) else found
-            if found < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        check_least(self, ("n_genes", "n_cells", "rounds"))
 
 
 if __name__ == "__main__":

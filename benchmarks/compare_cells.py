@@ -98,9 +98,9 @@ def draw_real(reference, rng):
     return reference.cells.X[rows], reference.codes[rows]
 
 
-def draw_fitted(reference, fitted):
+def draw_fitted(reference, baseline):
     """Cells of the held-out types by a baseline's model, ScDesign2 or ScVI."""
-    return fitted.draw(reference.test_codes), reference.test_codes
+    return baseline.draw(reference.test_codes), reference.test_codes
 
 
 def calibration_to_held_out(model, reference):

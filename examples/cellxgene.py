@@ -64,10 +64,10 @@ SAME = {  # of every cell
 def with_ids(cells, retired):
     """The cells in genes that have an Ensembl id of their own, under this name."""
     ids = cells.var["gene_ids"].astype(str)
-    kept = (ids != "") & ~ids.duplicated() & ~ids.isin(retired)
-    print(f"{(~kept).sum():,} of {len(ids):,} genes left out: no id, or one that is retired")
-    cells = cells[:, kept.to_numpy()].copy()
-    cells.var = pd.DataFrame(index=list(ids[kept]))
+    has_id = (ids != "") & ~ids.duplicated() & ~ids.isin(retired)
+    print(f"{(~has_id).sum():,} of {len(ids):,} genes left out: no id, or one that is retired")
+    cells = cells[:, has_id.to_numpy()].copy()
+    cells.var = pd.DataFrame(index=list(ids[has_id]))
     return cells
 
 

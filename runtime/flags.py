@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin
 
 import docstring_parser  # of tyro, which reads the same texts
 
-from runtime.errors import UsageError
+from runtime.errors import InputError, UsageError
 
 # What other tools of the field call a flag: both names are right in every script that has it.
 SYNONYMS = {"--model": "--weights", "--reference": "--data"}
@@ -22,6 +22,30 @@ MAX_WIDTH = 120  # of --help; longer lines are hard to read
 def flag(field_name):
     """The command-line spelling of a settings field."""
     return "--" + field_name.replace("_", "-")
+
+
+def check_least(settings, names, least=1):
+    """Check that settings, as far as they are there and not None, are of some size or more.
+
+    Raises:
+        InputError: one is less; of several values, the least of them.
+    """
+    for name in names:
+        found = getattr(settings, name, None)
+        found = min(found, default=None) if isinstance(found, tuple) else found
+        if found is not None and found < least:
+            raise InputError(f"{flag(name)}: found {found}, expected {least} or more")
+
+
+def check_needs(settings, **needs):
+    """Check that what a setting needs is given as well: setting -> the one that it needs.
+
+    Raises:
+        InputError: it is not.
+    """
+    for name, needed in needs.items():
+        if getattr(settings, name) and not getattr(settings, needed):
+            raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
 
 
 def in_groups(groups, renamed=None, gone=None, moved=None):
@@ -173,6 +197,6 @@ def format_entry(flags, text, width):
 
 def wrap(text, width):
     """Lines of a paragraph; neither words, flags nor a short default are broken."""
-    kept = text.replace("(default: ", "(default:\N{NO-BREAK SPACE}")
-    lines = textwrap.wrap(kept, width, break_long_words=False, break_on_hyphens=False)
+    unbroken = text.replace("(default: ", "(default:\N{NO-BREAK SPACE}")
+    lines = textwrap.wrap(unbroken, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
