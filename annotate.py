@@ -357,13 +357,6 @@ def match_markers(cells, markers, cfg):
     return names, is_marker
 
 
-def sctype_labels(clustered, table):
-    """The name of each cell's cluster: DataFrame (N) with barcode and cell_type."""
-    best = table[table["rank"] == 1].set_index("cluster")["cell_type"]
-    cell_type = best.reindex(clustered.obs["cluster"]).to_numpy()
-    return pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
-
-
 def types_to_refine(cfg, markers):
     """The tree of cell types, or None if ScType's names are to stay; says so if they must."""
     if cfg.method == "sctype":
@@ -478,7 +471,8 @@ def main(cfg):
     table = name_clusters(scores, list(markers), clustered.obs["cluster"].to_numpy())
     best = table[table["rank"] == 1].set_index("cluster")
     print(best[["cells", "cell_type", "score"]].to_string())
-    labels = sctype_labels(clustered, table)
+    cell_type = best["cell_type"].reindex(clustered.obs["cluster"]).to_numpy()
+    labels = pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
     if types is not None:
         labels = refine_labels(cells, clustered, labels, names, types, cfg)
     write_results(out, clustered, table, labels)
