@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from readers.counts import EMBEDDED, read_counts
 from runtime.errors import InputError
-from runtime.flags import flag, in_groups
+from runtime.flags import check_least, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -70,9 +70,7 @@ class Settings:
     """Only write the counts to this folder in 10x layout, for scType.R or other tools."""
 
     def __post_init__(self):
-        for name in ("dims", "n_genes", "n_neighbors", "min_cells"):
-            if (found := getattr(self, name)) < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        check_least(self, ("dims", "n_genes", "n_neighbors", "min_cells"))
         if not 0 < self.resolution < float("inf"):
             raise InputError(f"--resolution: found {self.resolution}, expected a number above 0")
         if not 0 <= self.min_confidence <= 1:
@@ -359,13 +357,6 @@ def match_markers(cells, markers, cfg):
     return names, is_marker
 
 
-def sctype_labels(clustered, table):
-    """The name of each cell's cluster: DataFrame (N) with barcode and cell_type."""
-    best = table[table["rank"] == 1].set_index("cluster")["cell_type"]
-    cell_type = best.reindex(clustered.obs["cluster"]).to_numpy()
-    return pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
-
-
 def types_to_refine(cfg, markers):
     """The tree of cell types, or None if ScType's names are to stay; says so if they must."""
     if cfg.method == "sctype":
@@ -480,7 +471,8 @@ def main(cfg):
     table = name_clusters(scores, list(markers), clustered.obs["cluster"].to_numpy())
     best = table[table["rank"] == 1].set_index("cluster")
     print(best[["cells", "cell_type", "score"]].to_string())
-    labels = sctype_labels(clustered, table)
+    cell_type = best["cell_type"].reindex(clustered.obs["cluster"]).to_numpy()
+    labels = pd.DataFrame({"barcode": clustered.obs_names, "cell_type": cell_type})
     if types is not None:
         labels = refine_labels(cells, clustered, labels, names, types, cfg)
     write_results(out, clustered, table, labels)

@@ -24,9 +24,11 @@ from deconvolution.expression import mean_library
 from deconvolution.proportions import make_proportions
 from deconvolution.samples import BulkSamples
 from generation import CellSource, Model, encode_mixtures, generate_cells
+from plots.report import ShownCells
 from plots.style import type_colors
 from readers.bulk import Bulk, read_bulk
 from readers.bulk_options import BulkOptions
+from readers.counts import EMBEDDED
 from readers.fingerprint import digest
 from readers.proportions import read_proportions
 from runtime.arguments import check_choice, check_number, check_type, for_python, in_user_terms
@@ -98,8 +100,9 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(cells, anndata.AnnData):
             cells = write_cells(cells, Path(folder) / "reference.h5ad")
+        cells = str(cells)
         given = {
-            "data": str(cells),
+            "data": cells,
             "labels": None if labels is None else str(labels),
             "weights": Path(weights),
         } | settings
@@ -108,6 +111,8 @@ def train(cells, weights, labels="cell_type", epochs=None, **settings):
             (script, script.Settings(**given, **({} if n is None else {name: n})))
             for (script, name), n in zip(scripts.items(), each, strict=True)
         ]
+        if cells != EMBEDDED and not Path(cells).exists():
+            raise InputError(f"cells: found {cells}, which is not there, expected a reference")
         for script, cfg in runs:
             script.main(cfg)
             wait_for_all()  # the first process writes what the next training reads
@@ -291,6 +296,8 @@ def generate(
     n_cells, cells_per_type, seed = check_amounts(n_cells, cells_per_type, seed)
     check_sink(out)
     check_source(source, model)
+    check_tables(run, metadata, shown, len(source.names))
+    metadata = None if metadata is None else named_apart(metadata)
     decoder, genes = model.decoder, model.genes
     bulks = source if isinstance(source, CellSource) else CellSource.of_samples(source)
     samples = bulks.samples
@@ -350,6 +357,19 @@ def check_source(source, model):
             f"({some(proportions.cell_types)}), the model has {len(model.cell_types)} "
             f"({some(model.cell_types)}); expected one and the same model"
         )
+
+
+def check_tables(run, metadata, shown, n_samples):
+    """Raise InputError unless what cells are to say of themselves has the form they need."""
+    keys, nothing = ("name", "settings", "provenance"), type(None)
+    check_type("run", run, (dict, nothing), f"a dict with {some(keys)}")
+    if run is not None and (missing := [key for key in keys if key not in run]):
+        raise InputError(f"run: found no {some(missing)}, expected a dict with {some(keys)}")
+    expected = f"a DataFrame with a row for each of {n_samples} samples"
+    check_type("metadata", metadata, (pd.DataFrame, nothing), expected)
+    if metadata is not None and len(metadata) != n_samples:
+        raise InputError(f"metadata: found {len(metadata)} rows, expected {expected}")
+    check_type("shown", shown, (ShownCells, nothing), "plots.report.ShownCells")
 
 
 def check_sink(out):

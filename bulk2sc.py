@@ -48,6 +48,8 @@ class Settings(DatasetSettings, BulkOptions):
     bulk: tuple[Path, ...] = ()
     """Bulk samples: a table (csv, tsv, GCT, .xlsx, .h5ad; genes in rows or columns, symbols or
     Ensembl ids), several files of quantifiers, or a folder of them. Default: batches of --data."""
+    labels: str | None = None
+    """Not read here: cells of --data are summed whatever their type. Other scripts need it."""
     n_cells: int = 1000
     """Cells to generate: for each sample of --bulk or --known-proportions, in all without them."""
     batch_size: int = 100

@@ -19,7 +19,7 @@ from readers.counts import EMBEDDED, read_counts
 from readers.labels import LABEL_FILE, natural_order, read_labels, type_columns
 from readers.samples import GROUPS, read_samples
 from runtime.errors import InputError, some
-from runtime.flags import flag
+from runtime.flags import check_least, flag
 from runtime.script import check_settings
 
 if TYPE_CHECKING:  # slow to import, and --help has to answer at once
@@ -31,7 +31,7 @@ DEPTH = 1e4  # counts per cell or bulk after depth normalisation, as scanpy has 
 
 
 @dataclass
-class DatasetSettings:
+class CellSettings:
     """What every script needs to know about the dataset; edit here for your own."""
 
     data: str = EMBEDDED
@@ -46,16 +46,22 @@ class DatasetSettings:
     """Biological sample of each cell (donor x condition): a column of .obs, a barcode,sample csv or
     FILE:COLUMN. Default: all cells are of one sample."""
     weights: Path = Path("weights")
-    """Folder the models are read from and written to."""
+    """Folder of the models, which the trainings write and the other scripts read."""
     seed: int = 0
     """Seed of every random draw; on CPU the same seed gives the same result."""
-    device: str = "auto"
-    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
     def __post_init__(self):
         check_settings(self)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 4294967295")
+
+
+@dataclass
+class DatasetSettings(CellSettings):
+    """And where its models are run."""
+
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
 
 
 @dataclass
@@ -86,10 +92,7 @@ class TrainingSettings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_genes", "epochs", "steps", "batch_size"):
-            found = getattr(self, name, None)  # a training has epochs or steps
-            if found is not None and found < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
+        check_least(self, ("n_genes", "epochs", "steps", "batch_size"))
         if not 0 <= self.checkpoint_every < float("inf"):
             found = self.checkpoint_every
             raise InputError(f"--checkpoint-every: found {found}, expected 0 or more seconds")

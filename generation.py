@@ -22,6 +22,8 @@ from deconvolution.expression import Expression, mean_library, parts_of
 from deconvolution.proportions import Proportions, mixtures, reference_composition
 from deconvolution.samples import BulkSamples
 from models import BulkEncoder, scDecoder
+from runtime.arguments import check_type, for_python
+from runtime.device import pick_device
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model, save_tensors
 
@@ -53,12 +55,19 @@ class Model:
         return f"Model of {K} cell types ({some(self.cell_types)}) x {G:,} genes"
 
     @classmethod
+    @for_python
     def load(cls, folder, device="cpu"):
         """Read the files of a folder of weights.
 
         Raises:
-            InputError: see :func:`runtime.weights.load_model`; or they are not of one training.
+            InputError: see :func:`runtime.weights.load_model`; or they are not of one training, or
+                an argument has another type.
         """
+        check_type("folder", folder, (str, Path), "a folder of weights")
+        check_type("device", device, (str, torch.device), "auto, cpu, cuda or cuda:N")
+        if Path(folder).is_file():
+            raise InputError(f"{folder}: found a file, expected a folder of weights")
+        device = pick_device(device)
         encoder_file, decoder_file = (Path(folder) / name for name in MODEL_FILES)
         encoder, encoder_metadata = load_model(encoder_file, BulkEncoder, device)
         decoder, metadata = load_model(decoder_file, scDecoder, device)
@@ -82,6 +91,7 @@ class Model:
 
     def save(self, folder):
         """Write the files that :meth:`load` reads."""
+        check_type("folder", folder, (str, Path), "a folder to write to")
         networks = (self.encoder, self.encoder_metadata), (self.decoder, self.metadata)
         for name, (network, metadata) in zip(MODEL_FILES, networks, strict=True):
             state = {key: value.detach().cpu() for key, value in network.state_dict().items()}

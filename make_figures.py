@@ -20,8 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from data import DatasetSettings
-from runtime.errors import InputError
-from runtime.flags import flag, in_groups
+from runtime.flags import check_least, check_needs, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -62,15 +61,10 @@ class Settings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_cells < 10:
-            raise InputError(f"--max-cells: found {self.max_cells}, expected 10 or more")
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size: found {self.batch_size}, expected 1 or more")
-        needs = {"donors": "samples", "conditions": "samples"}
-        needs |= dict.fromkeys(("contrast", "state_genes", "states_only"), "conditions")
-        for name, needed in needs.items():
-            if getattr(self, name) and not getattr(self, needed):
-                raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
+        check_least(self, ["max_cells"], 10)
+        check_least(self, ["batch_size"])
+        of_conditions = dict.fromkeys(("contrast", "state_genes", "states_only"), "conditions")
+        check_needs(self, donors="samples", conditions="samples", **of_conditions)
 
 
 if __name__ == "__main__":

@@ -424,16 +424,15 @@ class scDecoder(CountDecoder):
         if self.mu.is_cuda or self.family not in COMPILED:
             factor = None if log_factor is None else log_factor[sample]
             return to_csr(self.sample_cells(z, library, codes, generator, factor))
-        from runtime.sampler import sample_csr  # compiles, so only when needed
+        from runtime.sampler import CellInputs, OutputLayer, sample_csr  # compiles when needed
 
         seed = int(torch.randint(2**62, (1,), generator=generator))
         dropout = None
         if self.family.has_dropout:
             dropout = self.dropout_logits.weight, self.dropout_logits.bias
-        return sample_csr(
-            *(self.hidden(z), self.out.weight, self.out.bias + self.type_log_factor),
-            *(self.type_theta(), codes, library, seed, log_factor, sample, dropout),
-        )
+        factor = self.out.bias + self.type_log_factor
+        layer = OutputLayer(self.out.weight, factor, self.type_theta(), log_factor, dropout)
+        return sample_csr(layer, CellInputs(self.hidden(z), codes, library, sample), seed)
 
     @torch.no_grad()
     def type_means(self, n=500, seed=0):

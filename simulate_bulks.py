@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-from data import DatasetSettings
+from data import CellSettings
 from runtime.errors import InputError, some
-from runtime.flags import in_groups
+from runtime.flags import check_least, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -26,15 +26,19 @@ from runtime.script import parse_args, run_script
         "input": "data labels samples",
         "output": "out",
         "bulks": "n_bulks cells_per_bulk concentration noise missing",
-    }
+    },
+    gone={"device": "cpu"},
 )
 @dataclass
-class Settings(DatasetSettings):
+class Settings(CellSettings):
     """Simulate bulk samples with known fractions of cells.
 
     Example: python simulate_bulks.py --data atlas.h5ad --labels cell_type --n-bulks 50
     """
 
+    weights: Path = Path("weights")
+    """Folder that may have cell types which train_gmvae.py found; they are read where --labels are
+    not given."""
     out: Path = Path("simulated")
     """Beginning of the names of the files: x.bulk.csv, x.fractions.csv and x.reference.h5ad."""
     n_bulks: int = 20
@@ -52,10 +56,7 @@ class Settings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_bulks", "cells_per_bulk"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: found {getattr(self, name)}, expected 1 or more")
+        check_least(self, ("n_bulks", "cells_per_bulk"))
         if not 0 < self.concentration < float("inf"):
             raise InputError(f"--concentration: found {self.concentration}, expected above 0")
         if not 0 <= self.noise <= 5:

@@ -377,7 +377,8 @@ def split_node(X, log, genes, types, space, seed):
     present = n_seeds >= MIN_SEEDS
     out = np.zeros(seeds.shape)
     if present.sum() > 1:
-        counts, depth = marker_counts(X, genes, types)[:, present], relative_depth(X)
+        counts, depth = marker_counts(X, genes, types)[:, present], library_size(X)
+        depth = depth / depth.mean()
         weight = 1.0 if by_cell else MARKER_WEIGHT
         R, view = fit_views(pcs, counts, depth, seeds[:, present].astype(float), weight, seed)
         if is_root:
@@ -391,12 +392,6 @@ def split_node(X, log, genes, types, space, seed):
     return out, scores
 
 
-def relative_depth(X):
-    """Library size of each cell over their mean (N)."""
-    depth = library_size(X)
-    return depth / depth.mean()
-
-
 def is_doublet(counts, depth, R):
     """Cells whose marker counts are more likely those of two types at once (N, bool).
 
@@ -405,8 +400,7 @@ def is_doublet(counts, depth, R):
     means = count_means(counts, depth, R)
     sizes = count_sizes(counts, depth, R, means)
     own = R.argmax(axis=1)
-    one = count_view(counts, depth, means, sizes)
-    one = np.take_along_axis(one, own[:, None], axis=1)
+    one = np.take_along_axis(count_view(counts, depth, means, sizes), own[:, None], axis=1)
     out = np.zeros(len(counts), bool)
     for k in range(len(means)):
         mixed = count_view(counts[own == k], depth[own == k], (means[k] + means) / 2, sizes)

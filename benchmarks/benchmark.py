@@ -15,9 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.script import parse_args, silence
+from runtime.flags import check_least, in_groups
+from runtime.script import parse_args, run_script, silence
 
 
+@in_groups(
+    {
+        "input": "data labels",
+        "output": "out",
+        "what is measured": "n_genes n_cells rounds training",
+    }
+)
 @dataclass
 class Settings:
     """Measure speed and memory of generation and training.
@@ -41,6 +49,9 @@ class Settings:
     """Output folder."""
     only: str = ""
     """One measurement as JSON (kind and its arguments); how the script calls itself."""
+
+    def __post_init__(self):
+        check_least(self, ("n_genes", "n_cells", "rounds"))
 
 
 if __name__ == "__main__":
@@ -399,6 +410,14 @@ def measure_here(only):
 
 
 def main(cfg):
+    if cfg.only:
+        measure_here(cfg.only)
+    else:
+        measure_all(cfg)
+
+
+def measure_all(cfg):
+    """Measure every kind at every size, and write the tables and the picture."""
     import importlib.util
 
     missing = {} if importlib.util.find_spec("scvi") else {"scVI decoder", SCVI_TRAINING}
@@ -489,7 +508,4 @@ def draw(path, table):
 
 
 if __name__ == "__main__":
-    if settings.only:
-        measure_here(settings.only)
-    else:
-        main(settings)
+    run_script(main, settings)

@@ -11,13 +11,35 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import TABLES
+from runtime.flags import in_groups
+from runtime.script import parse_args, run_script
+
+
+@in_groups({"input": "shared", "output": "out"})
+@dataclass
+class Settings:
+    """Make blood_types.csv.
+
+    Example: python benchmarks/blood_types.py --shared ../shared/data
+    """
+
+    shared: Path = Path("../shared/data")
+    """Folder of the data sets."""
+    out: Path = TABLES / "blood_types.csv"
+    """Table to write."""
+
+
+if __name__ == "__main__":
+    settings = parse_args(Settings)  # before the slow imports, so that --help answers at once
+
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from deconvolution.unknown import LINEAGES, NOT_COUNTED, TABLE, platform_factor  # noqa: E402
-from readers.counts import read_counts  # noqa: E402
+from deconvolution.unknown import LINEAGES, NOT_COUNTED, platform_factor
+from readers.counts import read_counts
 
 SETS = {"pbmc1k_v3": None, "pbmc3k": "pbmc3k.h5ad", "kang_ifnb": "kang_ifnb.h5ad"}
 SETS["zheng_facs"] = "zheng_facs.h5ad"
@@ -35,16 +57,6 @@ PATTERNS = {  # of the labels of all sets; the first that fits
 SORTED = {"Monocytes": ["Monocytes"], "B cells": ["B-cells"], "T cells": ["CD4", "CD8"]}
 SORTED |= {"Natural killer cells": ["NK"], "Neutrophils": ["Neutrophils"]}
 FEWEST_CELLS, LOWEST = 5, 15  # cells of a profile; CPM of a gene in some type
-
-
-@dataclass
-class Settings:
-    """Make blood_types.csv."""
-
-    shared: Path = Path("../shared/data")
-    """Folder of the data sets."""
-    out: Path = TABLE
-    """Table to write."""
 
 
 def single_cell_profiles(folder, name):
@@ -116,6 +128,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Settings))
+    run_script(main, settings)

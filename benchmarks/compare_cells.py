@@ -98,22 +98,17 @@ def draw_real(reference, rng):
     return reference.cells.X[rows], reference.codes[rows]
 
 
-def draw_fitted(reference, fitted):
+def draw_fitted(reference, baseline):
     """Cells of the held-out types by a baseline's model, ScDesign2 or ScVI."""
-    return fitted.draw(reference.test_codes), reference.test_codes
-
-
-def calibration_to_held_out(model, reference):
-    """Factors that calibrate to the sum of the held-out cells, as a logarithm (1, G)."""
-    bulk = sp.csr_matrix(model.counts(reference, reference.test).sum(axis=0))
-    return calibrate_to(bulk, model)[0]
+    return baseline.draw(reference.test_codes), reference.test_codes
 
 
 def all_methods(model, reference, cfg, rng):
     """Every method, its model trained: name -> function that draws counts (N x G) and types (N)."""
     methods = tool_methods(model, reference, cfg, rng)
     generator = torch.Generator(model.device).manual_seed(cfg.seed)
-    log_factor = calibration_to_held_out(model, reference)
+    held_out = sp.csr_matrix(model.counts(reference, reference.test).sum(axis=0))
+    log_factor, _ = calibrate_to(held_out, model)  # (1, G)
     methods["calibrated"] = partial(draw_decoded, model, reference, generator, log_factor)
     methods[REAL] = partial(draw_real, reference, rng)
     cells, codes = reference.cells[reference.train], reference.codes[reference.train]

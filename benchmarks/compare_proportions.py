@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.settings import EvaluationSettings, MeasuredBulks, check_out
 from runtime.errors import InputError
-from runtime.flags import in_groups
+from runtime.flags import check_needs, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -61,8 +61,8 @@ class Settings(EvaluationSettings, MeasuredBulks):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_needs(shift_data="lineages", shift_labels="shift_data")
-        self.check_needs(shift_cells="shift_data")
+        check_needs(self, shift_data="lineages", shift_labels="shift_data")
+        check_needs(self, shift_cells="shift_data")
         self.check_bulks()
         if len(self.shift_labels) not in (0, 1, len(self.shift_data)):
             raise InputError(
@@ -208,11 +208,11 @@ def select_cells(cells, barcodes, path):
     Raises:
         InputError: none is.
     """
-    kept = cells.obs_names.isin(barcodes)
-    print(f"{path}: {kept.sum():,} of {cells.n_obs:,} labelled cells are those of --shift-cells")
-    if not kept.any():
+    chosen = cells.obs_names.isin(barcodes)
+    print(f"{path}: {chosen.sum():,} of {cells.n_obs:,} labelled cells are those of --shift-cells")
+    if not chosen.any():
         raise InputError(f"--shift-cells: found none of the labelled cells of {path}")
-    return Reference.of(cells[kept].copy())
+    return Reference.of(cells[chosen].copy())
 
 
 def keep_shared_lineages(name, reference, lineage_of, model_lineages):

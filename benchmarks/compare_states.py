@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.settings import EvaluationSettings, check_out
 from runtime.errors import InputError
-from runtime.flags import in_groups
+from runtime.flags import check_needs, in_groups
 from runtime.script import parse_args, run_script
 
 
@@ -81,10 +81,10 @@ class Settings(EvaluationSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_needs(donors="samples", conditions="samples")
-        self.check_needs(contrast="conditions", reference_contrast="conditions")
-        self.check_needs(profiles="profile_table", profile_table="profiles")
-        self.check_needs(profile_types="profiles", mixing="profiles")
+        check_needs(self, donors="samples", conditions="samples")
+        check_needs(self, contrast="conditions", reference_contrast="conditions")
+        check_needs(self, profiles="profile_table", profile_table="profiles")
+        check_needs(self, profile_types="profiles", mixing="profiles")
         if self.conditions is None:
             raise InputError(
                 "--conditions: found none, expected the condition of each cell and its --samples"

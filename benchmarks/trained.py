@@ -103,9 +103,9 @@ def train_anew(cfg, weights, simulated, codes, metadata):
         fraction = len(metadata["held_out"]) / len(codes)
         given |= dict(seed=metadata["seed"], held_out=fraction)
         for script, of_file in ((train_gmvae, gmvae_metadata), (train_decoder, metadata)):
-            kept = {n: v for n, v in of_file["settings"].items() if n in KEPT_SETTINGS}
+            same = {n: v for n, v in of_file["settings"].items() if n in KEPT_SETTINGS}
             try:
-                settings = script.Settings(**given, **kept)
+                settings = script.Settings(**given, **same)
             except TypeError as error:
                 raise InputError(f"{weights}: settings of another version ({error})") from error
             with contextlib.redirect_stdout(io.StringIO()):

@@ -6,7 +6,7 @@ from pathlib import Path
 from data import DatasetSettings
 from readers.bulk_options import BulkOptions
 from runtime.errors import InputError
-from runtime.flags import flag
+from runtime.flags import check_least, flag
 from runtime.outputs import is_own
 from runtime.writing import check_writable
 
@@ -27,19 +27,7 @@ class EvaluationSettings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in COUNTS:
-            if (found := getattr(self, name, 1)) < 1:
-                raise InputError(f"{flag(name)}: found {found}, expected 1 or more")
-
-    def check_needs(self, **needs):
-        """Check that what a setting needs is given as well: setting -> the one that it needs.
-
-        Raises:
-            InputError: it is not.
-        """
-        for name, needed in needs.items():
-            if getattr(self, name) and not getattr(self, needed):
-                raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
+        check_least(self, COUNTS)
 
 
 @dataclass

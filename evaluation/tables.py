@@ -85,15 +85,15 @@ def conclude_cells(mean):
     ours, perfect, simple = (np.array([read(m, method) for m in forests]) for method in methods)
     if np.isnan(perfect).any():
         return []
-    said = "no more real than cells of independent genes"
+    verdict = "no more real than cells of independent genes"
     if (ours - perfect).mean() <= NEAR:
-        said = "about as real as a perfect model's"
+        verdict = "about as real as a perfect model's"
     elif ours.mean() < simple.mean():
-        said = "more real than cells of independent genes, less real than a perfect model's"
+        verdict = "more real than cells of independent genes, less real than a perfect model's"
     a, b, c = ("{:.2f} and {:.2f}".format(*pair) for pair in (ours, perfect, simple))
     ratio, best, worst = (f"{read('within-type variance ratio', m):.2f}" for m in methods)
     return [
-        f"The cells are {said}.",
+        f"The cells are {verdict}.",
         f"  A classifier tells them from real ones with AUROC {a} (on 20 PCs and on genes; 0.5: it "
         "cannot, 1: always).",
         f"  A perfect model of this size would read {b}; independent genes (cell-type NB), {c}.",
@@ -111,15 +111,15 @@ def conclude_proportions(mean):
             continue
         methods = "bulk2sc", "NNLS", "constant answer"
         ours, nnls, constant = (mean[method, metric] for method in methods)
-        said = "no better than one answer for all bulks"
+        verdict = "no better than one answer for all bulks"
         if ours < min(nnls, constant):
-            said = "better than the simple answers"
+            verdict = "better than the simple answers"
         elif ours < constant:
-            said = "better than one answer for all bulks, not better than NNLS"
+            verdict = "better than one answer for all bulks, not better than NNLS"
         of = {"within": "pseudobulks of held-out cells", "shift": "a simulated other platform"}
         lines.append(
-            f"Proportions of {of.get(setting, setting)} are {said}: RMSE {ours:.3f}; non-negative "
-            f"least squares {nnls:.3f}, the mean truth for all bulks {constant:.3f}."
+            f"Proportions of {of.get(setting, setting)} are {verdict}: RMSE {ours:.3f}; "
+            f"non-negative least squares {nnls:.3f}, the mean truth for all bulks {constant:.3f}."
         )
     return lines
 

@@ -47,6 +47,7 @@ import pandas as pd
 import scanpy as sc
 
 from data import TABLES
+from readers.hdf5 import readable
 from runtime.errors import InputError, some
 from runtime.writing import write_h5ad
 
@@ -63,10 +64,10 @@ SAME = {  # of every cell
 def with_ids(cells, retired):
     """The cells in genes that have an Ensembl id of their own, under this name."""
     ids = cells.var["gene_ids"].astype(str)
-    kept = (ids != "") & ~ids.duplicated() & ~ids.isin(retired)
-    print(f"{(~kept).sum():,} of {len(ids):,} genes left out: no id, or one that is retired")
-    cells = cells[:, kept.to_numpy()].copy()
-    cells.var = pd.DataFrame(index=list(ids[kept]))
+    has_id = (ids != "") & ~ids.duplicated() & ~ids.isin(retired)
+    print(f"{(~has_id).sum():,} of {len(ids):,} genes left out: no id, or one that is retired")
+    cells = cells[:, has_id.to_numpy()].copy()
+    cells.var = pd.DataFrame(index=list(ids[has_id]))
     return cells
 
 
@@ -96,7 +97,10 @@ def describe(cells, cfg):
 
 
 def main(cfg):
-    cells = anndata.read_h5ad(cfg.cells)
+    with readable(cfg.cells):
+        cells = anndata.read_h5ad(cfg.cells)
+    if missing := {"sample", "cell_type"} - set(cells.obs) | {"gene_ids"} - set(cells.var):
+        raise InputError(f"{cfg.cells}: found no {some(sorted(missing))}, expected generated cells")
     retired = [] if cfg.retired is None else cfg.retired.read_text().split()
     counts = with_ids(cells, retired)
     counts.X = counts.X.astype("float32")

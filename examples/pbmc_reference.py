@@ -67,12 +67,6 @@ from readers.labels import LABEL_FILE
 from runtime.writing import write_whole
 
 
-def read_lineage_names(path):
-    """dict: cell type or label -> lineage."""
-    table = pd.read_csv(path, dtype=str)
-    return dict(zip(table["cell_type"], table["lineage"], strict=True))
-
-
 def read_set(path, folder, lineage_of, cfg):
     """One annotated set: AnnData of the cells that stay, with the columns of the reference."""
     cells, name = read_counts(path), path.stem
@@ -112,7 +106,7 @@ def take_at_most(cells, n, rng):
 
 def main(cfg):
     rng = np.random.default_rng(cfg.seed)
-    lineage_of = read_lineage_names(cfg.lineages)
+    lineage_of = pd.read_csv(cfg.lineages, dtype=str).set_index("cell_type")["lineage"].to_dict()
     pairs = zip(cfg.sets, cfg.annotations, strict=True)
     sets = [read_set(path, folder, lineage_of, cfg) for path, folder in pairs]
     reference = anndata.concat([take_at_most(cells, cfg.most, rng) for cells in sets], join="inner")

@@ -68,7 +68,8 @@ def draw_many(proportions):
     types = [plain_text(name) for name in proportions.cell_types]
     colors = list(type_colors(proportions.cell_types).values())
     height = max(1.9 + 0.22 * n if n <= MAX_NAMED else 9, 0.6 + 0.2 * K)
-    letters = max(map(len, types)) + (longest_name(proportions) if n <= MAX_NAMED else 0)
+    names = map(plain_text, proportions.names if n <= MAX_NAMED else [""])
+    letters = max(map(len, types)) + max(map(len, names))
     size = (3.6 + 0.08 * letters + 1.15 * K, height)
     options = {"sharey": True, "width_ratios": [3] + [1] * K, "layout": "constrained"}
     figure, axes = pyplot().subplots(1, 1 + K, figsize=size, **options)
@@ -138,11 +139,6 @@ def upper_end(proportions, part):
     """Where the axis of some proportions ends, so that all intervals are inside."""
     values = np.fmax(proportions.high, proportions.cells)[part]  # fmax: there may be no interval
     return max(1.05 * values.max(), 1e-3)
-
-
-def longest_name(proportions):
-    """Letters of the longest name of a sample."""
-    return max(len(plain_text(name)) for name in proportions.names)
 
 
 def interval_text(proportions):

@@ -151,7 +151,8 @@ def draw_loss(axis, table, name, texts, step="epoch"):
     values += draw_lines(axis, table, name)
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(log_locator())
+        # Ticks at 1, 2 and 5, so that two decades have more than two.
+        axis.yaxis.set_major_locator(pyplot().LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     heading, unit, lines = texts
@@ -162,13 +163,6 @@ def draw_loss(axis, table, name, texts, step="epoch"):
     axis.set_ylabel(unit, fontsize=9)
     axis.tick_params(labelsize=8.5)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def log_locator():
-    """Ticks of a logarithmic axis at 1, 2 and 5, so that two decades have more than two."""
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1, 2, 5))
 
 
 def draw_lines(axis, table, name):

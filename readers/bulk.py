@@ -29,7 +29,7 @@ from runtime.errors import InputError, some
 # Genes of the model that must be found: a tenth of them, or this many of a large model.
 MIN_FOUND = 200
 
-MAX_REPORTS = 3  # files, before what was said of one is not repeated for the next
+MAX_REPORTS = 3  # files, before what was printed of one is not repeated for the next
 
 BARCODE = re.compile(r"(.*[^ACGT])?[ACGT]{12,}([-_.].*)?")
 
@@ -81,8 +81,8 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     gene_ids = genes if gene_ids is None else gene_ids
     finder = GeneFinder(genes, gene_ids)
     files = [paths] if in_memory(paths) else expand(as_list(paths))
-    said = set() if len(files) > MAX_REPORTS else None
-    parts = [read_file(path, finder, genes, gene_ids, options, said) for path in files]
+    printed = set() if len(files) > MAX_REPORTS else None
+    parts = [read_file(path, finder, genes, gene_ids, options, printed) for path in files]
     name_after_files(parts, files)
     X = sp.vstack([part.values for part in parts]).tocsr()
     measured = np.all([part.measured for part in parts], axis=0)
@@ -94,10 +94,10 @@ def read_bulk(paths, genes, gene_ids=None, options=None):
     return Bulk(X.tocsr(), measured, samples, parts[0].where if len(parts) == 1 else "--bulk")
 
 
-def read_file(path, finder, genes, gene_ids, options, said=None):
+def read_file(path, finder, genes, gene_ids, options, printed=None):
     """Bulk of one file, as :func:`read_bulk`, and a report.
 
-    said: notes on the files before, which are not repeated; None to print all.
+    printed: notes on the files before, which are not repeated; None to print all.
     """
     if not in_memory(path) and Path(path).is_file() and Path(path).stat().st_size > LARGE:
         print(f"{path}: {Path(path).stat().st_size / 1e6:,.0f} MB to read", flush=True)
@@ -110,7 +110,7 @@ def read_file(path, finder, genes, gene_ids, options, said=None):
     bulk.values = on_linear_scale(bulk, path, options)
     check_values(bulk, bulk.values, path)
     check_found(bulk, finder, genes, gene_ids, path)
-    report(bulk, genes, gene_ids, path, said)
+    report(bulk, genes, gene_ids, path, printed)
     return Bulk(*sum_by_gene(bulk, len(genes)), list(bulk.samples), str(path))
 
 
@@ -351,7 +351,7 @@ def sum_by_gene(bulk, n_genes):
     return sp.csr_matrix(bulk.values @ S), measured
 
 
-def report(bulk, genes, gene_ids, path, said=None):
+def report(bulk, genes, gene_ids, path, printed=None):
     """Print what was understood: format, orientation, unit, what was left out, samples, genes."""
     n = n_found(bulk.positions)
     n_repeated = np.sum(bulk.positions >= 0) - n
@@ -361,9 +361,9 @@ def report(bulk, genes, gene_ids, path, said=None):
     ways = ((n_by_symbol, "symbol"), (n - n_by_symbol, "Ensembl id"))
     ways = ", ".join(f"{number:,} by {way}" for number, way in ways if number)
     bulk.notes[0] += f"; samples {some(bulk.samples)}"
-    notes = bulk.notes if said is None else [n for n in bulk.notes[1:] if n not in said]
-    if said is not None:
-        said.update(notes)
+    notes = bulk.notes if printed is None else [n for n in bulk.notes[1:] if n not in printed]
+    if printed is not None:
+        printed.update(notes)
     for note in notes:
         print(f"{path}: {note}")
     print(

@@ -15,7 +15,7 @@ BLOCK = 1 << 20
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip"}
 
-OTHER = {  # formats that are no tables of text; what they are called in messages
+BINARY = {  # first bytes of formats that are no text -> their names
     b"PAR1": "Parquet",
     b"ARROW1": "Feather",
     b"FEA1": "Feather",
@@ -44,7 +44,7 @@ REMEDIES = {
 
 def name_of_format(head):
     """Name of a binary format by the first bytes of a file; None for what may be text."""
-    return next((name for magic, name in OTHER.items() if head.startswith(magic)), None)
+    return next((name for magic, name in BINARY.items() if head.startswith(magic)), None)
 
 
 def is_pipe(path):

@@ -78,12 +78,12 @@ def other_names(var):
     for column in var:
         if var[column].dtype.kind not in "biufcmM":
             columns[column] = ["" if pd.isna(name) else str(name).strip() for name in var[column]]
-    symbols = (
-        best_column(columns, SYMBOL_COLUMNS, hold_symbols) if named_by_id or numbered else None
-    )
-    if symbols is None and not named_by_id:
-        return best_column(columns, ID_COLUMNS, hold_ids) or [""] * len(var)
-    return symbols or [""] * len(var)
+    found = None
+    if named_by_id or numbered:
+        found = best_column(columns, SYMBOL_COLUMNS, hold_symbols)
+    if found is None and not named_by_id:
+        found = best_column(columns, ID_COLUMNS, lambda names, _: mostly_ids(names))
+    return found or [""] * len(var)
 
 
 def best_column(columns, usual, holds):
@@ -101,11 +101,6 @@ def best_column(columns, usual, holds):
         columns, key=lambda c: usual.index(plain[c]) if plain[c] in usual else len(usual)
     )
     return next((columns[c] for c in order if holds(columns[c], plain[c] in usual)), None)
-
-
-def hold_ids(names, is_usual):
-    """Whether most names of genes (G), of those that are there, are Ensembl ids."""
-    return mostly_ids(names)
 
 
 def hold_symbols(names, is_usual):

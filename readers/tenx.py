@@ -212,18 +212,13 @@ def read_10x_folder(folder):
         print(f"{folder}: the one 10x folder below it is read, {below}")
     obs, var = read_barcodes(barcode_file), read_genes(gene_file)
     sides = [(len(var), f"genes ({gene_file.name})"), (len(obs), f"barcodes ({barcode_file.name})")]
-    cells_first = not is_tsv(barcode_file)
+    cells_first = not barcode_file.name.removesuffix(".gz").endswith(".tsv")
     if cells_first:
         print(f"{matrix_file}: cells x genes, as kallisto-bustools and Parse write them")
     shape, names = zip(*sides[::-1] if cells_first else sides, strict=True)
     X = read_mtx(matrix_file, shape, names)
     X = check_counts(X if cells_first else X.T, matrix_file, obs.index, var.index)
     return anndata.AnnData(X, obs=obs, var=var)
-
-
-def is_tsv(path):
-    """Whether a file, gzipped or not, is a tsv."""
-    return path.name.removesuffix(".gz").endswith(".tsv")
 
 
 def read_barcodes(path):

@@ -12,14 +12,9 @@ IN_SCRIPT = ContextVar("in_script", default=False)  # whether users gave flags, 
 FLAG = re.compile(r"(?<![\w./-])--([a-z]+(?:-[a-z]+)*)")
 
 
-def named_as_arguments(text):
-    """A message in which flags (``--n-cells``) are called as arguments are (``n_cells``)."""
-    return FLAG.sub(lambda match: match[1].replace("-", "_"), text)
-
-
 def in_user_terms(text):
-    """A message as users are to read it: with flags in a script, with arguments from Python."""
-    return text if IN_SCRIPT.get() else named_as_arguments(text)
+    """A message with flags (``--n-cells``) in a script, with arguments (``n_cells``) elsewhere."""
+    return text if IN_SCRIPT.get() else FLAG.sub(lambda match: match[1].replace("-", "_"), text)
 
 
 def for_python(function):

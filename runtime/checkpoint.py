@@ -15,6 +15,8 @@ from runtime.script import plain_settings
 from runtime.weights import load_model, load_tensors, save_tensors
 
 CHECKPOINT_VERSION = 2
+# What values raise that are not those of a checkpoint.
+BROKEN = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError)
 # Settings that a resumed run may change: where things are, and how often it saves.
 FREE = {"data", "labels", "samples", "donors", "weights", "device", "resume", "checkpoint_every"}
 
@@ -126,19 +128,12 @@ class Checkpoint:
             "name": self.name,
             "settings": plain_settings(self.cfg),
             "made_from": self.made_from,
-            "epoch": progress.epoch,
-            "step": progress.step,
+            **vars(progress),
             "total": torch.as_tensor(progress.total, dtype=torch.float64),
-            "first_loss": progress.first_loss,
-            "curve": progress.curve,
-            "kept": progress.kept,
-            "cells": progress.cells,
-            "validation": progress.validation,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": self.rng.bit_generator.state,
-            "rng_of_pass": progress.rng_of_pass,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
@@ -176,14 +171,7 @@ class Checkpoint:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-            AttributeError,
-        ) as e:
+        except BROKEN as e:
             raise InputError(
                 f"{self.path}: its parts do not fit together, expected a whole checkpoint"
             ) from e
@@ -223,25 +211,15 @@ class Checkpoint:
         moments = saved["optimizer"]["state"]
         # The optimiser numbers parameters by group; those without a gradient yet have no moments.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        expected = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
+        groups = (each["optimizer"]["param_groups"] for each in (saved, current))
         sound = (
             saved.keys() == current.keys()
             and same_structure(saved["model"], current["model"])
-            and same_structure(
-                saved["optimizer"]["param_groups"], current["optimizer"]["param_groups"]
-            )
+            and same_structure(*groups)
             and same_structure(saved["schedule"], current["schedule"])
             and saved["torch_rng"].dtype == torch.uint8
-            and all(
-                same_structure(
-                    moment,
-                    {
-                        "step": torch.zeros(()),
-                        "exp_avg": parameters[i],
-                        "exp_avg_sq": parameters[i],
-                    },
-                )
-                for i, moment in moments.items()
-            )
+            and all(same_structure(moment, expected[i]) for i, moment in moments.items())
             and type(saved["epoch"]) is int
             and saved["epoch"] >= 1
             and all(type(saved[n]) is int and saved[n] >= 0 for n in ("step", "cells"))

@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin
 
 import docstring_parser  # of tyro, which reads the same texts
 
-from runtime.errors import UsageError
+from runtime.errors import InputError, UsageError
 
 # What other tools of the field call a flag: both names are right in every script that has it.
 SYNONYMS = {"--model": "--weights", "--reference": "--data"}
@@ -22,6 +22,30 @@ MAX_WIDTH = 120  # of --help; longer lines are hard to read
 def flag(field_name):
     """The command-line spelling of a settings field."""
     return "--" + field_name.replace("_", "-")
+
+
+def check_least(settings, names, least=1):
+    """Check that settings, as far as they are there and not None, are of some size or more.
+
+    Raises:
+        InputError: one is less; of several values, the least of them.
+    """
+    for name in names:
+        found = getattr(settings, name, None)
+        found = min(found, default=None) if isinstance(found, tuple) else found
+        if found is not None and found < least:
+            raise InputError(f"{flag(name)}: found {found}, expected {least} or more")
+
+
+def check_needs(settings, **needs):
+    """Check that what a setting needs is given as well: setting -> the one that it needs.
+
+    Raises:
+        InputError: it is not.
+    """
+    for name, needed in needs.items():
+        if getattr(settings, name) and not getattr(settings, needed):
+            raise InputError(f"{flag(name)}: found no {flag(needed)}, which it needs")
 
 
 def in_groups(groups, renamed=None, gone=None, moved=None):
@@ -62,14 +86,14 @@ def with_current_names(settings_class, arguments):
     """The arguments, with every flag by its current name; a line on stderr for each old one.
 
     Raises:
-        UsageError: a flag is gone, or another script's, or has no value.
+        UsageError: a flag is gone, or another script's, or has no value, or stands under two names.
     """
     known = known_flags(settings_class)
     renamed = {flag(a): flag(b) for a, b in getattr(settings_class, "renamed", {}).items()}
     gone = {flag(name): value for name, value in getattr(settings_class, "gone", {}).items()}
     moved = {flag(name): to for name, to in getattr(settings_class, "moved", {}).items()}
     several = {flag(each.name) for each in fields(settings_class) if is_several(each.type)}
-    current = []
+    current, spelling = [], {}
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
@@ -79,7 +103,9 @@ def with_current_names(settings_class, arguments):
             raise UsageError(f"{name}: no longer a flag of this script, expected {moved[name]}")
         if name in renamed:
             print(f"note: {name} is now called {renamed[name]}", file=sys.stderr)
-        name = renamed.get(name) or known.get(name)
+        given, name = name, renamed.get(name) or known.get(name)
+        if name and spelling.setdefault(name, given) != given:
+            raise UsageError(f"{given}: found {spelling[name]} as well, expected one of them")
         if name in several and not equals and following.startswith("--"):  # an empty $FILES
             raise UsageError(f"{name}: found no value, expected one or more")
         current.append(name + equals + value if name else argument)
@@ -171,6 +197,6 @@ def format_entry(flags, text, width):
 
 def wrap(text, width):
     """Lines of a paragraph; neither words, flags nor a short default are broken."""
-    kept = text.replace("(default: ", "(default:\N{NO-BREAK SPACE}")
-    lines = textwrap.wrap(kept, width, break_long_words=False, break_on_hyphens=False)
+    unbroken = text.replace("(default: ", "(default:\N{NO-BREAK SPACE}")
+    lines = textwrap.wrap(unbroken, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]

@@ -104,7 +104,8 @@ class Outputs:
             )
         check_writable(self["proportions.csv"].parent)
         # Then what is beside them is ours as well; a picture cannot tell.
-        of_own_cells = self.has_own_cells()
+        cells = (self.path, "h5ad") if self.kind == "h5ad" else (self["cells.csv"], "cells.csv")
+        of_own_cells = is_own(*cells)
         of_own_table = is_own(self["proportions.csv"], "proportions.csv")
         for path, what in self.all().items():
             if path.is_dir():
@@ -115,12 +116,6 @@ class Outputs:
                     f"{path}: found a file that is not from bulk2sc, expected another --out, or "
                     "--force to replace it"
                 )
-
-    def has_own_cells(self):
-        """Whether cells that are there are from bulk2sc; 10x files say so in their table."""
-        if self.kind == "h5ad":
-            return is_own(self.path, "h5ad")
-        return is_own(self["cells.csv"], "cells.csv")
 
 
 def is_own(path, what):

@@ -23,6 +23,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -284,6 +285,73 @@ def poisson_draw(rate, state):
 
 
 @njit(**LOOP)
+def scale_of(row, factor, library, lanes):
+    """row (G) becomes proportional to μ; returns the scale in μ = scale · row."""
+    shift = add_and_max(row, factor, lanes)
+    total = 0.0  # in double precision, of float32 sums over some hundred genes
+    for j in range(0, row.size, 1024):
+        total += exp_and_sum(row[j : j + 1024], shift)
+    return max(library, 1.0) / total
+
+
+@njit(**LOOP)
+def start_genes(gene, row, scale, theta, key, work):
+    """Means, θ, uniforms and p(0) of the marked genes (n) of a cell, into ``work``."""
+    mean, t, p, left, ratio = work
+    for c in range(gene.size):
+        j = u64(gene[c])
+        mean[c] = max(row[j] * scale, FLOOR)
+        t[c] = theta[j]
+        left[c] = 1.0 - float(mix(key + j * STEP) >> u64(11)) * 2.0**-53  # u = 1 - v
+    zero_probability(gene.size, mean, t, p, left, ratio)
+
+
+@njit(**LOOP)
+def draw_high(gene, n_genes, key, work, position, w, indices, data):
+    """Draw the genes of large mean, and gather the others that have a count, which are to climb.
+
+    Genes with a count move to the front of the arrays, those without are overwritten. position:
+    place in data of each gene that climbs; w: counts written so far. Returns w and their number.
+    """
+    mean, t, p, left, ratio = work
+    state = np.empty(1, np.uint64)
+    n_climb = 0
+    for c in range(gene.size):
+        j = gene[c]
+        indices[w] = j
+        if mean[c] > HIGH:
+            state[0] = mix(key + u64(n_genes + j) * STEP)
+            rate = gamma_draw(t[c], state) * (mean[c] / t[c])
+            data[w] = i32(min(poisson_draw(rate, state), 2147483647.0))
+            w += data[w] > 0
+        else:
+            t[n_climb], ratio[n_climb], p[n_climb] = t[c], ratio[c], p[c]
+            left[n_climb] = left[c]
+            position[n_climb] = w
+            has_count = i64(left[c] >= 0.0)
+            w += has_count
+            n_climb += has_count
+    return w, n_climb
+
+
+@njit(**LOOP)
+def climb_all(n_climb, work, position, data):
+    """Count up the genes of a cell together, so that the arithmetic vectorises."""
+    _, t, p, left, ratio = work
+    k = 0
+    while n_climb > 0:
+        climb(n_climb, float(k), t, ratio, p, left)
+        k += 1
+        n_next = 0
+        for c in range(n_climb):
+            data[position[c]] = k
+            t[n_next], ratio[n_next], p[n_next] = t[c], ratio[c], p[c]
+            left[n_next], position[n_next] = left[c], position[c]
+            n_next += i64(left[c] >= 0.0)
+        n_climb = n_next
+
+
+@njit(**LOOP)
 def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cells):
     """Draw the cells of one block.
 
@@ -302,28 +370,18 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
     marks = np.zeros((n_genes + 7) // 8 * 8, np.uint8)
     eights = marks.view(np.uint64)
     gene = np.empty(n_genes + 8, np.int64)
-    position = np.empty(n_genes, np.int64)  # in data, of each gene that climbs
-    mean, t, p, left, ratio = (
-        np.empty(n_genes),
-        np.empty(n_genes),
-        np.empty(n_genes),
-        np.empty(n_genes),
-        np.empty(n_genes),
-    )
-    state = np.empty(1, np.uint64)
+    position = np.empty(n_genes, np.int64)
+    values = np.empty((5, n_genes))
+    work = values[0], values[1], values[2], values[3], values[4]
     indptr = np.zeros(n_cells + 1, np.int64)
     room = max(n_genes, n_cells * n_genes // 8)
     indices, data = np.empty(room, np.int32), np.empty(room, np.int32)
-    w = 0  # counts written so far
+    w = 0
     for i in range(n_cells):
         row = logits[i]
         if extra.shape[0] > 0:
             add_and_max(row, extra[sample[i]], lanes)
-        shift = add_and_max(row, factor[codes[i]], lanes)
-        total = 0.0  # in double precision, of float32 sums over some hundred genes
-        for j in range(0, n_genes, 1024):
-            total += exp_and_sum(row[j : j + 1024], shift)
-        scale = max(library[i], 1.0) / total
+        scale = scale_of(row, factor[codes[i]], library[i], lanes)
         key = key_of(seed, cells[i])
         mark(row, scale, key, marks)
         n = collect(marks, eights, gene)
@@ -331,43 +389,9 @@ def sample_block(logits, factor, codes, extra, sample, library, theta, seed, cel
             room = 2 * room
             indices = np.concatenate((indices, np.empty(room - indices.size, np.int32)))
             data = np.concatenate((data, np.empty(room - data.size, np.int32)))
-
-        theta_i = theta[codes[i]]
-        for c in range(n):
-            j = u64(gene[c])
-            mean[c] = max(row[j] * scale, FLOOR)
-            t[c] = theta_i[j]
-            left[c] = 1.0 - float(mix(key + j * STEP) >> u64(11)) * 2.0**-53  # u = 1 - v
-        zero_probability(n, mean, t, p, left, ratio)
-        # Genes with a count move to the front of the arrays, those without are overwritten.
-        n_climb = 0
-        for c in range(n):
-            j = gene[c]
-            indices[w] = j
-            if mean[c] > HIGH:
-                state[0] = mix(key + u64(n_genes + j) * STEP)
-                rate = gamma_draw(t[c], state) * (mean[c] / t[c])
-                data[w] = i32(min(poisson_draw(rate, state), 2147483647.0))
-                w += data[w] > 0
-            else:
-                t[n_climb], ratio[n_climb], p[n_climb] = t[c], ratio[c], p[c]
-                left[n_climb] = left[c]
-                position[n_climb] = w
-                has_count = i64(left[c] >= 0.0)
-                w += has_count
-                n_climb += has_count
-        # All genes of the cell climb together, so that the arithmetic vectorises.
-        k = 0
-        while n_climb > 0:
-            climb(n_climb, float(k), t, ratio, p, left)
-            k += 1
-            n_next = 0
-            for c in range(n_climb):
-                data[position[c]] = k
-                t[n_next], ratio[n_next], p[n_next] = t[c], ratio[c], p[c]
-                left[n_next], position[n_next] = left[c], position[c]
-                n_next += i64(left[c] >= 0.0)
-            n_climb = n_next
+        start_genes(gene[:n], row, scale, theta[codes[i]], key, work)
+        w, n_climb = draw_high(gene[:n], n_genes, key, work, position, w, indices, data)
+        climb_all(n_climb, work, position, data)
         indptr[i + 1] = w
     return indptr, indices[:w].copy(), data[:w].copy()
 
@@ -389,7 +413,7 @@ def drop_block(indptr, indices, data, hidden, weight, bias, seed, cells):
     weight (G, H), bias (G). Returns ``(indptr, indices, data)`` as :func:`sample_block`.
     """
     n_genes = weight.shape[0]
-    kept = np.zeros_like(indptr)
+    left = np.zeros_like(indptr)
     w = 0
     for i in range(len(indptr) - 1):
         key = key_of(seed, cells[i])
@@ -399,37 +423,59 @@ def drop_block(indptr, indices, data, hidden, weight, bias, seed, cells):
             v = float(mix(key + u64(2 * n_genes + j) * STEP) >> u64(11)) * 2.0**-53
             indices[w], data[w] = j, data[e]
             w += v * (1.0 + math.exp(-logit)) >= 1.0
-        kept[i + 1] = w
-    return kept, indices[:w].copy(), data[:w].copy()
+        left[i + 1] = w
+    return left, indices[:w].copy(), data[:w].copy()
 
 
 # ------------------------------------------------------------------------------------ all cells
 
 
-def sample_csr(
-    hidden,
-    weight,
-    factor,
-    theta,
-    codes,
-    library,
-    seed,
-    extra=None,
-    sample=None,
-    dropout=None,
-    first=0,
-    n_threads=None,
-    block=BLOCK,
-):
+class OutputLayer(NamedTuple):
+    """What the decoder's last layer does to a hidden vector. Tensors."""
+
+    weight: torch.Tensor
+    """(G, H)."""
+    factor: torch.Tensor
+    """Bias and log factor of each type (K, G)."""
+    theta: torch.Tensor
+    """(K, G)."""
+    extra: torch.Tensor | None = None
+    """Log factor of each bulk sample (S, G)."""
+    dropout: tuple | None = None
+    """Weight (G, H) and bias (G) of the dropout logits, for ``zinb``."""
+
+    def numpy(self):
+        """The same as float32 arrays, without samples (0, G) if there are none."""
+        extra = self.factor.new_empty(0, len(self.weight)) if self.extra is None else self.extra
+        dropout = None if self.dropout is None else [as_float32(v).numpy() for v in self.dropout]
+        arrays = (as_float32(v).numpy() for v in (self.weight, self.factor, self.theta, extra))
+        return OutputLayer(*arrays, dropout)
+
+
+class CellInputs(NamedTuple):
+    """What cells are drawn from. Tensors."""
+
+    hidden: torch.Tensor
+    """Last hidden layer (N, H)."""
+    codes: torch.Tensor
+    """Cell types (N)."""
+    library: torch.Tensor
+    """(N)."""
+    sample: torch.Tensor | None = None
+    """Row of ``extra`` (N)."""
+
+
+def as_float32(tensor):
+    """A tensor without gradient, in float32 and contiguous."""
+    return tensor.detach().float().contiguous()
+
+
+def sample_csr(layer, inputs, seed, n_threads=None, block=BLOCK):
     """Draw the counts of all cells, block by block in threads.
 
     Args:
-        hidden: last hidden layer (N, H). weight: of the output layer (G, H). factor: bias and log
-            factor of each type (K, G). theta: (K, G). codes: (N). library: (N). All tensors.
-        seed: whole number of 0 or more. extra: log factor of each bulk sample (S, G), with sample
-            (N). dropout: weight (G, H) and bias (G) of the dropout logits, for ``zinb``.
-        first: number of the first cell, for a caller who draws them in parts.
-        n_threads: default as many as torch uses. block: cells of a matrix product.
+        layer: OutputLayer. inputs: CellInputs. seed: whole number of 0 or more. n_threads: default
+            as many as torch uses. block: cells of a matrix product.
 
     Returns:
         CSR matrix (N, G) int32, its indices sorted.
@@ -437,55 +483,46 @@ def sample_csr(
     Raises:
         InputError: logits would not be finite; weights of a training that diverged.
     """
-    n_cells, n_genes = len(hidden), len(weight)
-    n_threads = n_threads or torch.get_num_threads()
-    hidden, weight, factor, theta = (
-        v.detach().float().contiguous() for v in (hidden, weight, factor, theta)
-    )
-    size = weight.abs().sum(dim=1).max() * (hidden.abs().max() if n_cells else 0)
-    if not size + factor.abs().max() < 1e30 or not library.isfinite().all():
+    hidden, weight, library = as_float32(inputs.hidden), as_float32(layer.weight), inputs.library
+    size = weight.abs().sum(dim=1).max() * (hidden.abs().max() if len(hidden) else 0)
+    if not size + layer.factor.abs().max() < 1e30 or not library.isfinite().all():
         raise InputError("the decoder gives means that are not finite, expected trained weights")
-    factor, theta = factor.numpy(), theta.numpy()
-    codes, library = codes.long().numpy(), library.double().numpy()
-    if extra is None:
-        extra, sample = np.empty((0, n_genes), np.float32), codes
-    else:
-        extra, sample = extra.float().contiguous().numpy(), sample.long().numpy()
-    if dropout is not None:
-        dropout = [v.detach().float().contiguous().numpy() for v in dropout]
+    _, factor, theta, extra, dropout = layer.numpy()
+    codes, library = inputs.codes.long().numpy(), library.double().numpy()
+    sample = codes if layer.extra is None else inputs.sample.long().numpy()
 
     def draw(start):
-        rows = slice(start, min(start + block, n_cells))
-        cells = np.arange(first + rows.start, first + rows.stop, dtype=np.uint64)
+        rows = slice(start, min(start + block, len(hidden)))
+        cells = np.arange(rows.start, rows.stop, dtype=np.uint64)
         logits = torch.mm(hidden[rows], weight.T).numpy()  # (B, G)
         per_cell = codes[rows], extra, sample[rows], library[rows]
-        part = sample_block(logits, factor, *per_cell, theta, np.uint64(seed), cells)
+        counts = sample_block(logits, factor, *per_cell, theta, np.uint64(seed), cells)
         if dropout is not None:
-            part = drop_block(*part, hidden[rows].numpy(), *dropout, np.uint64(seed), cells)
-        return part
+            counts = drop_block(*counts, hidden[rows].numpy(), *dropout, np.uint64(seed), cells)
+        return counts
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # each thread computes whole blocks, not parts of one product
+    torch.set_num_threads(1)  # each thread computes whole blocks, not slices of one product
     try:
         with ThreadPoolExecutor(
-            n_threads, initializer=torch.set_num_threads, initargs=(1,)
+            n_threads or before, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            parts = list(pool.map(draw, range(0, n_cells, block)))
+            blocks = list(pool.map(draw, range(0, len(hidden), block)))
     finally:
         torch.set_num_threads(before)
-    return stack_csr(parts, n_genes)
+    return stack_csr(blocks, len(weight))
 
 
-def stack_csr(parts, n_genes):
+def stack_csr(blocks, n_genes):
     """Stack the ``(indptr, indices, data)`` of blocks (B x G) into one CSR matrix (N x G) int32."""
-    if not parts:
+    if not blocks:
         return sp.csr_matrix((0, n_genes), dtype=np.int32)
-    sizes = np.concatenate([np.diff(indptr) for indptr, _, _ in parts])  # (N,)
+    sizes = np.concatenate([np.diff(indptr) for indptr, _, _ in blocks])  # (N,)
     indptr = np.concatenate([[0], np.cumsum(sizes)])
     if indptr[-1] < 2**31:  # as scipy chooses it
         indptr = indptr.astype(np.int32)
     X = sp.csr_matrix((len(sizes), n_genes), dtype=np.int32)
     X.indptr = indptr
-    X.indices = np.concatenate([indices for _, indices, _ in parts])
-    X.data = np.concatenate([data for _, _, data in parts])
+    X.indices = np.concatenate([indices for _, indices, _ in blocks])
+    X.data = np.concatenate([data for _, _, data in blocks])
     return X

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import fields
 from functools import partial
+from itertools import takewhile
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -18,7 +19,7 @@ from tyro import _errors as tyro_errors
 
 from runtime.arguments import IN_SCRIPT, describe
 from runtime.errors import InputError, UsageError, one_line, plain
-from runtime.flags import flag, help_text, unknown_flags, with_current_names
+from runtime.flags import flag, help_text, is_several, unknown_flags, with_current_names
 from runtime.signals import Stopped, catch_signals, end_at_signals
 from runtime.version import VERSION
 
@@ -103,8 +104,11 @@ def wrong_choice(name, value, choices):
     return InputError(f"{name}: found {value}, expected {', '.join(others)} or {last}")
 
 
-def raise_in_one_line(settings_class, event):
-    """Raise what tyro would print as a box of several lines; ``event``: one of its parse errors.
+def raise_in_one_line(settings_class, arguments, event):
+    """Raise what tyro would print as a box of several lines.
+
+    Args:
+        arguments: of the command line, flags by their current names. event: a parse error of tyro.
 
     Raises:
         InputError: a value is none of the choices. UsageError: anything else.
@@ -115,10 +119,36 @@ def raise_in_one_line(settings_class, event):
         raise wrong_choice(name, event.value, event.choices)
     if isinstance(event, tyro_errors.UnrecognizedArgs):
         raise unknown_flags(settings_class, event.tokens)
-    if isinstance(event, tyro_errors.BadValue):
-        raise UsageError(f"{name}: found too few values, expected those that --help lists")
-    message = getattr(event, "message", None)
-    raise UsageError(f"{name}: {one_line(message)}" if message else "see --help")
+    if isinstance(event, tyro_errors.MissingArgs):
+        missing = [each.arg.lowered.name_or_flags[-1] for each in event.missing_arguments]
+        raise UsageError(f"found no {' and no '.join(missing)}, expected a value of each")
+    for field in fields(settings_class):
+        if flag(field.name) == name:
+            found = " ".join(values_of(name, arguments)) or "no value"
+            raise UsageError(f"{name}: found {found}, expected {expected_of(field.type)}")
+    raise UsageError(f"{name}: {one_line(getattr(event, 'message', 'see --help'))}")
+
+
+def values_of(name, arguments):
+    """What the command line gives after the last flag of this name."""
+    places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == name]
+    _, equals, value = arguments[places[-1]].partition("=")
+    rest = arguments[places[-1] + 1 :]
+    following = takewhile(lambda argument: not argument.startswith("--"), rest)
+    return [value] * bool(equals) + list(following)
+
+
+def expected_of(kind):
+    """What a flag of a type takes, in words."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    kinds = [each for each in get_args(kind) or (kind,) if each not in (type(None), Ellipsis)]
+    if get_origin(kind) is tuple:
+        n = "one or more" if is_several(kind) else len(kinds)
+        return f"{n} values, each {KINDS[kinds[0]][1]}"
+    if isinstance(kind, UnionType):
+        return " or ".join(map(expected_of, kinds))
+    return KINDS[kind][1]
 
 
 @contextlib.contextmanager
@@ -215,8 +245,9 @@ def read_command_line(settings_class):
     if "--version" in arguments:
         print(f"bulk2sc {VERSION}")
         sys.exit()
-    with tyro_errors.on_parse_error(partial(raise_in_one_line, settings_class)):
-        return tyro.cli(settings_class, args=with_current_names(settings_class, arguments))
+    arguments = with_current_names(settings_class, arguments)
+    with tyro_errors.on_parse_error(partial(raise_in_one_line, settings_class, arguments)):
+        return tyro.cli(settings_class, args=arguments)
 
 
 def parse_args(settings_class):

@@ -412,42 +412,35 @@ def add_columns():
     X = data()
     rng = np.random.default_rng(1)
     n = len(X)
+
+    def uniform(scale=1):
+        return rng.random(n) * scale
+
+    def normal():
+        return rng.normal(size=n)
+
+    def named(names, *values):
+        return dict(zip(names.split(), values, strict=True))
+
+    rows, one = range(n), [1] * n
+    biomart = "start_position end_position gene_biotype percentage_gene_gc_content chromosome_name"
+    deseq = "baseMean log2FoldChange lfcSE stat pvalue padj"
+    mean = X.mean(axis=1)
     columns = {
-        "biomaRt": {
-            "start_position": range(n),
-            "end_position": range(n),
-            "gene_biotype": ["x"] * n,
-            "percentage_gene_gc_content": rng.random(n),
-            "chromosome_name": [1] * n,
-        },
-        "DESeq2": {
-            "baseMean": X.mean(axis=1),
-            "log2FoldChange": rng.normal(size=n),
-            "lfcSE": rng.random(n),
-            "stat": rng.normal(size=n),
-            "pvalue": rng.random(n),
-            "padj": rng.random(n),
-        },
-        "edgeR": {
-            "logFC": rng.normal(size=n),
-            "logCPM": rng.random(n) * 9,
-            "F": rng.random(n),
-            "PValue": rng.random(n),
-            "FDR": rng.random(n),
-        },
-        "limma": {
-            "logFC": rng.normal(size=n),
-            "AveExpr": rng.random(n),
-            "t": rng.normal(size=n),
-            "P.Value": rng.random(n),
-            "adj.P.Val": rng.random(n),
-            "B": rng.normal(size=n),
-        },
+        "biomaRt": named(biomart, rows, rows, ["x"] * n, uniform(), one),
+        "DESeq2": named(deseq, mean, normal(), uniform(), normal(), uniform(), uniform()),
+        "edgeR": named(
+            "logFC logCPM F PValue FDR", normal(), uniform(9), uniform(), uniform(), uniform()
+        ),
+        "limma": named(
+            "logFC AveExpr t P.Value adj.P.Val B",
+            *(normal(), uniform(), normal(), uniform(), uniform(), normal()),
+        ),
         "lengths": {"Length": range(n), "EffectiveLength": rng.random(n) * 900},
         "Total": {"Total": X.sum(axis=1)},
-        "Mean and sd": {"Mean": X.mean(axis=1), "SD": X.std(axis=1)},
+        "Mean and sd": {"Mean": mean, "SD": X.std(axis=1)},
         "a sum by another name": {"all samples": X.sum(axis=1)},
-        "a mean by another name": {"cohort": X.mean(axis=1)},
+        "a mean by another name": {"cohort": mean},
         "gene ids": {"entrez_id": range(n), "gene_name": X.index},
         "text": {"description": ["a gene, or so"] * n, "biotype": ["protein_coding"] * n},
     }
@@ -542,186 +535,91 @@ def star(values, strand, names=True):
     """Rows of ReadsPerGene.out.tab; strand 0 for unstranded."""
     share = {0: 0.5, 1: 0.97, 2: 0.03}[strand]
     first = np.rint(values * share).astype(int)
-    head = [
-        ("N_unmapped", 5, 5, 5),
-        ("N_multimapping", 5, 5, 5),
-        ("N_noFeature", 9, 9, 9),
-        ("N_ambiguous", 1, 1, 1),
-    ]
-    rows = zip(with_id()[1], values, first, values - first, strict=True)
-    return (head if names else []) + list(rows)
+    rest = zip(("unmapped", "multimapping", "noFeature", "ambiguous"), (5, 5, 9, 1), strict=True)
+    head = [(f"N_{name}", n, n, n) for name, n in rest] if names else []
+    return head + list(zip(with_id()[1], values, first, values - first, strict=True))
+
+
+HEADS = {
+    "RSEM": "gene_id,transcript_id(s),length,effective_length,expected_count,TPM,FPKM",
+    "Salmon": "Name,Length,EffectiveLength,TPM,NumReads",
+    "kallisto": "target_id,length,eff_length,est_counts,tpm",
+    "GDC": "gene_id,gene_name,gene_type,unstranded,stranded_first,stranded_second,"
+    "tpm_unstranded,fpkm_unstranded,fpkm_uq_unstranded",
+    "StringTie": "Gene ID,Gene Name,Reference,Strand,Start,End,Coverage,FPKM,TPM",
+    "Cufflinks": "tracking_id,class_code,nearest_ref_id,gene_id,gene_short_name,tss_id,locus,"
+    "length,coverage,FPKM,FPKM_conf_lo,FPKM_conf_hi,FPKM_status",
+    "featureCounts": "Geneid,Chr,Start,End,Strand,Length,/data/S1.bam",
+}
+
+
+def under(head, rows):
+    """A table of rows under one of HEADS."""
+    return lines([HEADS[head].split(","), *rows])
 
 
 def quantifier_files():
     """Text of each quantifier's file for one sample (values of S1): name -> (file, text)."""
     X, known = with_id()
-    x = X["S1"].to_numpy()
+    x, symbols = X["S1"].to_numpy(), X.index
     v = [f"{i}.{n % 9 + 1}" for n, i in enumerate(known)]
     htseq = list(zip(known, x, strict=True))
-    tail = [
-        (f"__{n}", 7)
-        for n in ("no_feature", "ambiguous", "too_low_aQual", "not_aligned", "alignment_not_unique")
-    ]
+    named = [(i, g, c) for (i, c), g in zip(htseq, symbols, strict=True)]
+    tail = ("no_feature", "ambiguous", "too_low_aQual", "not_aligned", "alignment_not_unique")
+    tail = [(f"__{n}", 7) for n in tail]
     rsem = [
-        (i, "t1,t2", 1200.5, 1000.2, c + 0.0, round(c / 3, 2), round(c / 5, 2))
-        for i, c in zip(known, x, strict=True)
+        (i, "t1,t2", 1200.5, 1000.2, c + 0.0, round(c / 3, 2), round(c / 5, 2)) for i, c in htseq
     ]
-    head = (
-        "gene_id",
-        "transcript_id(s)",
-        "length",
-        "effective_length",
-        "expected_count",
-        "TPM",
-        "FPKM",
-    )
-    salmon = ("Name", "Length", "EffectiveLength", "TPM", "NumReads")
+    isoform_head = ("transcript_id", "gene_id", *HEADS["RSEM"].split(",")[2:], "IsoPct")
+    isoforms = [(f"ENST{n:011d}", r[0], *r[2:], 100.0) for n, r in enumerate(rsem)]
     gencode = [
         f"ENST{n:011d}.2|{i}|OTTHUMG|OTTHUMT|{g}-201|{g}|1500|protein_coding|"
-        for n, (i, g) in enumerate(zip(v, X.index, strict=True))
+        for n, (i, g) in enumerate(zip(v, symbols, strict=True))
     ]
-    gdc = (
-        "gene_id",
-        "gene_name",
-        "gene_type",
-        "unstranded",
-        "stranded_first",
-        "stranded_second",
-        "tpm_unstranded",
-        "fpkm_unstranded",
-        "fpkm_uq_unstranded",
-    )
-    feature = ("Geneid", "Chr", "Start", "End", "Strand", "Length", "/data/S1.bam")
+    names = ("N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous")
+    gdc = [(n, "", "", 5, 5, 5, "", "", "") for n in names]
+    gdc += [
+        (i, g, "protein_coding", c, c // 2, c - c // 2, c / 3, c / 4, c / 5)
+        for i, g, c in zip(v, symbols, x, strict=True)
+    ]
+
+    def salmon(genes):
+        return under("Salmon", [(i, 1500, 1300.5, c / 3, c) for i, c in zip(genes, x, strict=True)])
+
+    def packed(rows):
+        return gzip.compress(lines(rows).encode())
+
+    kallisto = [(i, 1500, 1300.5, c, c / 3) for i, c in zip(gencode, x, strict=True)]
+    stringtie = [(i, g, "chr1", "+", 10, 99, c / 9, c / 4, c / 3.0) for i, g, c in named]
+    cufflinks = [
+        (i, "-", "-", i, g, "-", "chr1:1-9", "-", "-", c / 3, 0, c, "OK") for i, g, c in named
+    ]
+    feature = [(i, "chr1;chr1", "1;5", "3;9", "+;+", 7, c) for i, c in htseq]
+    command = '# Program:featureCounts v2.0.1; Command:"x"\n'
+    star_of_gdc = "S1.rna_seq.augmented_star_gene_counts.tsv"
     return {
         "HTSeq": ("S1.htseq.counts", lines(htseq + tail)),
-        "HTSeq with names": (
-            "S1.txt",
-            lines(
-                [(i, g, c) for (i, c), g in zip(htseq, X.index, strict=True)]
-                + [(n, "", c) for n, c in tail]
-            ),
-        ),
+        "HTSeq with names": ("S1.txt", lines(named + [(n, "", c) for n, c in tail])),
         "HTSeq with header": ("S1.tsv", lines([("gene_id", "count"), *htseq, *tail])),
-        "GDC HTSeq": ("S1.htseq.counts.gz", gzip.compress(lines(zip(v, x, strict=True)).encode())),
-        "GDC FPKM": ("S1.FPKM.txt.gz", gzip.compress(lines(zip(v, x / 7, strict=True)).encode())),
-        "GDC STAR": (
-            "S1.rna_seq.augmented_star_gene_counts.tsv",
-            "# gene-model: GENCODE v36\n"
-            + lines(
-                [
-                    gdc,
-                    *[
-                        (n, "", "", 5, 5, 5, "", "", "")
-                        for n in ("N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous")
-                    ],
-                ]
-                + [
-                    (i, g, "protein_coding", c, c // 2, c - c // 2, c / 3, c / 4, c / 5)
-                    for i, g, c in zip(v, X.index, x, strict=True)
-                ]
-            ),
-        ),
+        "GDC HTSeq": ("S1.htseq.counts.gz", packed(zip(v, x, strict=True))),
+        "GDC FPKM": ("S1.FPKM.txt.gz", packed(zip(v, x / 7, strict=True))),
+        "GDC STAR": (star_of_gdc, "# gene-model: GENCODE v36\n" + under("GDC", gdc)),
         "STAR unstranded": ("S1ReadsPerGene.out.tab", lines(star(x, 0))),
         "STAR first strand": ("S1.ReadsPerGene.out.tab", lines(star(x, 1))),
-        "STAR second strand": (
-            "S1_ReadsPerGene.out.tab.gz",
-            gzip.compress(lines(star(x, 2)).encode()),
-        ),
+        "STAR second strand": ("S1_ReadsPerGene.out.tab.gz", packed(star(x, 2))),
         "STAR without its rows": ("S1ReadsPerGene.out.tab", lines(star(x, 2, names=False))),
-        "RSEM genes": ("S1.genes.results", lines([head, *rsem])),
+        "RSEM genes": ("S1.genes.results", under("RSEM", rsem)),
         "RSEM isoforms": (
             "S1.isoforms.results",
-            lines(
-                [
-                    ("transcript_id", "gene_id", *head[2:], "IsoPct"),
-                    *[(f"ENST{n:011d}", r[0], *r[2:], 100.0) for n, r in enumerate(rsem)],
-                ]
-            ),
+            lines([isoform_head, *isoforms]),
         ),
-        "Salmon by gene": (
-            "S1.quant.genes.sf",
-            lines([salmon, *[(i, 1500, 1300.5, c / 3, c) for i, c in zip(v, x, strict=True)]]),
-        ),
-        "Salmon in its folder": (
-            "S1/quant.genes.sf",
-            lines([salmon, *[(i, 1500, 1300.5, c / 3, c) for i, c in zip(known, x, strict=True)]]),
-        ),
-        "Salmon, GENCODE": (
-            "S1/quant.sf",
-            lines(
-                [salmon, *[(i, 1500, 1300.5, c / 3, c) for i, c in zip(gencode, x, strict=True)]]
-            ),
-        ),
-        "kallisto, GENCODE": (
-            "S1/abundance.tsv",
-            lines(
-                [
-                    ("target_id", "length", "eff_length", "est_counts", "tpm"),
-                    *[(i, 1500, 1300.5, c, c / 3) for i, c in zip(gencode, x, strict=True)],
-                ]
-            ),
-        ),
-        "StringTie": (
-            "S1.gene_abund.tab",
-            lines(
-                [
-                    (
-                        "Gene ID",
-                        "Gene Name",
-                        "Reference",
-                        "Strand",
-                        "Start",
-                        "End",
-                        "Coverage",
-                        "FPKM",
-                        "TPM",
-                    ),
-                    *[
-                        (i, g, "chr1", "+", 10, 99, c / 9, c / 4, c / 3.0)
-                        for i, g, c in zip(known, X.index, x, strict=True)
-                    ],
-                ]
-            ),
-        ),
-        "Cufflinks": (
-            "S1/genes.fpkm_tracking",
-            lines(
-                [
-                    (
-                        "tracking_id",
-                        "class_code",
-                        "nearest_ref_id",
-                        "gene_id",
-                        "gene_short_name",
-                        "tss_id",
-                        "locus",
-                        "length",
-                        "coverage",
-                        "FPKM",
-                        "FPKM_conf_lo",
-                        "FPKM_conf_hi",
-                        "FPKM_status",
-                    ),
-                    *[
-                        (i, "-", "-", i, g, "-", "chr1:1-9", "-", "-", c / 3, 0, c, "OK")
-                        for i, g, c in zip(known, X.index, x, strict=True)
-                    ],
-                ]
-            ),
-        ),
-        "featureCounts": (
-            "S1.featureCounts.txt",
-            '# Program:featureCounts v2.0.1; Command:"x"\n'
-            + lines(
-                [
-                    feature,
-                    *[
-                        (i, "chr1;chr1", "1;5", "3;9", "+;+", 7, c)
-                        for i, c in zip(known, x, strict=True)
-                    ],
-                ]
-            ),
-        ),
+        "Salmon by gene": ("S1.quant.genes.sf", salmon(v)),
+        "Salmon in its folder": ("S1/quant.genes.sf", salmon(known)),
+        "Salmon, GENCODE": ("S1/quant.sf", salmon(gencode)),
+        "kallisto, GENCODE": ("S1/abundance.tsv", under("kallisto", kallisto)),
+        "StringTie": ("S1.gene_abund.tab", under("StringTie", stringtie)),
+        "Cufflinks": ("S1/genes.fpkm_tracking", under("Cufflinks", cufflinks)),
+        "featureCounts": ("S1.featureCounts.txt", command + under("featureCounts", feature)),
     }
 
 
@@ -732,12 +630,7 @@ def add_quantifiers():
         right(name, text, one, file)
     refused(
         "Salmon, bare transcripts",
-        lines(
-            [
-                ("Name", "Length", "EffectiveLength", "TPM", "NumReads"),
-                *[(f"ENST{n:011d}.1", 900, 700.1, c / 3, c) for n, c in enumerate(X["S1"])],
-            ]
-        ),
+        under("Salmon", [(f"ENST{n:011d}.1", 900, 700.1, c / 3, c) for n, c in enumerate(X["S1"])]),
         "transcript",
         file="S1/quant.sf",
     )
@@ -814,19 +707,11 @@ def add_several():
         return lines([*zip(known, x, strict=True), ("__no_feature", 5)])
 
     def rsem(x):
-        head = (
-            "gene_id",
-            "transcript_id(s)",
-            "length",
-            "effective_length",
-            "expected_count",
-            "TPM",
-        )
-        return lines([head, *[(i, "t", 9, 8.5, c, c / 3) for i, c in zip(known, x, strict=True)]])
+        rows = [(i, "t", 9, 8.5, c, c / 3) for i, c in zip(known, x, strict=True)]
+        return lines([HEADS["RSEM"].split(",")[:-1], *rows])
 
     def salmon(x):
-        head = ("Name", "Length", "EffectiveLength", "TPM", "NumReads")
-        return lines([head, *[(i, 9, 8.5, c / 3, c) for i, c in zip(known, x, strict=True)]])
+        return under("Salmon", [(i, 9, 8.5, c / 3, c) for i, c in zip(known, x, strict=True)])
 
     kinds = {
         "HTSeq": ("{}.htseq.counts", htseq),
@@ -1021,19 +906,8 @@ def add_text_rows():
 
 
 KINDS = (
-    add_layouts,
-    add_dialects,
-    add_containers,
-    add_scales,
-    add_numbers,
-    add_names,
-    add_columns,
-    add_long,
-    add_quantifiers,
-    add_several,
-    add_h5ad,
-    add_redundant,
-    add_other_data,
+    *(add_layouts, add_dialects, add_containers, add_scales, add_numbers, add_names, add_columns),
+    *(add_long, add_quantifiers, add_several, add_h5ad, add_redundant, add_other_data),
     add_text_rows,
 )
 

@@ -109,6 +109,11 @@ def test_errors_are_one_line_that_names_what_was_found(trained, bulk, tmp_path):
         api.train(make_cells(), tmp_path, epochs=(1, 2))
     with pytest.raises(InputError, match="no such file"):
         api.load(tmp_path / "none")
+    refused(lambda: api.load("README.md"), "README.md: found a file, expected a folder of weights")
+    refused(lambda: api.Model.load(3), "folder: found 3, expected a folder of weights")
+    refused(lambda: api.Model.load("weights/pbmc1k", "abacus"), "device abacus: not available")
+    refused(lambda: api.Model.load("weights/pbmc1k", 3.5), "device: found 3.5, expected auto")
+    refused(lambda: model.save(None), "folder: found None, expected a folder to write to")
 
 
 def test_shipped_weights_are_found_from_elsewhere(tmp_path, monkeypatch):
@@ -171,13 +176,24 @@ def test_wrong_arguments_of_deconvolve_are_named(trained, bulk, change, words):
         ({"source": pd.DataFrame()}, ["source: found DataFrame of 0 x 0", "deconvolve()"]),
         ({"out": 3}, ["out: found 3, expected a path"]),
         ({"out": "cells.csv"}, ["out: found cells.csv", ".h5ad or .h5"]),
+        ({"run": "x"}, ["run: found 'x', expected a dict with name, settings, provenance"]),
+        ({"run": {"name": "x"}}, ["run: found no settings, provenance"]),
+        ({"metadata": [1]}, ["metadata: found list, expected a DataFrame"]),
+        (
+            {"metadata": pd.DataFrame({"a": [1, 2]})},
+            ["metadata: found 2 rows", "of 1 samp"],
+        ),
+        ({"shown": 3}, ["shown: found 3, expected plots.report.ShownCells"]),
     ],
 )
 def test_wrong_arguments_of_generate_are_named(trained, given, words):
     model = api.load(trained, "cpu")
     source = api.mixtures(pd.DataFrame({CELL_TYPES[0]: [1.0]}), model)
     refused(lambda: api.generate(**({"source": source, "model": model} | given)), *words)
-    assert api.generate(source, model, np.int64(2)).n_obs == 2
+    own = pd.DataFrame({"cell_type": ["x"]})  # a column of its own is not written over
+    cells = api.generate(source, model, np.int64(2), metadata=own)
+    assert list(cells.obs["cell_type"]) == [CELL_TYPES[0]] * 2
+    assert list(cells.obs["bulk_cell_type"]) == ["x"] * 2
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,7 @@ def test_wrong_arguments_of_generate_are_named(trained, given, words):
         ({"heldout": 0.1}, ["heldout: unknown, expected settings such as", "held_out"]),
         ({"held_out": 2}, ["held_out: found 2, expected 0 or more, below 1"]),
         ({"n_genes": -5}, ["n_genes: found -5"]),
+        ({"cells": "nowhere"}, ["cells: found nowhere, which is not there"]),
         ({"labels": "nothing"}, ["labels nothing: neither a file nor a column of .obs"]),
     ],
 )

@@ -307,37 +307,28 @@ def test_pseudobulks_of_other_donors(trained, h5ad, other_donors, tmp_path, no_f
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--shift-data", "{0}"], ("--shift-data", "no --lineages")),
-        (["--shift-cells", "condition", "x"], ("--shift-cells", "no --shift-data")),
+        ("--shift-data D", ("--shift-data", "no --lineages")),
+        ("--shift-cells condition x", ("--shift-cells", "no --shift-data")),
+        ("--shift-data D D --lineages L", ("found donors as name", "names of their own")),
+        ("--shift-data D --shift-labels a b --lineages L", ("--shift-labels", "found 2 for 1")),
         (
-            ["--shift-data", "{0}", "{0}", "--lineages", "{1}"],
-            ("found donors as name", "names of their own"),
-        ),
-        (
-            ["--shift-data", "{0}", "--shift-labels", "a", "b", "--lineages", "{1}"],
-            ("--shift-labels", "found 2 for 1"),
-        ),
-        (
-            ["--shift-data", "{0}", "--shift-labels", "nothing", "--lineages", "{1}"],
+            "--shift-data D --shift-labels nothing --lineages L",
             ("--shift-labels nothing", "column of .obs"),
         ),
+        ("--shift-data D --lineages L --shift-cells batch 1", ("no column batch",)),
         (
-            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "batch", "1"],
-            ("no column batch",),
-        ),
-        (
-            ["--shift-data", "{0}", "--lineages", "{1}", "--shift-cells", "condition", "1"],
+            "--shift-data D --lineages L --shift-cells condition 1",
             ("no cell with condition 1", "expected one of control, treated"),
         ),
         (
-            ["--shift-data", "{0}", "--shift-labels", "condition", "--lineages", "{1}"],
+            "--shift-data D --shift-labels condition --lineages L",
             ("none of its 5 cell types", "one of donors's"),
         ),
     ],
 )
 def test_other_donors_that_cannot_be_used(trained, h5ad, other_donors, flags, words):
-    paths = other_donors[1], other_donors[5]
-    flags = [flag.format(*paths) for flag in flags]
+    paths = {"D": other_donors[1], "L": other_donors[5]}
+    flags = [paths.get(flag, flag) for flag in flags.split()]
     where = ["--data", h5ad, "--weights", trained]
     done = run_inside("benchmarks/compare_proportions.py", *where, *flags)
     assert_one_line_error(done, *words)

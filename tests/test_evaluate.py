@@ -450,6 +450,7 @@ def test_by_default_cells_and_proportions_beside_their_ceilings(trained, h5ad, t
     said = done.stdout.index("18 held-out cells; trainings: 1, draws of each: 1\nThe cells are ")
     auroc = means(table)["bulk2sc", "random-forest AUROC, PCs"]
     assert f"AUROC {auroc:.2f} and " in done.stdout
+    assert "mRNA content of cells" not in done.stdout  # of sums of cells, once a draw
     assert said < done.stdout.index("Proportions of pseudobulks of held-out cells are ")
     assert done.stdout.index("RMSE") < done.stdout.index("metric (best value)")
     assert matplotlib.image.imread(folder / "evaluation.png").std() > 0.01

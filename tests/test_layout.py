@@ -83,7 +83,7 @@ def test_help_answers_before_the_slow_imports():
 
     PYTHONSAFEPATH keeps the script's folder out of the path. Regression: a traceback.
     """
-    scripts = [*SCRIPTS, "benchmarks/benchmark", "examples/simulate_bulk"]
+    scripts = [*SCRIPTS, "benchmarks/benchmark", "benchmarks/blood_types", "examples/simulate_bulk"]
     code = (
         "import os, runpy, sys\n"
         "import tyro\n"

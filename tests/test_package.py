@@ -1,6 +1,7 @@
 """The wheel: one package, whose commands and functions work far from the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def test_command_functions_and_errors_far_from_the_checkout(installed, tmp_path)
 def test_every_command_is_a_script(installed):
     with open(ROOT / "pyproject.toml", "rb") as file:
         commands = tomllib.load(file)["project"]["scripts"]
+    page = (ROOT / "docs" / "python.md").read_text()
     for command, target in commands.items():
+        assert re.search(rf"\b{command}\b(?!-)", page), command
         script = target.removeprefix("bulk2sc.cli:")
         assert command in ("bulk2sc", f"bulk2sc-{script.replace('_', '-')}")
         assert "Settings" in (ROOT / f"{script}.py").read_text()

@@ -221,15 +221,9 @@ def test_links_lead_somewhere(name):
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
     for path in re.findall(r"`([\w/.]+\.(?:py|R|csv|md|txt|cff))`", outside):
-        generated = {
-            "barcode_to_celltype.csv",
-            "found_celltypes.csv",
-            "clusters.csv",
-            "generated.proportions.csv",
-            "generated.fit.csv",
-            "evaluation.csv",
-            "cells.csv",
-        }
+        generated = {f"generated.{table}.csv" for table in ("proportions", "fit")}
+        generated |= {"barcode_to_celltype.csv", "found_celltypes.csv", "clusters.csv", "cells.csv"}
+        generated.add("evaluation.csv")
         assert path in generated or (ROOT / path).exists() or (folder / path).exists(), path
 
 

@@ -552,6 +552,8 @@ def test_held_out_cannot_change_between_stages(trained, h5ad):
         ("bulk2sc.py", ["--batch-size", 701], "at most the 700 cells"),
         ("bulk2sc.py", ["--device", "abacus"], "--device abacus"),
         ("bulk2sc.py", ["--seed", -1], "--seed: found -1"),
+        ("benchmarks/benchmark.py", ["--n_cells=0"], "--n-cells: found 0, expected 1 or more"),
+        ("examples/cellxgene.py", ["--cells", "README.md"], "README.md: not a readable .h5ad"),
     ],
 )
 def test_settings_out_of_range(script, arguments, words):
@@ -566,12 +568,25 @@ def test_settings_out_of_range(script, arguments, words):
         (["--known_proportion=x.csv"], ["did you mean --known-proportions?"]),
         (["one", "two"], ["one two", "unknown"]),
         (["--n-cells", "many"], ["--n-cells", "many"]),
-        (["--n-cells"], ["--n-cells", "too few"]),
-        (["--seed", 1.5], ["--seed", "1.5"]),
+        (["--n-cells"], ["--n-cells: found no value, expected an integer"]),
+        (["--format"], ["--format: found no value, expected one of png, pdf, svg"]),
+        (["--seed", 1.5], ["--seed: found 1.5, expected an integer"]),
+        (["--pseudocount=x"], ["--pseudocount: found x, expected a number"]),
+        (["--cells-per-type", "x"], ["--cells-per-type: found x, expected an integer"]),
+        (["--model", "a", "--weights", "b"], ["--weights: found --model as well, expected one"]),
+        (["train.py", "--epochs", 3], ["--epochs: found 3, expected 3 values, each an integer"]),
+        (["train.py", "--epochs", 1, 2, "x"], ["--epochs: found 1 2 x, expected 3 values"]),
+        (
+            ["benchmarks/compare_states.py", "--contrast", "A"],
+            ["--contrast: found A, expected 2 values, each text"],
+        ),
+        (["examples/pbmc_reference.py"], ["found no --sets and no --annotations, expected"]),
     ],
 )
 def test_command_line_that_cannot_be_parsed_is_one_line(arguments, words):
-    done = run_inside("bulk2sc.py", *arguments)
+    """Regression: in the words of the parser, or without the name of what is missing."""
+    arguments = arguments if str(arguments[0]).endswith(".py") else ["bulk2sc.py", *arguments]
+    done = run_inside(*arguments)
     assert_one_line_error(done, *words)
     assert done.returncode == 2
 

@@ -64,6 +64,7 @@ def test_noise_is_of_genes_and_the_same_in_all_bulks():
         (["--n-bulks", 0], ["--n-bulks: found 0"]),
         (["--noise", -1], ["--noise: found -1.0"]),
         (["--concentration", 0], ["--concentration: found 0.0"]),
+        (["--device", "cpu"], ["--device: no longer a flag (always cpu)"]),
     ],
 )
 def test_wrong_settings_are_one_line(h5ad, tmp_path, flags, words):

@@ -36,10 +36,10 @@ def bayesprism(bulk, statistics):
     θ are fractions of RNA; they are divided by the library sizes of the types, as BayesPrism's
     authors advise for numbers of cells.
     """
-    kept = ~statistics.is_protocol if not statistics.is_protocol.all() else statistics.is_protocol
-    phi = positive_shares(statistics.mean[:, kept])
-    theta = bayesprism_fixed_point(bulk[:, kept].astype(float), phi)
-    return to_proportions(theta / statistics.mean[:, kept].sum(axis=1))
+    genes = ~statistics.is_protocol if not statistics.is_protocol.all() else statistics.is_protocol
+    phi = positive_shares(statistics.mean[:, genes])
+    theta = bayesprism_fixed_point(bulk[:, genes].astype(float), phi)
+    return to_proportions(theta / statistics.mean[:, genes].sum(axis=1))
 
 
 ESTIMATORS = [

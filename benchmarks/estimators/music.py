@@ -45,10 +45,10 @@ def music(bulk, statistics):
 
 def music_without_protocol(bulk, statistics):
     """:func:`music` without PROTOCOL_GENES, or with them if there are no others."""
-    kept = np.flatnonzero(~statistics.is_protocol)
-    if len(kept) == 0:
+    genes = np.flatnonzero(~statistics.is_protocol)
+    if len(genes) == 0:
         return music(bulk, statistics)
-    return music(bulk[:, kept], statistics.select(np.arange(len(statistics.size)), kept))
+    return music(bulk[:, genes], statistics.select(np.arange(len(statistics.size)), genes))
 
 
 PAPER = "Wang et al., Nature Communications 2019"
