@@ -172,7 +172,7 @@ def deconvolve(
         bulk = read_bulk(as_bulk(bulk), model.genes, model.gene_ids, options)
     known = known_proportions(proportions, model.cell_types, lineages)
     samples = BulkSamples(bulk, model, mrna_content, known)
-    samples.estimate_expression(*choose_calibration(calibrate, platform, model.encoder))
+    samples.estimate_expression(*choose_calibration(calibrate, platform, model))
     return samples
 
 
@@ -210,13 +210,13 @@ def as_bulk(bulk):
     return bulk
 
 
-def choose_calibration(calibrate, platform, encoder):
+def choose_calibration(calibrate, platform, model):
     """``(calibrate, platform)`` for these weights; says what auto came to, if it is not none.
 
     Raises:
         InputError: a platform is given, and cells are not calibrated by type.
     """
-    auto = "types" if encoder.n_state else "none"
+    auto = "types" if model.states else "none"
     if platform != "keep" and (auto if calibrate == "auto" else calibrate) != "types":
         why = f" ({auto} for these weights, of one sample)" if calibrate == "auto" else ""
         raise InputError(
@@ -225,7 +225,7 @@ def choose_calibration(calibrate, platform, encoder):
         )
     if calibrate != "auto":
         return calibrate, platform
-    if not encoder.n_state:
+    if not model.states:
         return "none", platform
     print(
         in_user_terms(

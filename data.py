@@ -79,6 +79,15 @@ class TrainingSettings(DatasetSettings):
     Default: each sample is a donor of its own."""
     held_out_donors: tuple[str, ...] = ()
     """Donors kept out of all training, by name, in place of a fraction of them."""
+    conditions: str | None = None
+    """Condition of each cell (treatment, disease), given as --samples is. What samples of the other
+    conditions differ from the baseline by is what bulks can have of their state."""
+    baseline: tuple[str, ...] = ()
+    """Conditions that a bulk reads as which shows nothing else, such as control; the second is for
+    batches without the first, and so on. Default: the most common one."""
+    batch_key: str | None = None
+    """Dataset or protocol of each cell, given as --samples is. What batches differ by at their
+    baselines is no state, and the Bulk Encoder learns from it how platforms differ."""
     batch_size: int | None = None
     lr: float = 1e-3
     resume: bool = False
@@ -106,9 +115,11 @@ class TrainingSettings(DatasetSettings):
                 )
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
-        for name in ("donors", "held_out_donors"):
+        for name in ("donors", "held_out_donors", "conditions", "batch_key"):
             if getattr(self, name) and self.samples is None:
-                raise InputError(f"{flag(name)}: found no --samples, expected samples of donors")
+                raise InputError(f"{flag(name)}: found no --samples, expected them as well")
+        if self.baseline and self.conditions is None:
+            raise InputError("--baseline: found no --conditions, expected them as well")
         if self.held_out_donors and self.held_out is not None:
             raise InputError("--held-out-donors: found --held-out as well, expected one of them")
 
@@ -216,11 +227,9 @@ class Reference:
 
     @property
     def names(self):
-        """Sample, donor and, if given, batch of each cell, lists (N) for digests.
-
-        Conditions are not among them, as no training reads them.
-        """
-        columns = [name for name in ("sample", "donor", "batch") if name in self.cells.obs]
+        """Sample, donor and, if given, condition and batch of each cell, lists (N) for digests."""
+        known = ("sample", "donor", "condition", "batch")
+        columns = [name for name in known if name in self.cells.obs]
         return [list(self.cells.obs[name].astype(str)) for name in columns]
 
     @property

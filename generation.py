@@ -8,7 +8,7 @@ D latent dimensions.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,13 @@ import torch
 from counts.pseudobulks import batch_bulks, batch_bulks_of_samples
 from data import Reference, sum_by_type
 from deconvolution.encode import check_filled, encode_bulks
-from deconvolution.expression import Expression, mean_library, parts_of
+from deconvolution.expression import (
+    Expression,
+    mean_library,
+    normalise,
+    part_profiles,
+    parts_of,
+)
 from deconvolution.proportions import Proportions, mixtures, reference_composition
 from deconvolution.samples import BulkSamples
 from models import BulkEncoder, scDecoder
@@ -26,6 +32,7 @@ from runtime.arguments import check_type, for_python
 from runtime.device import pick_device
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model, save_tensors
+from states.reading import StateProfiles, states_of
 
 MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core
@@ -49,6 +56,14 @@ class Model:
     encoder_genes = property(lambda self: self.encoder_metadata["genes"])
     cell_types = property(lambda self: self.metadata["cell_types"], doc="Names (K).")
     device = property(lambda self: self.decoder.mu.device)
+
+    @cached_property
+    def states(self):
+        """StateProfiles of the reference's samples; None if it was of one."""
+        states = states_of(self.metadata)
+        if states is None:
+            return None
+        return StateProfiles(states, normalise(part_profiles(self.decoder).cpu().numpy()))
 
     def __repr__(self):
         K, G = len(self.cell_types), len(self.genes)
@@ -189,7 +204,8 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
         k ~ Categorical(π̂),   z = μ̂_k + σ̂_k e   (e: shape of type k),   x ~ NB(scDecoder(z))
 
     Args:
-        encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them.
+        encoded: mu, var (S, K, D) and pi (S, K) of the bulks, as :func:`encode_bulks` gives them;
+            with states also the weights of the parts of each type's cloud (S, K, C).
         per_bulk: cells of each bulk. generator: torch Generator on their device.
         log_factor: (S, G) or (S, K, G), see :class:`Expression`. first: index of the
             first bulk. codes: types of the cells of each bulk in place of a draw (per_bulk); of
@@ -198,7 +214,7 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
     Yields:
         Cells, CHUNK at a time.
     """
-    mu, var, pi = encoded
+    mu, var, pi, *weight = encoded
     if codes is None:
         cell_type = draw_types(pi, per_bulk, generator)  # (S * per_bulk)
     else:
@@ -206,11 +222,11 @@ def generate_cells(decoder, encoded, per_bulk, generator, log_factor=None, first
         cell_type = codes.repeat(len(pi))
         if len(codes) != per_bulk:  # of all bulks
             cell_type = codes[first : first + len(pi)]
-    tilt = decoder.tilt_shape(mu, var) if len(mu) else None
+    weight = weight[0] if weight else None
     for i in range(0, len(cell_type), CHUNK):
         k = cell_type[i : i + CHUNK]  # (B)
         bulk = torch.arange(i, i + len(k), device=k.device) // per_bulk  # (B)
-        X, z = decode(decoder, mu[bulk, k], var[bulk, k], k, generator, log_factor, bulk, tilt)
+        X, z = decode(decoder, mu[bulk, k], var[bulk, k], k, generator, log_factor, bulk, weight)
         yield Cells(X, z, k.cpu().numpy(), first + bulk.cpu().numpy())
 
 
@@ -221,18 +237,18 @@ def draw_types(pi, per_bulk, generator):
     return torch.multinomial(pi, per_bulk, replacement=True, generator=generator).flatten()
 
 
-def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None, tilt=None):
+def decode(decoder, mu, var, codes, generator, log_factor=None, sample=None, weight=None):
     """Draw one cell for each row: z of mean mu and variance var, library size, then counts.
 
     Args:
         mu, var: (B, D). codes: cell types (B). generator: torch Generator on their device.
         log_factor: (S, G) or (S, K, G), see :class:`Expression`, with sample: the bulk
-            of each cell (B). tilt: see :meth:`models.scDecoder.tilt_shape`.
+            of each cell (B). weight: see :meth:`models.scDecoder.sample_latent`.
 
     Returns:
         ``(X, z)``: counts (B x G) CSR int32 and latents (B, D) float32.
     """
-    z = decoder.sample_latent(mu, var, codes, generator, tilt, sample)  # (B, D)
+    z = decoder.sample_latent(mu, var, codes, generator, weight, sample)  # (B, D)
     library = decoder.sample_library(codes, generator)  # (B,)
     if log_factor is not None and log_factor.dim() == 3:  # a row for each type of each sample
         sample = sample * log_factor.shape[1] + codes

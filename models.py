@@ -276,55 +276,71 @@ class scDecoder(CountDecoder):
         self.register_buffer("type_fitted", torch.zeros(n_types))
 
     @torch.no_grad()
-    def fit_shape(self, mean, var, codes, seed):
+    def fit_shape(self, mean, var, codes, seed, group=None):
         """Fit the shape of each type's cloud (:mod:`distributions.latents`) to its cells.
 
         Args:
             mean, var: posteriors q(z|x) of the cells (N, D). codes (N). seed: of EM's start.
-        """
-        mu, type_var = self.mu.cpu()[codes], self.var.cpu()[codes]  # (N, D)
-        e, spread = (mean - mu) / type_var.sqrt(), var / type_var
-        for k, shape in latents.fit_shapes(e, spread, codes, self.config["n_components"], seed):
-            self.shape_weight[k] = 0.0
-            buffers = self.shape_weight, self.shape_mean, self.shape_sd
-            for buffer, part in zip(buffers, shape, strict=True):
-                buffer[k, : len(part)] = part
-
-    @torch.no_grad()
-    def tilt_shape(self, mu, var):
-        """How much of each part of a type's cloud samples have whose moments are not the type's.
-
-        A cloud that holds control and stimulated cells is not moved as a whole: a stimulated sample
-        has more of the one part. The parts are weighted anew for the sample's mean
-        (:func:`distributions.latents.tilt`); what is left of the difference moves the whole cloud.
-
-        Args:
-            mu, var: of the types in each sample (S, K, D).
+                group: of batch and condition, of each cell (N); default all of one.
 
         Returns:
-            ``(weight, center, scale)``: w' (S, K, C), and mean and sd of the parts so weighted
-            (S, K, D). None if the moments are the types' own.
+            group of each part (K, C), -1 for parts that are not in use.
         """
-        same = (torch.allclose(a, b, rtol=1e-4) for a, b in ((mu, self.mu), (var, self.var)))
-        if all(same):
-            return None
-        target = (mu - self.mu) / self.var.sqrt()  # (S, K, D)
-        shape = self.shape_weight, self.shape_mean, self.shape_sd
-        parts = [latents.tilt(part, *shape) for part in target.split(256)]  # float64, so not all
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        group = torch.zeros_like(codes) if group is None else group
+        e, spread = self.standardise(mean, codes), var / self.var.cpu()[codes]  # (N, D)
+        n_parts = latents.parts_of_group(self.config["n_components"], len(group.unique()))
+        shapes = list(latents.fit_shapes(e, spread, codes, n_parts, seed, group))
+        self.make_room(max([len(shape[0]) for _, shape in shapes], default=1))
+        owner = torch.full_like(self.shape_weight, -1, dtype=torch.long)
+        for k, shape in shapes:
+            self.shape_weight[k] = 0.0
+            buffers = self.shape_weight, self.shape_mean, self.shape_sd, owner
+            for buffer, part in zip(buffers, shape, strict=True):
+                buffer[k, : len(part)] = part
+        return owner
 
-    def sample_latent(self, mu, var, codes, generator=None, tilt=None, sample=None):
+    def make_room(self, n):
+        """Have n parts in every cloud at least; new ones are not in use."""
+        more = n - self.config["n_components"]
+        if more > 0:
+            self.config["n_components"] = n
+            K, _, D = self.shape_mean.shape
+            weight = self.shape_weight.sum(dim=1, keepdim=True) / n
+            self.shape_weight = weight.expand(K, n).clone()
+            self.shape_mean = torch.zeros(K, n, D)
+            self.shape_sd = torch.ones(K, n, D)
+
+    def standardise(self, mean, codes):
+        """Latents (N, D) of cells of types ``codes`` (N) in standard deviations from their type's.
+
+        On the CPU.
+        """
+        return (mean - self.mu.cpu()[codes]) / self.var.cpu()[codes].sqrt()
+
+    def moments_of_weights(self, weight):
+        """Mean and variance of z of clouds whose parts have other weights.
+
+            μ = μ_k + σ_k Σ_c w_c m_kc,   σ² = σ_k² (Σ_c w_c (s_kc² + m_kc²) - (Σ_c w_c m_kc)²)
+
+        weight: (S, K, C). Returns (S, K, D) each.
+        """
+        center = torch.einsum("skc,kcd->skd", weight, self.shape_mean)
+        square = torch.einsum("skc,kcd->skd", weight, self.shape_mean**2 + self.shape_sd**2)
+        return self.mu + self.var.sqrt() * center, self.var * (square - center**2).clamp(min=1e-6)
+
+    def sample_latent(self, mu, var, codes, generator=None, weight=None, sample=None):
         """Draw z (B, D) with mean mu and variance var, in the shape of each cell's type.
 
-        mu, var (B, D), which a bulk may have moved from μ_k, σ_k²; codes (B). tilt: of
-        :meth:`tilt_shape`, with sample: the row of it for each cell (B).
+        mu, var (B, D); codes (B). weight: of the parts of each type's cloud in samples (S, K, C),
+        with sample: the row of it for each cell (B); mu and var are then of no effect, as they are
+        the moments of these clouds.
         """
-        weight = self.shape_weight[codes] if tilt is None else tilt[0][sample, codes]  # (B, C)
-        c = torch.multinomial(weight, 1, generator=generator).squeeze(1)  # (B)
+        parts = self.shape_weight[codes] if weight is None else weight[sample, codes]  # (B, C)
+        c = torch.multinomial(parts, 1, generator=generator).squeeze(1)  # (B)
         e = torch.randn(mu.shape, generator=generator, device=mu.device)  # (B, D)
         e = self.shape_mean[codes, c] + self.shape_sd[codes, c] * e
-        if tilt is not None:
-            e = (e - tilt[1][sample, codes]) / tilt[2][sample, codes]
+        if weight is not None:
+            mu, var = self.mu[codes], self.var[codes]
         return mu + var.sqrt() * e
 
     @torch.no_grad()
@@ -457,13 +473,8 @@ class BulkEncoder(nn.Module):
 
         π̂ = softmax( ln(π_first + ε) + head(h) ),   μ̂_k = μ_k + head(h),   σ̂_k² = σ_k² exp(head(h))
 
-    A reference of several samples also teaches how their states show in a bulk: in how far genes
-    lie off what the first proportions explain (:mod:`states.directions`). With R such directions,
-
-        t = A (ln((p + ε) / (q + ε)) - c)
-        μ̂_k = μ_k + σ_k Σ_r t_r M_rk,   ln σ̂_k² = ln σ_k² + Σ_r t_r V_rk
-
-    for a bulk's fractions p and q = π_first S, and the network corrects that in the same way.
+    What a reference of several samples teaches of states is read from all genes
+    (:mod:`states.reading`), not by the network.
     """
 
     def __init__(
@@ -474,16 +485,14 @@ class BulkEncoder(nn.Module):
         n_hidden,
         dropout,
         n_iterations=100,
-        n_state=0,
         momentum=0.0,
     ):
         super().__init__()
         sizes = dict(n_genes=n_genes, n_types=n_types, n_latent=n_latent, n_hidden=n_hidden)
         self.config = sizes | dict(dropout=dropout, n_iterations=n_iterations)
-        # Files of references without samples, and of models without momentum, stay as they were.
-        self.config |= {"n_state": n_state} if n_state else {}
+        # Files of models without momentum stay as they were.
         self.config |= {"momentum": momentum} if momentum else {}
-        self.n_state, self.momentum = n_state, momentum
+        self.momentum = momentum
         self.hidden = hidden_layers([n_genes, n_hidden], dropout)
         self.mu_head = nn.Linear(n_hidden, n_types * n_latent)
         self.var_head = nn.Linear(n_hidden, n_types * n_latent)
@@ -500,13 +509,6 @@ class BulkEncoder(nn.Module):
         self.register_buffer("profile", torch.full((n_genes,), 1 / n_genes))
         self.register_buffer("center", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
-        if n_state:
-            shape = (n_state, n_types, n_latent)
-            self.register_buffer("state_center", torch.zeros(n_genes))
-            self.register_buffer("state_weight", torch.zeros(n_genes, n_state))  # Aᵀ
-            self.register_buffer("state_share", torch.full((n_genes, n_state), 1 / n_genes))
-            self.register_buffer("state_mu", torch.zeros(shape))
-            self.register_buffer("state_log_var", torch.zeros(shape))
 
     @torch.no_grad()
     def fit_input(self, bulk, signature):
@@ -555,16 +557,6 @@ class BulkEncoder(nn.Module):
         ratio = self.ratio_to(pi @ self.signature, self.normalise(bulk, measured), measured)
         return robust_sd(ratio[:, measured > 0])
 
-    def state(self, ratio, measured):
-        """t (S, R), where bulks stand along the directions in which the reference's samples differ.
-
-        Genes that were not measured would pull t to 0, so it is divided by the share of it that the
-        others usually carry. ratio: of :meth:`ratio_to` (S, G). measured: (G).
-        """
-        share = measured @ self.state_share  # (R)
-        t = ((ratio - self.state_center) * measured) @ self.state_weight
-        return t / share.clamp(min=0.25)
-
     def deconvolve(self, fractions, measured, signature=None, start=None, n_iterations=None):
         """Proportions of cells by :mod:`deconvolution.itakura_saito`, with learned gene weights.
 
@@ -605,7 +597,7 @@ class BulkEncoder(nn.Module):
         first = self.deconvolve(fractions, measured, start=start, n_iterations=n_iterations)
         return self.correct(first, fractions, measured)
 
-    def correct(self, first, fractions, measured, signature=None):
+    def correct(self, first, fractions, measured):
         """What the network makes of deconvolved proportions: see :meth:`forward`.
 
         The network does not train the gene weights, which have a loss of their own: together they
@@ -619,14 +611,7 @@ class BulkEncoder(nn.Module):
         # A gene not measured counts as average, and no gene goes far beyond what training has seen.
         h = self.hidden(x.clamp(-6, 6) * measured)  # (S, H)
         shape = (len(first), self.config["n_types"], self.config["n_latent"])
-        mu, log_var = self.mu, self.var_head(h).view(shape)
-        if self.n_state:
-            S = self.signature if signature is None else signature  # (K, G)
-            ratio = self.ratio_to(first @ S, fractions, measured)  # (S, G)
-            t = self.state(ratio, measured)  # (S, R)
-            mu = mu + self.var.sqrt() * torch.einsum("sr,rkd->skd", t, self.state_mu)
-            log_var = log_var + torch.einsum("sr,rkd->skd", t, self.state_log_var)
-        mu = mu + self.mu_head(h).view(shape)
+        mu, log_var = self.mu + self.mu_head(h).view(shape), self.var_head(h).view(shape)
         # Regression: unconstrained, a negative variance became NaN under the square root.
         var = self.var * torch.exp(log_var.clamp(-5, 5))
         return mu, var, torch.softmax(torch.log(first + 1e-3) + self.pi_head(h), dim=-1)

@@ -20,7 +20,7 @@ from runtime.script import parse_args, run_script
 
 @in_groups(
     {
-        "input": "data labels samples donors",
+        "input": "data labels samples donors conditions baseline batch_key",
         "output": "weights",
         "training": "held_out held_out_donors epochs resume",
     }
@@ -40,6 +40,15 @@ class Settings(DatasetSettings):
     Default: each sample is a donor of its own."""
     held_out_donors: tuple[str, ...] = ()
     """Donors kept out of all training, by name, in place of a fraction of them."""
+    conditions: str | None = None
+    """Condition of each cell (treatment, disease), given as --samples is. What samples of the other
+    conditions differ from the baseline by is what bulks can have of their state."""
+    baseline: tuple[str, ...] = ()
+    """Conditions that a bulk reads as which shows nothing else, such as control; the second is for
+    batches without the first, and so on. Default: the most common one."""
+    batch_key: str | None = None
+    """Dataset or protocol of each cell, given as --samples is. What batches differ by at their
+    baselines is no state, and the Bulk Encoder learns from it how platforms differ."""
     epochs: tuple[int, int, int] | None = None
     """Epochs of scGMVAE and of scDecoder, and steps of the Bulk Encoder. Default: by the number of
     cells, and 300 steps."""

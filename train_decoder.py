@@ -24,7 +24,7 @@ from runtime.script import parse_args, run_script
 
 @in_groups(
     {
-        "input": "data labels samples donors components",
+        "input": "data labels samples donors conditions baseline batch_key components",
         "output": "weights",
         "training": "pairing loss epochs batch_size lr resume",
         "model": "n_hidden n_components",
@@ -92,6 +92,7 @@ from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
+from states.weights import choose_baseline, fit_states, group_cells
 from training import (
     TrainingRun,
     cells_of_curve,
@@ -212,16 +213,18 @@ def load_gmvae(cfg, mu, var, cell_types, device):
     return gmvae, metadata
 
 
-def start_model(X, library, train, codes, mixture, posterior, cfg):
+def start_model(X, library, train, codes, mixture, posterior, group, cfg):
     """scDecoder that gives the mean profile for any z, with what cells of each type are drawn by.
 
     Args:
         X: counts (N x G). library: their totals (N). train: indices of the training cells. codes:
             types (N), a tensor.
         mixture: mu, var (K, D). posterior: mean, var (N, D) of q(z|x), or None for the prior.
+        group: of :func:`states.weights.group_cells` (N).
 
     Returns:
-        the model on the CPU, not trained yet.
+        the model on the CPU, not trained yet; and the group of each part of the types' clouds
+        (K, C), or None.
     """
     mu, var = mixture
     shape = (mu.shape[1], cfg.n_hidden, X.shape[1], len(mu), cfg.loss, cfg.dropout)
@@ -232,9 +235,10 @@ def start_model(X, library, train, codes, mixture, posterior, cfg):
     model.mu.copy_(mu)
     model.var.copy_(var)
     model.fit_library(library[train], codes[train])
-    if posterior:
-        model.fit_shape(*(part[train] for part in posterior), codes[train], cfg.seed)
-    return model
+    if not posterior:
+        return model, None
+    given = [part[train] for part in (*posterior, codes)]
+    return model, model.fit_shape(*given, cfg.seed, torch.as_tensor(group)[train])
 
 
 def cell_losses(model, X, library, rows, part, z_mean, z_var):
@@ -317,6 +321,30 @@ def fit_types(model, reference, seed):
         )
 
 
+def find_baseline(reference, cfg):
+    """Conditions of the training samples that count as the baseline; says which, if not asked for.
+
+    Empty without conditions. Raises InputError: see :func:`states.weights.choose_baseline`.
+    """
+    obs = reference.cells.obs
+    if "condition" not in obs:
+        return []
+    table = obs.iloc[reference.train].groupby("sample", observed=True).first().astype(str)
+    batches = list(table["batch"]) if "batch" in table else ["all"] * len(table)
+    baseline = choose_baseline(cfg.baseline, list(table["condition"]), batches)
+    if not cfg.baseline:
+        print(f"baseline: {', '.join(baseline)}; --baseline chooses another")
+    return baseline
+
+
+def describe_states(model, posterior, reference, group, owner, baseline):
+    """What the model's file says of the samples' states: dict with ``states``, if there are any."""
+    if owner is None or len(np.unique(reference.sample[reference.train])) == 1:
+        return {}
+    fitted = fit_states(model, posterior[0], reference, group, owner, baseline)
+    return {"states": vars(fitted)}
+
+
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -338,12 +366,14 @@ def main(cfg):
         order = take_components(cfg, mu, var, cells[train], codes[train], cell_types, rng)
         mu, var = mu[order], var[order]
 
+    baseline, group = find_baseline(reference, cfg), group_cells(reference)
     fitted, validation = split_validation(train, codes, cfg)
     plan = plan_training(cfg, len(fitted), PASSES)
     made_from = digest(
         *(cells.X, list(cells.obs_names), genes, codes, cell_types, reference.held_out, mu, var),
         gmvae.state_dict() if by_posterior else "prior",
         *reference.names,  # type means are shrunk if there are several donors
+        baseline,
     )
     model_file = cfg.weights / "scDecoder_model.pt"
     if already_finished(cfg, model_file, scDecoder, made_from):
@@ -355,7 +385,9 @@ def main(cfg):
         posterior = [part.cpu() for part in encode_cells(gmvae, X)]  # (N, D) each
     z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
     library = torch.from_numpy(library_size(cells.X))  # (N)
-    model = start_model(cells.X, library, train, codes, (mu, var), posterior, cfg).to(device)
+    given = cells.X, library, train, codes, (mu, var), posterior, group, cfg
+    model, owner = start_model(*given)
+    model = model.to(device)
     fast = [] if model.log_theta is None else [model.log_theta]
     optimizer, schedule = two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
@@ -372,6 +404,7 @@ def main(cfg):
         **reference.metadata,
         pairing="posterior" if by_posterior else "prior",
         components=order,  # which component of the mixture files each type is
+        **describe_states(model.cpu(), posterior, reference, group, owner, baseline),
     )
     print(
         f"wrote scDecoder_model.pt and scDecoder_loss.csv/.png to {cfg.weights}: "

@@ -27,7 +27,7 @@ from runtime.script import parse_args, run_script
 
 @in_groups(
     {
-        "input": "data labels samples donors batch_key",
+        "input": "data labels samples donors conditions baseline batch_key",
         "output": "weights",
         "training": "steps batch_size lr resume",
         "model": "n_genes n_state_genes n_hidden",
@@ -43,9 +43,6 @@ class Settings(TrainingSettings):
     Example: python train_encoder.py --data filtered_feature_bc_matrix --labels celltypes.csv
     """
 
-    batch_key: str | None = None
-    """Dataset or protocol of each cell, given as --samples is. Bulks of one batch are then
-    deconvolved with the profiles of the others, so that the encoder learns how platforms differ."""
     n_genes: int = 1000
     """Genes that the Bulk Encoder reads: those that tell the cell types apart best."""
     n_state_genes: int = 500
@@ -78,14 +75,12 @@ class Settings(TrainingSettings):
             raise InputError(
                 f"--min-cells, --max-cells: found {found}, expected 1 or more, in order"
             )
-        if self.batch_key and self.samples is None:
-            raise InputError("--batch-key: found no --samples, expected samples of batches")
+        if self.n_state_genes < 0:
+            raise InputError(f"--n-state-genes: found {self.n_state_genes}, expected 0 or more")
         if self.noise < 0:
             raise InputError(f"--noise: found {self.noise}, expected 0 or more")
         if self.n_hidden < 1:
             raise InputError(f"--n-hidden: found {self.n_hidden}, expected 1 or more")
-        if self.n_state_genes < 0:
-            raise InputError(f"--n-state-genes: found {self.n_state_genes}, expected 0 or more")
 
 
 if __name__ == "__main__":
@@ -107,19 +102,15 @@ from deconvolution.dwls import make_signature
 from deconvolution.encode import encode_bulks
 from deconvolution.expression import expected_bulk
 from deconvolution.fit import bulk_fit
-from models import BulkEncoder, encode_cells, scDecoder, scGMVAE
+from models import BulkEncoder, scDecoder
 from readers.backed import sample_in_memory
 from readers.fingerprint import digest
 from runtime.checkpoint import already_finished
 from runtime.device import pick_device, seed_everything
-from runtime.errors import some
 from runtime.processes import distributed
 from runtime.weights import check_cell_types, check_mixture, load_mixture, load_model
-from states.directions import fit_states, group_bulks
-from states.moments import SampleMoments, read_samples_metadata, relative_to_batches, sample_moments
 from states.pseudobulks import (
     BulkCells,
-    Pseudobulks,
     concatenate,
     make_folds,
     mean_of_types,
@@ -131,16 +122,11 @@ from training import Plan, TrainingRun, two_rate_optimizer
 # deviation of the log-ratio of a gene. Training at this noise would only shrink every answer to the
 # mean, but a bulk that differs no more than this counts as one of this tissue.
 PLATFORM_SD = 1.5
-# How states show in a bulk is learned from bulks of any platform, so that a bulk of another one
-# reads as unchanged rather than as some state.
-STATE_NOISE = 1.0
 UPDATES = {"n_iterations": 34, "momentum": 0.7}  # of the deconvolution; as far as 100 without
 STATE_LOG_WEIGHT = -4.0  # of genes of states in the deconvolution, before training
-N_STATE_BULKS = 2000  # from which it is learned
 # Of the training cells. Bulks of one are deconvolved with the means of the others, so that the gene
 # weights allow for the error of means from few cells.
 N_FOLDS = 4
-FEWEST_CELLS = 20  # of a type in a held-out sample, for its raw moments to be worth a comparison
 
 
 def reference_fit(model, decoder, reference, genes, rng, n=200):
@@ -169,7 +155,7 @@ def reference_fit(model, decoder, reference, genes, rng, n=200):
     X, measured = align_genes(bulk, reference.genes, genes, "the encoder", report=False)
     device = model.mu.device
     *encoded, _ = encode_bulks(model.eval(), X, measured, device)
-    expected = expected_bulk(decoder.to(device), encoded)
+    expected = expected_bulk(decoder.to(device), encoded[2])
     measures = bulk_fit(bulk, expected, np.ones(bulk.shape[1], bool))
     if np.isnan(measures).all(axis=1).any():
         return {}
@@ -183,7 +169,7 @@ def reference_fit(model, decoder, reference, genes, rng, n=200):
 # ---------------------------------------------------------------------------------- training
 
 
-def encoder_losses(predicted, target, n=None, known=None):
+def encoder_losses(predicted, target, n=None):
     """The three losses, each a mean over all entries.
 
         L_mu = MSE + L1 (μ̂_k, μ_k),   L_var = MSE + L1 (σ̂_k², σ_k²),   L_pi = MSE (π̂, π)
@@ -191,15 +177,12 @@ def encoder_losses(predicted, target, n=None, known=None):
     Regression: the published variance loss added the L1 of mu.
 
     Args:
-        predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) or (B, K, D), pi (B, K).
-        n: bulks of the whole batch, if these are a part of it; their share of its mean is returned.
-        known: mask of the types whose moments count (B, K); all if None.
+        predicted: mu, var (B, K, D) and pi (B, K). target: mu, var (K, D) and pi (B, K). n: bulks
+            of the whole batch, if these are a part of it; their share of its mean is returned.
     """
     mu, var, pi = (p - t for p, t in zip(predicted, target, strict=True))
 
     def mean(error):
-        if known is not None and error.dim() == 3:
-            return error[known].mean()
         return error.sum() / ((len(error) if n is None else n) * error.shape[1:].numel())
 
     return {
@@ -226,46 +209,6 @@ def read_mixture(cfg, cell_types):
     return mu, var, decoder, metadata
 
 
-def read_samples(cfg, reference):
-    """What the encoder is to answer for each biological sample, as stage 1 found it.
-
-    Returns:
-        SampleMoments (S, K, D) of the training cells, shrunk, and of the held-out cells, raw; None
-        twice without samples, or if all cells are of one, whose moments are the mixture's.
-
-    Raises:
-        InputError: stage 1 was trained without these samples, or for another mixture.
-    """
-    sample, names = reference.sample, reference.samples
-    if len(names) == 1:
-        return None, None
-    path = cfg.weights / "scGMVAE_model.pt"
-    gmvae, metadata = load_model(path, scGMVAE)
-    if "samples" not in metadata:
-        raise InputError(f"{path}: trained without --samples, expected stage 1 trained with them")
-    check_cell_types(path, metadata, reference.cell_types)
-    mixture = load_mixture(cfg.weights, len(reference.cell_types))
-    check_mixture(path, gmvae, *mixture, "gmm_mu_c.pt and gmm_var_c.pt")
-    known, moments = read_samples_metadata(metadata["samples"])
-    trained = {names[s] for s in np.unique(sample[reference.train])}
-    if trained != set(known):
-        raise InputError(
-            f"{path}: trained on {len(known)} samples ({some(known)}), found {len(trained)} in "
-            f"--samples {cfg.samples} ({some(sorted(trained))}); expected the same"
-        )
-    order = [known.index(name) if name in known else -1 for name in names]  # (S)
-    # A held-out sample is never drawn from in training, so any numbers will do for it.
-    moments = SampleMoments(*(part[order] for part in vars(moments).values()))
-    moments.n_cells[[i for i, name in enumerate(names) if name not in known]] = 0
-    rows = reference.test
-    if len(rows) == 0:
-        return moments, None
-    X, _ = reference.counts(metadata["genes"], cfg.data, report=True)
-    mean, var = (part.numpy() for part in encode_cells(gmvae, X, rows))
-    shape = moments.mu.shape[:2]
-    return moments, sample_moments(mean, var, reference.codes[rows], sample[rows], shape)
-
-
 def choose_encoder_genes(reference, cfg):
     """The encoder's genes, in the data's order: of types and, with several samples, of states.
 
@@ -283,33 +226,16 @@ def choose_encoder_genes(reference, cfg):
     return genes, np.array([name in of_types for name in genes])
 
 
-def moments_of_states(cfg, reference, mu, var):
-    """As :func:`read_samples`; of a reference of several batches, relative to these.
-
-    mu, var: of the mixture (K, D), tensors.
-    """
-    moments, raw = read_samples(cfg, reference)
-    if reference.batch is None:
-        return moments, raw
-    types = reference.by_sample(reference.batch), mu.numpy(), var.numpy()
-    if raw is not None:
-        raw = relative_to_batches(raw, *types, moments)
-    return relative_to_batches(moments, *types), raw
-
-
-def make_bulk_cells(reference, genes, moments, raw_moments, where):
-    """BulkCells of the training cells and of the held-out ones, in the encoder's genes.
-
-    moments: of the training samples; raw_moments: of the held-out ones.
-    """
+def make_bulk_cells(reference, genes, where):
+    """BulkCells of the training cells and of the held-out ones, in the encoder's genes."""
     X, _ = reference.counts(genes, where, report=True)
     X = X.astype(np.float32)  # once, rather than at every step
     sample = reference.sample if len(reference.samples) > 1 else None
     shape = reference.codes, len(reference.cell_types), sample
-    every = BulkCells(X, *shape, moments, batch=reference.batch)
-    training, testing = every.take(reference.train), every.take(reference.test)
-    testing.moments, testing.mixed = raw_moments, False
-    return training, testing
+    every = BulkCells(X, *shape, batch=reference.batch)
+    testing = every.take(reference.test)
+    testing.mixed = False
+    return every.take(reference.train), testing
 
 
 def describe_types(cells, training, rows):
@@ -348,44 +274,6 @@ def start_model(cells, of_types, mu, var, cfg, rng):
     return model, signature
 
 
-@torch.no_grad()
-def add_states(model, folds, donor, cfg, rng):
-    """The same model with what the samples teach of states, if it can be told.
-
-    Args:
-        folds: of :func:`make_folds`; those within a batch, as what other batches differ
-            by is no state. donor: code of each sample's donor (S).
-    """
-    folds = [fold for fold in folds if not fold.other_batches]
-    ratios, mu, log_var, shares = [], [], [], []
-    measured = torch.ones_like(model.profile)
-    for i in range(-(-N_STATE_BULKS // cfg.batch_size)):
-        fold = folds[i % len(folds)]
-        bulks = simulate_bulks(fold.cells, cfg, rng, noise=STATE_NOISE)
-        fractions = model.normalise(torch.from_numpy(bulks.counts), measured)
-        first = model.deconvolve(fractions, measured, fold.means)  # (B, K)
-        ratios.append(model.ratio_to(first @ fold.means, fractions, measured).numpy())
-        mu.append((bulks.mu - model.mu.numpy()) / model.var.sqrt().numpy())
-        log_var.append(np.log(bulks.var / model.var.numpy()))
-        shares.append(bulks.share)
-    parts = (np.concatenate(part).astype(np.float64) for part in (ratios, mu, log_var))
-    groups = group_bulks(np.concatenate(shares), donor, rng)
-    states, left = fit_states(*parts, groups)
-    if states is None:
-        why = "of one donor" if np.isnan(left) else "whose states a bulk of another does not tell"
-        print(f"samples {why}: the encoder answers with the cell types' moments")
-        return model
-    print(
-        f"{states.weight.shape[1]} directions in which samples differ; in bulks of donors left out "
-        f"{left:.0%} of the squared error of mu remains"
-    )
-    state, config = model.state_dict(), model.config | {"n_state": states.weight.shape[1]}
-    model = BulkEncoder(**config)
-    model.load_state_dict(state, strict=False)
-    states.copy_to(model)
-    return model
-
-
 def batch_losses(model, bulks, signature, part=slice(None)):
     """The losses of a part of a batch of bulks, as its share of the mean over the batch.
 
@@ -400,7 +288,7 @@ def batch_losses(model, bulks, signature, part=slice(None)):
     measured, n = torch.ones_like(model.profile), len(bulks.counts)
     fractions = model.normalise(counts, measured)  # (B, G)
     first = model.deconvolve(fractions, measured, signature)  # (B, K)
-    predicted = model.correct(first, fractions, measured, signature)
+    predicted = model.correct(first, fractions, measured)
     target = bulks.target(model, part)
     error = first - target[2]
     deconvolved = (error**2).sum() / (n * error.shape[1])
@@ -409,54 +297,22 @@ def batch_losses(model, bulks, signature, part=slice(None)):
 
 @torch.no_grad()
 def held_out_losses(model, test):
-    """The three losses on held-out bulks (HeldOutBulks), in eval mode; None without any."""
+    """The three losses on Pseudobulks of held-out cells, in eval mode; None without any."""
     names = ("mu", "var", "pi")
     if test is None:
         return {f"held_out_{name}": None for name in names}
     model.eval()
-    predicted = model(torch.from_numpy(test.bulks.counts).to(model.mu.device))
-    losses = encoder_losses(predicted, test.bulks.target(model), known=test.known)
-    return {f"held_out_{name}": losses[name].item() for name in names} | test.beside
-
-
-@dataclass
-class HeldOutBulks:
-    """Bulks of held-out cells, the same at every step."""
-
-    bulks: Pseudobulks
-    known: torch.Tensor | None
-    """Mask of the types whose raw moments can be compared with (B, K); None without samples."""
-    beside: dict
-    """With samples, losses of the constant answer, and of the true moments against the raw ones."""
-
-
-def simulate_test_bulks(model, cells, cfg, rng):
-    """Four batches of bulks of held-out cells; those of a sample are of that sample alone.
-
-    cells: BulkCells, held out, with raw moments if they are of samples.
-    """
-    bulks = concatenate([simulate_bulks(cells, cfg, rng, clean=True) for _ in range(4)])
-    if cells.sample is None:
-        return HeldOutBulks(bulks, None, {})
-    n_cells = cells.moments.n_cells[bulks.share.argmax(axis=1)]  # (B, K)
-    known = torch.from_numpy(n_cells >= min(FEWEST_CELLS, n_cells.max()))
-    target = bulks.target(model)
-    shape = (len(bulks.counts), *model.mu.shape)
-    constant = (model.mu.expand(shape), model.var.expand(shape), target[2].mean(dim=0))
-    losses = encoder_losses(constant, target, known=known)
-    beside = {f"constant_{name}": value.item() for name, value in losses.items()}
-    # The mean of n cells is off by N(0, σ²/n), whose squared and absolute sizes are in closed form.
-    error2 = target[1] / torch.from_numpy(np.maximum(n_cells, 1))[:, :, None]
-    noise = (error2 + (2 / np.pi * error2).sqrt())[known].mean()
-    return HeldOutBulks(bulks, known, beside | {"noise_mu": noise.item()})
+    predicted = model(torch.from_numpy(test.counts).to(model.mu.device))
+    losses = encoder_losses(predicted, test.target(model))
+    return {f"held_out_{name}": losses[name].item() for name in names}
 
 
 def train_model(run, optimizer, schedule, folds, test, rng):
     """The training loop: a fresh batch of pseudobulks at every step, of each fold in turn.
 
     Args:
-        folds: as :func:`make_folds` gives them. test: HeldOutBulks, or None. rng: NumPy
-            generator.
+        folds: as :func:`make_folds` gives them. test: Pseudobulks of held-out cells, the same at
+            every step, or None. rng: NumPy generator.
     """
     cfg, model = run.cfg, run.model
     for step in run.epochs():
@@ -481,22 +337,6 @@ def train_model(run, optimizer, schedule, folds, test, rng):
         run.end_epoch(row, **{name: f"{value:.4f}" for name, value in totals.items()})
 
 
-def report_constant(losses):
-    """Print the held-out losses beside the constant answer's, and which head does not beat it."""
-    if "constant_mu" not in losses:
-        return
-    for name in ("mu", "var", "pi"):
-        loss, constant = losses[f"held_out_{name}"], losses[f"constant_{name}"]
-        noise = f", sampling noise of the target {losses['noise_mu']:.4f}" if name == "mu" else ""
-        change = f" ({loss / constant - 1:+.0%})" if constant else ""  # of one type, pi is 1
-        print(f"held-out {name}: {loss:.4f}, constant answer {constant:.4f}{change}{noise}")
-        if loss >= constant > 0:
-            print(
-                f"warning: the {name} head does not beat the constant answer on held-out samples",
-                file=sys.stderr,
-            )
-
-
 @distributed
 def main(cfg):
     rng = seed_everything(cfg.seed)
@@ -504,7 +344,6 @@ def main(cfg):
     reference = Reference.load(cfg)
     mu, var, decoder, metadata = read_mixture(cfg, reference.cell_types)
     reference.split(cfg, metadata, cfg.weights / "scDecoder_model.pt")
-    moments, raw_moments = moments_of_states(cfg, reference, mu, var)
     barcodes, described = list(reference.cells.obs_names), reference.metadata
     made_from = digest(
         *(reference.X, barcodes, reference.genes, reference.codes, reference.cell_types),
@@ -515,7 +354,7 @@ def main(cfg):
     reference = replace(reference, cells=cells, **labels)
     train, test = reference.train, reference.test
     genes, of_types = choose_encoder_genes(reference, cfg)
-    training, testing = make_bulk_cells(reference, genes, moments, raw_moments, cfg.data)
+    training, testing = make_bulk_cells(reference, genes, cfg.data)
     print(
         f"pseudobulks of {len(train):,} training cells, {len(genes):,} genes; "
         f"{len(test):,} cells held out"
@@ -525,15 +364,14 @@ def main(cfg):
 
     model, signature = start_model(training, of_types, mu, var, cfg, rng)
     folds = make_folds(training, model, signature, N_FOLDS, rng)
-    if len(reference.samples) > 1:
-        donor = reference.by_sample(reference.codes_in("donor"))
-        model = add_states(model, folds, donor, cfg, rng)
     model = model.to(device)
     for fold in folds:
         fold.means = fold.means.to(device)
     plan = Plan(cfg.steps, 1, cfg.batch_size, cfg.lr)
     optimizer, schedule = two_rate_optimizer(model, [model.log_weight], plan, cfg.weight_decay)
-    test_bulks = simulate_test_bulks(model, testing, cfg, rng) if len(test) else None
+    test_bulks = None
+    if len(test):
+        test_bulks = concatenate([simulate_bulks(testing, cfg, rng, clean=True) for _ in range(4)])
     run = TrainingRun("bulkEncoder", cfg, plan, model, optimizer, schedule, rng, made_from)
     train_model(run, optimizer, schedule, folds, test_bulks, rng)
     if run.group.rank:  # the first process writes what all have trained
@@ -548,7 +386,6 @@ def main(cfg):
         **describe_types(cells, training, train),
     )
     last = run.progress.curve[-1]
-    report_constant(last)
     names = ("mu", "var", "pi", "held_out_mu", "held_out_var", "held_out_pi")
     losses = {name: last[name] for name in names if last[name] is not None}
     print(

@@ -26,7 +26,7 @@ from runtime.script import parse_args, run_script
 
 @in_groups(
     {
-        "input": "data labels samples donors n_types",
+        "input": "data labels samples donors conditions baseline batch_key n_types",
         "output": "weights",
         "training": "held_out held_out_donors epochs batch_size lr resume",
         "model": "n_genes n_latent n_hidden loss",
@@ -106,7 +106,6 @@ from runtime.device import in_batches, pick_device, seed_everything, to_sparse
 from runtime.processes import distributed
 from runtime.weights import save_mixture
 from runtime.writing import check_writable, write_whole
-from states.moments import describe_samples, sample_moments, shrink_moments
 from training import (
     TrainingRun,
     cells_of_curve,
@@ -385,26 +384,6 @@ def start_model(X, train, n_types, cfg, plan, device):
     return model, *two_rate_optimizer(model, fast, plan, cfg.weight_decay)
 
 
-def moments_of_samples(reference, codes, posterior, model):
-    """What the model's file keeps of the training samples: the moments of each type, shrunk.
-
-    Args:
-        reference: Reference. codes: types of its cells (N). posterior: mean and variance of z of
-            the training cells (n, D). model: scGMVAE with the final mixture.
-
-    Returns:
-        dict with ``samples`` (:func:`states.moments.describe_samples`); empty without samples.
-    """
-    if not reference.has_samples:
-        return {}
-    train, names = reference.train, reference.samples
-    mean, var = (part.detach().cpu().numpy() for part in posterior)
-    shape = len(names), len(model.mu)
-    raw = sample_moments(mean, var, codes[train], reference.sample[train], shape)
-    mu, var = (part.detach().cpu().double().numpy() for part in (model.mu, model.var))
-    return {"samples": describe_samples(names, shrink_moments(raw, mu, var))}
-
-
 def save_stage(run, types, reference, genes, X):
     """Fit the mixture to the final posteriors and write everything that later stages read.
 
@@ -421,7 +400,6 @@ def save_stage(run, types, reference, genes, X):
     run.save_results(
         genes=genes,
         **reference.metadata | {"cell_types": types.names},
-        **moments_of_samples(reference, types.codes, posterior, model),
     )
     last = run.progress.curve[-1]
     print(

@@ -9,11 +9,11 @@ bulks. Methods:
 
 - bulk2sc: cells of the encoded bulk, calibrated as by --calibrate types; with no calibration;
   calibrated uniformly; and expected profiles in place of cells
-- constant answer: cells of the types' own moments
+- constant answer: cells of the types' own clouds
 - one factor per gene: the training cells' profiles of types, each gene times one factor in all
   types that makes them sum to the bulk at the true proportions
 - BayesPrism Z: counts allotted to cell states, which are the reference's types by condition
-- training cells of the condition; decoder, moments of the condition; another donor's profiles:
+- training cells of the condition; decoder, states of the condition; another donor's profiles:
   what is expected without the bulk
 
 Beside them a null, bulks of one sample's cells that differ in proportions alone; and random forests

@@ -14,17 +14,12 @@ from benchmarks.estimators.bayesprism import bayesprism_fixed_point, positive_sh
 from benchmarks.state_truth import merge_types, sum_groups, training_shares
 from counts.genes import PROTOCOL_GENES
 from data import mean_counts
-from deconvolution.encode import encode
-from deconvolution.expression import estimate_expression
-from deconvolution.samples import add_to_sums
+from deconvolution.samples import BulkSamples, add_to_sums
 from generation import generate_cells
-from models import scGMVAE
 from readers.bulk import Bulk
 from readers.labels import natural_order
-from runtime.weights import load_model
-from states.moments import mix_moments, read_samples_metadata
 
-# Methods whose cells are generated: bulk2sc.py's --calibrate, and whether moments are the bulk's.
+# Methods whose cells are generated: bulk2sc.py's --calibrate, and whether states are the bulk's.
 GENERATED = {
     "bulk2sc": ("types", True),
     "bulk2sc, no calibration": ("none", True),
@@ -38,12 +33,12 @@ EXPECTED = "bulk2sc, expected profiles"
 class Answer:
     """What a method generates cells of bulks from."""
 
-    encoded: tuple[torch.Tensor, ...]
-    """mu, var (S, K, D) and pi (S, K)."""
+    encoded: list[torch.Tensor]
+    """As :func:`generation.generate_cells` takes it: mu, var (S, K, D), pi (S, K) and more."""
     log_factor: torch.Tensor | None
     """(S, K, G) or (S, G), as :func:`generation.generate_cells` takes it."""
     expected: np.ndarray | None
-    """Counts that each type is expected to give to a bulk (S, K, G); None if not calibrated."""
+    """Counts that each type is expected to give to a bulk (S, K, G); None without a state."""
 
 
 def answer_bulks(model, counts, measured, names):
@@ -55,26 +50,21 @@ def answer_bulks(model, counts, measured, names):
     Returns:
         dict: method -> Answer.
     """
-    decoder = model.decoder
-    encoded = encode(model, Bulk(counts, measured, names, str(model.folder)))[:3]
-    shape = (len(counts), *decoder.mu.shape)
-    constant = (decoder.mu.expand(shape), decoder.var.expand(shape), encoded[2])
+    decoder, K = model.decoder, len(model.cell_types)
+    samples = BulkSamples(Bulk(counts, measured, names, str(model.folder)), model)
+    shape = len(counts), K, decoder.mu.shape[1]
+    constant = [decoder.mu.expand(shape), decoder.var.expand(shape), samples.encoded[2]]
+    weight = samples.mixing.cpu().numpy()[:, :, None]  # (S, K, 1)
     answers = {}
-    for method, (calibrate, own_moments) in GENERATED.items():
-        moments = encoded if own_moments else constant
-        answers[method] = Answer(moments, None, None)
-        if calibrate != "none":
-            answers[method] = Answer(
-                moments, *estimate(decoder, moments, counts, measured, calibrate)
-            )
+    for method, (calibrate, own_state) in GENERATED.items():
+        if not own_state:
+            answers[method] = Answer(constant, None, None)
+            continue
+        samples.estimate_expression(calibrate, "keep")
+        found = samples.expression
+        expected = weight * found.library[:, None] * found.profiles
+        answers[method] = Answer(samples.encoded, found.log_factor, expected)
     return answers
-
-
-def estimate(decoder, encoded, counts, measured, calibrate):
-    """log_factor of encoded bulks (S, G), and the counts expected of each type (S, K, G)."""
-    expression = estimate_expression(decoder, encoded, counts, measured, calibrate)
-    weight = encoded[2].cpu().numpy() * expression.library  # (S, K)
-    return expression.log_factor, weight[:, :, None] * expression.profiles
 
 
 def generate_sums(decoder, answer, per_bulk, seed):
@@ -89,12 +79,12 @@ def generate_sums(decoder, answer, per_bulk, seed):
 
 def generate_type(decoder, answer, s, k, n, seed):
     """Counts (n x G), CSR, of n generated cells of type k of bulk s."""
-    mu, var, pi = (part[s : s + 1] for part in answer.encoded)
-    pi = torch.zeros_like(pi)
-    pi[0, k] = 1
+    encoded = [part[s : s + 1] for part in answer.encoded]
+    encoded[2] = torch.zeros_like(encoded[2])
+    encoded[2][0, k] = 1
     generator = torch.Generator(decoder.mu.device).manual_seed(seed)
     log_factor = None if answer.log_factor is None else answer.log_factor[s : s + 1]
-    chunks = generate_cells(decoder, (mu, var, pi), n, generator, log_factor)
+    chunks = generate_cells(decoder, encoded, n, generator, log_factor)
     return sp.vstack([cells.counts for cells in chunks], format="csr")
 
 
@@ -109,22 +99,15 @@ def condition_sums(model, reference, plan, conditions):
     return sum_groups(model, reference, group, len(conditions))[0]
 
 
-def condition_moments(model, plan):
-    """Moments of the training cells of A and of B: mu, var (2, K, D) float64, or None.
-
-    A type that no sample of a condition has gets the mean of these samples' shrunk moments.
-    """
-    file = model.folder / "scGMVAE_model.pt"
-    metadata = load_model(file, scGMVAE)[1].get("samples") if file.exists() else None
-    if metadata is None:
+def condition_states(model, plan):
+    """Profiles of the states of A and of B, mean over the training samples (2, K, G), or None."""
+    if model.states is None:
         return None
-    names, moments = read_samples_metadata(metadata)
-    condition = plan.samples["condition"].reindex(names).to_numpy()
-    of_condition = np.stack([condition == c for c in plan.reference_conditions])  # (2, S)
-    if not of_condition.any(axis=1).all():
+    condition = plan.samples["condition"].reindex(model.states.states.samples).to_numpy()
+    rows = [np.flatnonzero(condition == name) for name in plan.reference_conditions]
+    if not all(map(len, rows)):
         return None
-    weight = of_condition[:, :, None] * (moments.n_cells + 1e-9)  # (2, S, K)
-    return mix_moments(weight / weight.sum(axis=1, keepdims=True), moments)
+    return model.states.decode(np.stack([model.states.mean_of(own) for own in rows]))
 
 
 def by_condition(values, samples, conditions):
@@ -170,16 +153,10 @@ def condition_profiles(model, reference, plan, samples):
     a, b = plan.reference_conditions
     sums = condition_sums(model, reference, plan, list(dict.fromkeys((a, b))))[[0, -1]]  # (2, K, G)
     values = {"training cells of the condition": merge_types(sums, plan.member)}
-    moments = condition_moments(model, plan)
-    if moments is not None:
-        decoder = model.decoder
-        mu, var = (torch.from_numpy(part).to(decoder.mu) for part in moments)
-        share = sums.sum(axis=2)  # (2, K)
-        pi = torch.from_numpy(share / share.sum(axis=1, keepdims=True)).to(mu)
-        bulk = sums.sum(axis=1)  # (2, G); of no use without calibration
-        everything = np.ones(bulk.shape[1], bool)
-        _, expected = estimate(decoder, (mu, var, pi), bulk, everything, "none")
-        values["decoder, moments of the condition"] = merge_types(expected, plan.member)
+    profiles = condition_states(model, plan)
+    if profiles is not None:
+        weighted = sums.sum(axis=2, keepdims=True) * profiles
+        values["decoder, states of the condition"] = merge_types(weighted, plan.member)
     return {m: by_condition(v, samples, plan.conditions) for m, v in values.items()}
 
 

@@ -17,6 +17,7 @@ from deconvolution.expression import calibration, expected_bulk, mean_library
 from deconvolution.mrna_content import counts_reads, published_content
 from runtime.errors import InputError, some
 from runtime.progress import progress
+from states.reading import StateReading
 
 CHUNK = 4096  # bulks at a time on a GPU
 # Of the estimate by dwls.py: 0.3 to 0.6 are best for bulks of other data sets, 0 to 0.1 for
@@ -172,6 +173,8 @@ class EncodedSamples:
     """mRNA of a cell of each type (K), on any scale: counts or picograms."""
     library: np.ndarray
     """Mean counts of a generated cell of each type (K)."""
+    states: StateReading | None = None
+    """None without states of the reference's samples."""
 
     def mixing(self, cells=None):
         """Fractions of generated cells that would make these bulks (S, K).
@@ -213,7 +216,11 @@ def encode_samples(model, bulk, mrna_content="auto", n_halves=20):
         signature = Signature(**metadata["signature"])
         options["second"] = signature.proportions(values, model.genes, bulk.measured)
     mu, var, cells, sd = encode(model, bulk, n_halves=n_halves, **options)
-    return EncodedSamples(mu, var, cells, sd, content, library)
+    encoded = EncodedSamples(mu, var, cells, sd, content, library)
+    if model.states is not None:
+        weight = encoded.mixing().cpu().double().numpy() * library
+        encoded.states = model.states.read(values, bulk.measured, weight)
+    return encoded
 
 
 def choose_content(mrna_content, cell_types, counts, reads, why, where):
@@ -248,6 +255,6 @@ def calibrate_to(bulk, model):
     genes = model.genes, model.encoder_genes
     X, measured = align_genes(bulk, *genes, "the encoder", report=False)
     *encoded, _ = encode_bulks(model.encoder, X, measured, model.device)
-    expected = expected_bulk(model.decoder, encoded)
+    expected = expected_bulk(model.decoder, encoded[2])
     factor = calibration(bulk.toarray(), expected, np.ones(bulk.shape[1], bool))
     return torch.from_numpy(factor).to(model.device), encoded[2]

@@ -15,12 +15,9 @@ import torch
 from runtime.progress import progress
 
 N_DRAWS = 384  # of z, for the profiles of the parts of a type's cloud
-# Beyond these a cloud is far: in sd of the type, and as a factor of the sd of its parts.
-FAR, WIDER = 0.25, 1.15
-N_FAR_DRAWS, LEAST_WEIGHT = 12, 1e-3  # draws of a part of such a cloud, and its weight
 # Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
 # of which the bulks choose one. Full-length RNA-seq differs from 3' counts by 1.5.
-SAMPLE_SD, PLATFORM_SDS = 0.3, (0.3, 0.7, 1.5)
+SAMPLE_SD, PLATFORM_SDS = 0.5, (0.3, 0.7, 1.5)
 N_PRIOR_GENES = 2000  # that the choice is made on
 # Bulks that the platform is read from, a random choice of more. Of 500 bulks, all of them in place
 # of 200 moved what differs between samples by a tenth.
@@ -42,75 +39,58 @@ def parts_of(n, size=None):
 # ----------------------------------------------------------------------- what states make of types
 
 
-class TypeProfiles:
+class SampleProfiles:
     """Expected fractions of all counts in cells of each type in each sample (S, K, G).
 
     They are made for some samples at a time: ``profiles[rows]`` is a numpy array (s, K, G) float32.
-
-        p_sk = Σ_c w'_skc P_kc · f(μ̂_sk) / f(μ_k + σ_k m'_sk)
-
-    The profiles P of the parts of a type's cloud are means over draws of z, made once; a sample
-    weighs them as its cloud is tilted (:meth:`models.scDecoder.tilt_shape`). What tilting leaves
-    moves the whole cloud, from the mean m' of the parts so weighted to μ̂, and the ratio of what
-    scDecoder f makes of the two is what that changes. Clouds that are moved far are drawn from,
-    part by part and evenly. No profile depends on a seed or on other samples.
+    They are the baseline's and the states', as the sample has them (:mod:`states.reading`); of a
+    reference of one sample the same for all.
 
     Attributes:
-        shape: (S, K, G). reference: the profiles of the types' own moments (1, K, G).
+        shape: (S, K, G). reference: the profiles of no state (1, K, G).
     """
 
-    @torch.inference_mode()
-    def __init__(self, decoder, mu, var):
+    def __init__(self, model, n_samples, share=None):
         """Args:
-        mu, var: moments of z of the types in each sample (S, K, D).
+        model: generation.Model. share: of the states of the reference's samples in each bulk
+            (S, samples); None without states.
         """
-        self.decoder, self.mu, self.var = decoder, mu, var
-        self.shape = (*mu.shape[:2], decoder.out.out_features)
-        self.parts = part_profiles(decoder)  # (K, C, G)
-        self.draws = even_draws(N_FAR_DRAWS, mu.shape[2]).to(mu)  # (n, D)
-        self.tilt = decoder.tilt_shape(mu, var) if len(mu) else None
-        own = torch.einsum("kc,kcg->kg", decoder.shape_weight, self.parts)
-        self.reference = normalise(own[None].cpu().numpy())
+        self.states, self.share = model.states, share
+        if share is None:
+            own = type_profiles(model.decoder)
+        else:
+            own = self.states.baseline.astype(np.float32)
+        self.reference = own[None]
+        self.shape = (n_samples, *own.shape)
 
     def __len__(self):
-        return len(self.mu)
+        return self.shape[0]
 
-    @torch.inference_mode()
     def __getitem__(self, rows):
-        n = len(self.mu[rows])
-        if self.tilt is None:  # no sample has a state of its own
+        if self.share is None:
+            n = len(range(*rows.indices(len(self)))) if isinstance(rows, slice) else len(rows)
             return np.broadcast_to(self.reference, (n, *self.shape[1:]))
-        out = np.empty((n, *self.shape[1:]), np.float32)
-        for k in range(self.shape[1]):
-            out[:, k] = self.of_type(k, rows).cpu().numpy()
-        return normalise(out)
+        return self.states.profiles(self.share[rows])[0]
 
-    def of_type(self, k, rows):
-        """Profiles of type k in some samples (s, G), but for their sums."""
-        weight, center, scale = (part[rows, k] for part in self.tilt)  # (s, C), (s, D), (s, D)
-        mu, sd = self.decoder.mu[k], self.decoder.var[k].sqrt()  # (D)
-        moved, stretch = self.mu[rows, k], self.var[rows, k].sqrt() / sd / scale  # (s, D)
-        profile = weight @ self.parts[k] * self.ratio(k, moved, mu + sd * center)  # (s, G)
-        left = ((moved - mu) / sd - center).abs()
-        is_far = (left > FAR) | (stretch > WIDER) | (stretch < 1 / WIDER)
-        for s in torch.nonzero(is_far.any(dim=1)).flatten():
-            there = weight[s] > LEAST_WEIGHT  # parts (C)
-            e = self.decoder.shape_mean[k, there, None] - center[s]
-            e = e + self.decoder.shape_sd[k, there, None] * self.draws  # (C', n, D)
-            z = (moved[s] + sd * stretch[s] * e).flatten(0, 1)
-            drawn = mean_fractions(self.decoder, k, z).view(*e.shape[:2], -1).mean(dim=1)
-            profile[s] = weight[s, there] @ drawn
-        return profile
+    def log_factor(self, rows):
+        """What cells drawn from the states' parts lack to these profiles, ln (s, K, G) float32.
 
-    def ratio(self, k, z, start):
-        """What a move from start to z (n, D) changes in type k (n, G), each row up to a factor."""
-        if self.decoder.likelihood == "nb":  # what a softmax divides by is such a factor
-            moved = self.decoder.hidden(z) - self.decoder.hidden(start)
-            return (moved @ self.decoder.out.weight.T).clamp(-LIMIT, LIMIT).exp()
-        new, old = (mean_fractions(self.decoder, k, at) for at in (z, start))
-        return ((new + 1e-10) / (old + 1e-10)).clamp(1 / 30, 30)
+        A state's cells are of its own batch, and its profile is as the baseline's batches are. None
+        without states.
+        """
+        if self.share is None:
+            return None
+        profiles, drawn = self.states.profiles(self.share[rows])
+        return np.log((profiles + FLOOR) / (drawn + FLOOR))
 
 
+def type_profiles(decoder):
+    """Expected fractions of all counts in cells of each type (K, G) float32, numpy."""
+    own = torch.einsum("kc,kcg->kg", decoder.shape_weight, part_profiles(decoder))
+    return normalise(own.cpu().numpy())
+
+
+@torch.inference_mode()
 def part_profiles(decoder):
     """Expected fractions of all counts in each part of the types' clouds (K, C, G), a tensor.
 
@@ -240,7 +220,7 @@ class Allotment:
     def __init__(self, bulk, weight, profiles, measured, platform="keep", reference=None):
         """Args:
         bulk: (S, G), any scale; its sum counts as its depth, at least 1e5. weight: counts that each
-            type gives to the bulk (S, K). profiles: (S, K, G), TypeProfiles or an array. measured:
+            type gives to the bulk (S, K). profiles: SampleProfiles or an array (S, K, G). measured:
             mask (G). platform: ``none`` if the bulks are of the reference's own platform, else
             anything. reference: what the states have moved the profiles from (1, K, G), default
             nothing.
@@ -325,21 +305,18 @@ def calibration(bulk, expected, measured):
 
 
 def normalise(profiles):
-    """Fractions (S, K, G): each profile over its sum, all 0 if that is 0."""
-    return profiles / np.maximum(profiles.sum(axis=2, keepdims=True), 1e-12)
+    """Profiles (..., G) over their sums, all 0 if that is 0."""
+    return profiles / np.maximum(profiles.sum(axis=-1, keepdims=True), 1e-12)
 
 
-def expected_bulk(decoder, encoded, profiles=None):
+def expected_bulk(decoder, pi, profiles=None):
     """The sum (S, G), a numpy array, that proportions make of each type's mean counts.
 
-    encoded: mu, var (S, K, D) and pi (S, K) of the bulks. profiles: TypeProfiles, if they are there
-    already.
+    pi: of the bulks (S, K), a tensor. profiles: SampleProfiles, where samples have states.
     """
-    mu, var, pi = encoded
-    if decoder.tilt_shape(mu, var) is None:  # no sample has a state of its own
+    if profiles is None or profiles.share is None:
         return (pi @ decoder.type_means()).cpu().numpy()
     weight = pi.cpu().double().numpy() * mean_library(decoder)
-    profiles = TypeProfiles(decoder, mu, var) if profiles is None else profiles
     total = np.zeros((len(weight), profiles.shape[2]))
     for rows in progress(parts_of(len(weight)), "sums of cell types", "part"):
         total[rows] = (weight[rows, None].astype(np.float32) @ profiles[rows])[:, 0]
@@ -353,8 +330,8 @@ class ExpressionPart:
     profiles: np.ndarray
     """Fractions of a cell's counts (s, K, G) float32, rows summing to 1."""
     log_fold_change: np.ndarray
-    """Natural log of the change against the type's mean in the reference, without the platform's
-    part (s, K, G) float32."""
+    """Natural log of the change against the type's mean in the reference, or in its baseline where
+    samples have states, without the platform's part (s, K, G) float32."""
     sd: np.ndarray
     """Posterior sd of what was allotted to the type, the part of it that is not in the state
     (s, K, G) float32; the prior's where nothing is known, 0 where nothing was allotted."""
@@ -375,27 +352,29 @@ class Expression:
 
     def __init__(self, profiles, library, allotment=None, P=None, factor=None):
         """Args:
-        profiles: TypeProfiles. library: (K). allotment: Allotment of --calibrate types, and P, what
-            cells show of the platform (K, G) float32. factor: of --calibrate uniform (S, G).
+        profiles: SampleProfiles. library: (K). allotment: Allotment of --calibrate types, and P,
+            what cells show of the platform (K, G) float32. factor: of --calibrate uniform (S, G).
         """
         self.states, self.library, self.shape = profiles, library, profiles.shape
         self.allotment, self.P, self.factor = allotment, P, factor
 
     def part(self, rows):
         """ExpressionPart of the samples in a slice."""
-        start, device = self.states[rows], self.states.mu.device
+        start = self.states[rows]
         delta, sd = np.zeros((1, 1, 1), np.float32), np.zeros_like(start)
-        log_factor, P = None, np.float32(0)
+        log_factor, P = self.states.log_factor(rows), np.float32(0)
         if self.factor is not None:
             delta = self.factor[rows, None]
-            log_factor = torch.from_numpy(self.factor[rows]).to(device)
+            log_factor = self.factor[rows] if log_factor is None else log_factor + delta
         elif self.allotment is not None:
             delta, sd = self.allotment.changes(rows, start)
             P = self.P
-            log_factor = torch.from_numpy(delta + P).to(device)
+            log_factor = delta + P if log_factor is None else log_factor + delta + P
         own = start * np.exp(delta)
         profiles = normalise(own * np.exp(P))
         change = np.log((normalise(own) + 1e-9) / (self.states.reference + 1e-9))
+        if log_factor is not None:
+            log_factor = torch.from_numpy(log_factor)
         return ExpressionPart(profiles, change, sd, log_factor)
 
     def all(self, name):
@@ -411,29 +390,24 @@ class Expression:
     log_factor = property(lambda self: self.all("log_factor"))
 
 
-def estimate_expression(
-    decoder, encoded, bulk, measured, calibrate="types", platform="keep", profiles=None
-):
+def estimate_expression(decoder, pi, bulk, measured, profiles, calibrate="types", platform="keep"):
     """Expected expression of each type in each sample, and what generated cells take of it.
 
     Args:
-        encoded: mu, var (S, K, D) and pi (S, K) of the bulks, tensors. bulk: (S, G) in the
-            decoder's genes. measured: mask (G).
+        pi: of the bulks (S, K), a tensor. bulk: (S, G) in the decoder's genes. measured: mask (G).
+            profiles: SampleProfiles.
         calibrate: ``none``: states alone; ``uniform``: one factor per gene for all types, so that
             the cells of a sample add up to its bulk; ``types``: :class:`Allotment`.
         platform: ``keep``: what all bulks share is the platform's, and cells show it as the bulks
             do; ``remove``: cells are as the reference's platform would measure them; ``none``:
             there is none, and what the bulks share is the samples'.
-        profiles: TypeProfiles, if they are there already.
 
     Returns:
         Expression.
     """
-    mu, var, pi = encoded
     library = mean_library(decoder)
-    profiles = TypeProfiles(decoder, mu, var) if profiles is None else profiles
     if calibrate == "uniform":
-        factor = calibration(bulk, expected_bulk(decoder, encoded, profiles), measured)
+        factor = calibration(bulk, expected_bulk(decoder, pi, profiles), measured)
         return Expression(profiles, library, factor=factor)
     if calibrate != "types":
         return Expression(profiles, library)
@@ -466,9 +440,9 @@ def write_expression(path, samples, proportions, expression, metadata):
     """Write the expected expression, some samples at a time: a row for each type of each sample.
 
     An .h5ad (S K x G), float32. X: expected counts of one cell. Layers: ``log2_fold_change``
-    against the type's mean in the reference, without the platform's part, and
-    ``log2_fold_change_sd``. obs: sample, cell_type, proportion. Values are rounded to 13 binary
-    digits, four decimal ones, as further ones are noise that takes most of the space.
+    (that of ExpressionPart) and ``log2_fold_change_sd``. obs: sample, cell_type, proportion. Values
+    are rounded to 13 binary digits, four decimal ones, as further ones are noise that takes most of
+    the space.
 
     Args:
         path: of the file. samples: names (S). proportions: (S, K). expression: Expression.

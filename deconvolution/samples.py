@@ -10,7 +10,7 @@ import torch
 
 from deconvolution.encode import encode_samples
 from deconvolution.expression import (
-    TypeProfiles,
+    SampleProfiles,
     estimate_expression,
     expected_bulk,
     write_expression,
@@ -48,7 +48,7 @@ class BulkSamples:
             of the samples, estimated or known. encoded: mu, var (S, K, D) and pi (S, K), the
             proportions of cells. mixed: the same, with proportions at which the reference's cells
             make the bulk's RNA. weight: how much of the bulk a cell stands for (S, K). profiles:
-            TypeProfiles (S, K, G). expected: (S, G), the sum that these make. unknown:
+            SampleProfiles (S, K, G). expected: (S, G), the sum that these make. unknown:
             UnknownShare. fit: a row for each sample. is_shallow: mask (S) of counts too few for the
             fit to say anything. sums: (S, G), of the cells generated so far, by their weights.
             calibration: ``(calibrate, platform)``, and expression: Expression by these; None before
@@ -67,8 +67,7 @@ class BulkSamples:
         read = np.isin(model.encoder_genes, np.array(model.genes)[bulk.measured])
         print(f"{bulk.where}: {read.sum():,} of the {len(read):,} genes the Bulk Encoder reads")
         self.encode(encode_samples(model, bulk, mrna_content), known)
-        self.profiles = TypeProfiles(model.decoder, *self.mixed[:2])
-        self.expected = expected_bulk(model.decoder, self.mixed, self.profiles)
+        self.expected = expected_bulk(model.decoder, self.mixing, self.profiles)
         self.sums = np.zeros(self.values.shape)
         own = self.profiles.reference[0]  # (K, G), of no state
         self.unknown = unknown_share(self.values, bulk.measured, own, model.genes)
@@ -90,8 +89,13 @@ class BulkSamples:
         mixing = encoded.mixing(cells)
         # A cell stands for as much of the bulk as the mRNA of its type, whatever its counts.
         self.weight = (mixing / cells.clamp(min=1e-12)).cpu().numpy()  # (S, K)
-        self.encoded = [encoded.mu, encoded.var, cells]
-        self.mixed = [encoded.mu, encoded.var, mixing]
+        self.encoded, self.mixing = [encoded.mu, encoded.var, cells], mixing
+        self.states, share = encoded.states, None
+        if self.states is not None:
+            share = self.states.share
+            parts = torch.from_numpy(self.model.states.mix(share)).to(cells)  # (S, K, C)
+            self.encoded = [*self.model.decoder.moments_of_weights(parts), cells, parts]
+        self.profiles = SampleProfiles(self.model, len(names), share)
 
     def measure_fit(self):
         """DataFrame (S rows): how the cell types add up to each sample, and what they lack."""
@@ -101,6 +105,8 @@ class BulkSamples:
         columns = {"correlation": correlation, "unexplained": unexplained, "misfit": far}
         columns["unknown"] = self.unknown.share
         columns |= {"unknown_low": self.unknown.low, "unknown_high": self.unknown.high}
+        if self.states is not None and self.model.states.states.baseline:
+            columns |= self.states.columns()
         return pd.DataFrame(columns, index=self.names)
 
     def add(self, cells, balanced=False):
@@ -117,10 +123,8 @@ class BulkSamples:
     def estimate_expression(self, calibrate, platform):
         """Set :attr:`expression` by :func:`~deconvolution.expression.estimate_expression`."""
         self.calibration = calibrate, platform
-        bulk = self.values, self.bulk.measured
-        self.expression = estimate_expression(
-            self.model.decoder, self.mixed, *bulk, *self.calibration, self.profiles
-        )
+        given = self.mixing, self.values, self.bulk.measured, self.profiles
+        self.expression = estimate_expression(self.model.decoder, *given, *self.calibration)
 
     def write_expression(self, path):
         """:func:`~deconvolution.expression.write_expression` of these samples, into an .h5ad."""

@@ -18,8 +18,7 @@ import torch
 
 from counts.genes import choose_state_genes
 from data import Reference, align_genes, library_size, sum_by_type
-from deconvolution.encode import encode
-from deconvolution.expression import estimate_expression
+from deconvolution.samples import BulkSamples
 from generation import CHUNK, decode
 from readers.bulk import Bulk
 from readers.labels import natural_order
@@ -149,12 +148,12 @@ def encode_donor(bulk, model):
     """Encode a Bulk and estimate the expression of its cell types, as bulk2sc.py does by default.
 
     Returns:
-        mu, var (S, K, D) and pi (S, K); and :class:`deconvolution.expression.Expression`.
+        what :func:`generation.generate_cells` takes of them; and
+        :class:`deconvolution.expression.Expression`.
     """
-    *encoded, _ = encode(model, bulk)
-    calibrate = "types" if model.encoder.n_state else "none"
-    bulks = bulk.dense(), bulk.measured
-    return encoded, estimate_expression(model.decoder, encoded, *bulks, calibrate)
+    samples = BulkSamples(bulk, model)
+    samples.estimate_expression("types" if model.states else "none", "keep")
+    return samples.encoded, samples.expression
 
 
 @torch.inference_mode()
@@ -165,11 +164,11 @@ def generate_like(codes, sample, encoded, log_factor, decoder, generator):
         codes, sample: type and sample of each cell (N). encoded, log_factor: of the samples, as
             :func:`generation.generate_cells` takes them.
     """
-    mu, var, _ = encoded
-    tilt = decoder.tilt_shape(mu, var)
+    mu, var, _, *weight = encoded
+    weight = weight[0] if weight else None
     pairs = (torch.as_tensor(part, device=mu.device).split(CHUNK) for part in (codes, sample))
     blocks = [
-        decode(decoder, mu[s, k], var[s, k], k, generator, log_factor, s, tilt)[0]
+        decode(decoder, mu[s, k], var[s, k], k, generator, log_factor, s, weight)[0]
         for k, s in zip(*pairs, strict=True)
     ]
     return sp.vstack(blocks, format="csr")

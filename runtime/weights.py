@@ -142,7 +142,7 @@ def check_metadata(metadata, model_class):
         if not is_plain_tensor(value) or (value.shape, value.dtype) != shape_and_dtype:
             raise ValueError(f"tensor {name}")
     names, K = metadata["genes"], config["n_types"]
-    check_samples(metadata.get("samples"), (K, config.get("n_latent")))
+    check_states(metadata.get("states"), (K, config.get("n_components")))
     check_signature(metadata.get("signature"), K)
     fraction, fit = metadata["held_out_fraction"], metadata.get("fit", {})
     of_types = {  # of the reference; older files have none
@@ -189,25 +189,32 @@ def check_signature(signature, n_types):
         raise ValueError("signature")
 
 
-def check_samples(samples, shape):
-    """Check what a file says of the reference's samples, if anything; shape: ``(K, D)``.
+def check_states(states, shape):
+    """Check what scDecoder's file says of the reference's samples, if anything.
+
+    shape: ``(K, C)``.
 
     Raises:
         ValueError, KeyError, TypeError: it does not fit together.
     """
-    if samples is None:
+    if states is None:
         return
-    S = len(samples["names"])
-    if not is_list_of_names(samples["names"]) or len(set(samples["names"])) != S:
-        raise ValueError("names of samples")
-    for name, expected in (("n_cells", (S, shape[0])), ("mu", (S, *shape)), ("var", (S, *shape))):
-        value = samples[name]
+    S = len(states["samples"])
+    if not S or len(states) != 6:
+        raise ValueError("states")
+    for name in ("samples", "conditions", "batches"):
+        if not is_list_of_names(states[name], S):
+            raise ValueError(f"states: {name}")
+    if not is_list_of_names(states["baseline"]) or len(set(states["samples"])) != S:
+        raise ValueError("states: names of samples or of the baseline")
+    for name, expected in (("n_cells", (S, shape[0])), ("weight", (S, *shape))):
+        value = states[name]
         if not is_plain_tensor(value) or tuple(value.shape) != expected:
-            raise ValueError(f"samples: {name}")
-        if value.dtype != torch.float32 or not (value.abs() < MAX_VALUE).all():
-            raise ValueError(f"samples: {name} not finite or out of range")
-    if (samples["n_cells"] < 0).any() or not (samples["var"] > 0).all():
-        raise ValueError("samples: numbers of cells or variances out of range")
+            raise ValueError(f"states: {name}")
+        if value.dtype != torch.float32 or not ((value >= 0) & (value < MAX_VALUE)).all():
+            raise ValueError(f"states: {name} not finite or out of range")
+    if not torch.allclose(states["weight"].sum(dim=2), torch.ones(())):
+        raise ValueError("states: weights do not sum to 1")
 
 
 def check_values(model):
@@ -233,6 +240,23 @@ def check_values(model):
         sound["log_library"] &= bool((state["log_library"].abs() < 40).all())
     if wrong := [name for name, good in sound.items() if not good]:
         raise ValueError(", ".join(wrong))
+
+
+def leave_out_states(path, metadata):
+    """Take the directions of states out of a Bulk Encoder that version 2 saved; says so."""
+    state, config = metadata["state"], metadata["config"]
+    if not config.pop("n_state", 0):
+        return
+    for name in [name for name in state if name.startswith("state_")]:
+        del state[name]
+    for head in ("mu_head", "var_head"):  # they corrected what the directions gave
+        state[f"{head}.weight"], state[f"{head}.bias"] = (
+            torch.zeros_like(state[f"{head}.{part}"]) for part in ("weight", "bias")
+        )
+    print(
+        f"{path}: of an earlier version, whose states of samples are no longer read; train again "
+        "for states"
+    )
 
 
 def load_model(path, model_class, device="cpu"):
@@ -262,6 +286,7 @@ def load_model(path, model_class, device="cpu"):
         found = metadata.get("version")
         raise InputError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
     try:
+        leave_out_states(path, metadata)
         check_metadata(metadata, model_class)
         model = model_class(**metadata["config"])
         model.load_state_dict(metadata.pop("state"))

@@ -12,7 +12,6 @@ import torch
 
 from counts.pseudobulks import draw_pseudobulks
 from data import mean_counts
-from states.moments import SampleMoments, mix_moments
 
 # Fewest and most cells of each type that a training bulk draws its cells from. Small pools make a
 # type differ from bulk to bulk, as it will in cells that training never saw.
@@ -54,8 +53,6 @@ class BulkCells:
     n_types: int
     sample: np.ndarray | None = None
     """Biological samples (N); None if the reference is of one."""
-    moments: SampleMoments | None = None
-    """Of the S samples."""
     mixed: bool = True
     """Whether half of the bulks are mixtures of two samples."""
     batch: np.ndarray | None = None
@@ -76,24 +73,15 @@ class Pseudobulks:
     """(B, G) float32."""
     pi: np.ndarray
     """Proportions of the cells in them (B, K) float32."""
-    share: np.ndarray | None = None
-    """Of each biological sample among the cells of a bulk (B, S); None without samples."""
-    mu: np.ndarray | None = None
-    """Moments of z in the cells they are drawn from (B, K, D) float32; None without samples, where
-    they are the mixture's."""
-    var: np.ndarray | None = None
 
     def target(self, model, part=slice(None)):
         """mu, var and pi of these bulks or a part of them, as tensors where the model is."""
-        device = model.mu.device
-        if self.mu is None:
-            return model.mu, model.var, torch.from_numpy(self.pi[part]).to(device)
-        return [torch.from_numpy(v[part]).to(device) for v in (self.mu, self.var, self.pi)]
+        return model.mu, model.var, torch.from_numpy(self.pi[part]).to(model.mu.device)
 
 
 def draw_samples(cells, n, rng):
     """Share of each biological sample in each of n bulks (n x S): one sample, or two of them."""
-    S = len(cells.moments.mu)
+    S = cells.sample.max() + 1
     filled = np.unique(cells.sample)  # samples that have cells here
     share = np.zeros((n, S))
     for i in range(n):
@@ -113,7 +101,7 @@ def draw_from_samples(cells, share, n_cells, pool, rng):
             :func:`draw_pseudobulks` takes them (B).
 
     Returns:
-        bulk (B, G) and a Pseudobulks without counts.
+        bulk (B, G) and the proportions of its cells (B, K).
     """
     (B, S), K = share.shape, cells.n_types
     group = cells.sample * K + cells.codes
@@ -128,20 +116,15 @@ def draw_from_samples(cells, share, n_cells, pool, rng):
     bulk, drawn = draw_pseudobulks(
         cells.X, group, proportions.reshape(B, S * K), n_cells, rng, pool
     )
-    drawn = drawn.reshape(B, S, K)
-    pi, of_sample = drawn.sum(axis=1), drawn.sum(axis=2)
-    # A type that the bulk lacks has the moments that the bulk's samples have of it.
-    weight = np.where(pi[:, None] > 0, drawn, of_sample[:, :, None])
-    mu, var = mix_moments(weight / weight.sum(axis=1, keepdims=True), cells.moments)
-    return bulk, Pseudobulks(None, pi, of_sample, mu.astype(np.float32), var.astype(np.float32))
+    return bulk, drawn.reshape(B, S, K).sum(axis=1)
 
 
-def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
+def simulate_bulks(cells, cfg, rng, clean=False):
     """Draw a batch of bulks: composition, cells, platform factor and sequencing depth all vary.
 
     Args:
         cells: BulkCells. clean: no small pools of cells and no platform factors, as held-out bulks
-            are drawn. noise: largest sd of the platform factor, default ``cfg.noise``.
+            are drawn.
 
     Returns:
         Pseudobulks.
@@ -157,28 +140,22 @@ def simulate_bulks(cells, cfg, rng, clean=False, noise=None):
     pool = None if clean else pool
     if cells.sample is None:
         bulk, pi = draw_pseudobulks(cells.X, cells.codes, proportions, n_cells, rng, pool)
-        bulks = Pseudobulks(None, pi)
     else:
-        bulk, bulks = draw_from_samples(cells, share, n_cells, pool, rng)
+        bulk, pi = draw_from_samples(cells, share, n_cells, pool, rng)
     if not clean:
-        sd = rng.uniform(0, cfg.noise if noise is None else noise, (B, 1))
+        sd = rng.uniform(0, cfg.noise, (B, 1))
         bulk = bulk * np.exp(sd * rng.standard_normal(bulk.shape))
         bulk *= rng.random(bulk.shape) >= rng.uniform(0, LOST, (B, 1))
     bulk += 1e-9  # so that a bulk without any expressed gene of the model becomes a flat one
     depth = log_uniform(3e4, 3e6, (B, 1), rng)
     counts = rng.poisson(bulk / bulk.sum(axis=1, keepdims=True, dtype=np.float64) * depth)
-    bulks.counts = counts.astype(np.float32)
-    return bulks
+    return Pseudobulks(counts.astype(np.float32), pi)
 
 
 def concatenate(batches):
-    """One Bulks of many."""
-    return Pseudobulks(
-        *(
-            None if parts[0] is None else np.concatenate(parts)
-            for parts in zip(*(dataclasses.astuple(b) for b in batches), strict=True)
-        )
-    )
+    """Pseudobulks of many."""
+    parts = zip(*(dataclasses.astuple(b) for b in batches), strict=True)
+    return Pseudobulks(*(np.concatenate(part) for part in parts))
 
 
 def combine_batches(means):

@@ -370,6 +370,7 @@ def make_sample_bulks(cells):
 
 
 OF_SAMPLES = ["--samples", "sample", "--donors", "donor"]
+OF_CONDITIONS = ["--conditions", "treatment", "--baseline", "control"]
 # Wide and fast, so that the latent finds the treatment within a few hundred steps; at a higher
 # weight of the KL, one seed in three does not find it in every type.
 SMALL = {
@@ -398,13 +399,11 @@ def trained_samples(tmp_path_factory, sample_h5ad, worker_id):
     """As ``trained``, on a reference of eight samples; donor d4 is held out."""
 
     def train_into(folder):
-        import train_encoder
         import train_gmvae
 
-        with pytest.MonkeyPatch.context() as patch:  # enough bulks for states of 60 genes
-            patch.setattr(train_encoder, "N_STATE_BULKS", 640)
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_gmvae, "KL_START", 0.02)
-            flags = ["--data", sample_h5ad, "--weights", folder, *OF_SAMPLES]
+            flags = ["--data", sample_h5ad, "--weights", folder, *OF_SAMPLES, *OF_CONDITIONS]
             train(*flags, settings=SMALL, train_gmvae=["--held-out-donors", "d4"])
 
     return train_once("trained_samples", tmp_path_factory, worker_id, train_into)

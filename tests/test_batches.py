@@ -1,4 +1,4 @@
-"""References of several batches: profiles at one depth, and folds of other batches' profiles."""
+"""References of several batches: profiles at one depth, folds of other batches, and states."""
 
 import shutil
 
@@ -9,13 +9,14 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from conftest import OF_SAMPLES, assert_one_line_error, run_inside
+from conftest import OF_SAMPLES, assert_one_line_error, refused, run_inside
 from counts.genes import choose_marker_genes, choose_state_genes
 from data import Reference
-from models import BulkEncoder
+from models import BulkEncoder, scDecoder
 from runtime.weights import load_model
-from states.moments import SampleMoments, relative_to_batches
 from states.pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
+from states.reading import StateProfiles, filled_weights, states_of
+from states.weights import ReferenceStates, choose_baseline
 
 K, G = 3, 60
 
@@ -104,7 +105,6 @@ def test_marker_genes_must_tell_types_apart_in_every_batch():
 
 
 def test_what_differs_between_batches_is_no_state():
-    """GENE2 differs between the samples only as they are of different batches."""
     cells, codes, batch = gene_cells()
     assert "GENE2" in choose_state_genes(cells, codes, batch, 5)
     assert "GENE2" not in choose_state_genes(cells, codes, batch, 5, batch)
@@ -143,37 +143,140 @@ def test_common_deviation_of_a_cohort_is_taken_off():
     torch.testing.assert_close(together.mean(dim=0), alone.mean(dim=0), atol=0.03, rtol=0)
 
 
-def test_moments_relative_to_batches_keep_what_samples_of_a_batch_differ_by():
-    """By hand: batch 0 has two samples of 10 and 30 cells, batch 1 one, and a type is missing."""
-    n_cells = np.array([[10, 0], [30, 5], [20, 5]])
-    mu = np.array([[[1.0], [9.0]], [[5.0], [2.0]], [[40.0], [7.0]]])  # (S, K, D)
-    var = np.array([[[1.0], [9.0]], [[3.0], [4.0]], [[8.0], [4.0]]])
-    of_types = np.array([[10.0], [20.0]]), np.array([[2.0], [6.0]])
-    found = relative_to_batches(SampleMoments(n_cells, mu, var), np.array([0, 0, 1]), *of_types)
-    # The mean of batch 0 is 4 and its variance 2.5; the sample without cells has the type's.
-    expected = [[[10 + 1 - 4], [20]], [[10 + 5 - 4], [20]], [[10], [20]]]
-    np.testing.assert_allclose(found.mu, expected)
-    np.testing.assert_allclose(found.var, [[[0.8], [6]], [[2.4], [6]], [[2], [6]]])
+N_TYPES, N_GENES = 2, 2000
+IN_ONE, IN_ALL = slice(0, 200), slice(200, 400)  # genes that the treatment raises, by type
 
 
-def test_held_out_samples_are_relative_to_their_batch_in_training():
-    training = SampleMoments(np.array([[10], [0]]), np.ones((2, 1, 1)), np.ones((2, 1, 1)))
-    held_out = SampleMoments(np.array([[0], [4]]), np.full((2, 1, 1), 3.0), np.full((2, 1, 1), 2.0))
-    of_types = np.zeros((1, 1)), np.ones((1, 1))
-    found = relative_to_batches(held_out, np.array([0, 0]), *of_types, training)
-    assert found.mu[1, 0, 0] == 2 and found.var[1, 0, 0] == 2
-    alone = relative_to_batches(held_out, np.array([0, 1]), *of_types, training)
-    assert alone.mu[1, 0, 0] == 0 and alone.var[1, 0, 0] == 1
+def platform_factor(seed, sd=1.0):
+    """What another platform multiplies the genes by (G)."""
+    return np.random.default_rng(seed).lognormal(0, sd, N_GENES)
 
 
-def test_an_encoder_of_several_batches(trained_samples, sample_h5ad, tmp_path):
-    """Its network leaves proportions alone, and its file holds composition and mRNA content."""
+def make_profiles():
+    """Profiles of two types (K, G), untreated and treated."""
+    control = np.random.default_rng(0).gamma(1, 1, (N_TYPES, N_GENES)) + 0.3
+    treated = control.copy()
+    treated[0, IN_ONE] *= 10
+    treated[:, IN_ALL] *= 10
+    return [values / values.sum(axis=1, keepdims=True) for values in (control, treated)]
+
+
+def make_states(conditions=("control", "treated") * 2, baseline=("control",)):
+    """StateProfiles of samples a and b of batch v2, and c and d of v3, each one part of a cloud."""
+    platform = platform_factor(1)
+    profiles = [p * f for f in (1, platform) for p in make_profiles()]
+    parts = np.stack([p / p.sum(axis=1, keepdims=True) for p in profiles], axis=1)  # (K, C, G)
+    weight = torch.eye(4)[:, None].expand(-1, N_TYPES, -1).clone()
+    n_cells = torch.full((4, N_TYPES), 30.0)
+    batches = ["v2", "v2", "v3", "v3"]
+    states = ReferenceStates(
+        list("abcd"), list(conditions), batches, list(baseline), n_cells, weight
+    )
+    return StateProfiles(states, parts)
+
+
+def test_a_state_is_what_differs_from_the_baseline_of_its_own_batch():
+    """Of both batches' treated samples the same, on the platform of all baselines."""
+    states, (control, treated) = make_states(), make_profiles()
+    assert states.states.others == [1, 3] and states.states.baseline_of("v3") == [2]
+    change, expected = np.log(states.moved / states.baseline), np.log(treated / control)
+    change -= np.median(change, axis=2, keepdims=True)  # fractions know no common factor
+    expected -= np.median(expected, axis=1, keepdims=True)
+    expressed = states.batch.min(axis=0) > 1e-4  # others are too rare to tell
+    assert abs(change - expected)[:, expressed].max() < 0.3
+    # Their own profiles keep the platform.
+    assert np.std(np.log(states.own[1] / states.own[0])) > 0.9
+    np.testing.assert_allclose(states.own[1], states.parts[:, 3])
+
+
+def bulks_of(states, profiles, seed=2):
+    """Ten bulks (B, G), on as many platforms, of types whose profiles are given (K, G)."""
+    rng = np.random.default_rng(seed)
+    pi = rng.dirichlet(np.full(N_TYPES, 5), 10)
+    mean = pi @ profiles * np.stack([platform_factor(seed + 10 + i) for i in range(10)])
+    bulk = rng.poisson(1e6 * mean / mean.sum(axis=1, keepdims=True))
+    return bulk, pi
+
+
+def test_platforms_are_no_states_and_states_are_read_on_any_platform():
+    states, (control, treated) = make_states(), make_profiles()
+    read = {}
+    measured = np.arange(N_GENES) % 10 > 0
+    for name, profiles in (
+        ("none", control),
+        ("other batch", states.parts[:, 2]),
+        ("half", (control + treated) / 2),
+        ("treated", treated),
+        ("treated, other batch", states.parts[:, 3]),
+    ):
+        bulk, pi = bulks_of(states, profiles)
+        found = states.read(np.where(measured, bulk, 12345), measured, pi)
+        assert found.names == ["treated"] and found.samples == ["b", "d"]
+        read[name] = found.by_condition()[:, 0]
+        low, high = (found.columns()[f"state treated{end}"] for end in ("_low", "_high"))
+        assert (low <= read[name]).all() and (high >= read[name]).all() and (high > low).all()
+        assert (found.share >= 0).all() and (found.share.sum(axis=1) <= 1 + 1e-9).all()
+        np.testing.assert_allclose(states.mix(found.share).sum(axis=2), 1, rtol=1e-5)
+    assert max(read["none"].max(), read["other batch"].max()) < 0.1
+    assert min(read["treated"].min(), read["treated, other batch"].min()) > 0.8
+    assert 0.3 < read["half"].mean() < 0.7
+
+
+def test_a_reference_of_the_baseline_alone_has_no_states():
+    states = make_states(["control"] * 4)
+    bulk, pi = bulks_of(states, make_profiles()[1])
+    found = states.read(bulk, np.ones(N_GENES, bool), pi)
+    assert found.samples == [] and found.columns() == {} and found.share.shape == (10, 0)
+    moved, own = states.profiles(found.share)
+    np.testing.assert_allclose(moved, np.broadcast_to(states.baseline, moved.shape), rtol=1e-5)
+    np.testing.assert_array_equal(moved, own)
+    assert states.mix(found.share).shape == (10, N_TYPES, 4)
+
+
+def test_a_type_that_a_condition_lacks_is_as_the_baseline():
+    """Of its own batch; of all batches where that lacks it as well."""
+    states = make_states().states
+    states.weight[:] = 0.25
+    states.weight[0, 1], states.weight[2, 0] = torch.eye(4)[0], torch.eye(4)[2]
+    states.n_cells[1, 1], states.n_cells[3, 0] = 0, 0
+    states.n_cells[2:, 1] = 0
+    filled = filled_weights(states)
+    np.testing.assert_array_equal(filled[1, 1], np.eye(4)[0])
+    np.testing.assert_array_equal(filled[3, 0], np.eye(4)[2])
+    np.testing.assert_array_equal(filled[3, 1], np.eye(4)[0])
+    np.testing.assert_array_equal(filled[1, 0], np.full(4, 0.25))
+
+
+def test_every_batch_has_a_baseline():
+    """Asked for, or the most common condition and its own most common one."""
+    conditions, batches = ["x", "y", "y", "z", "w", "w"], ["v2", "v2", "v2", "v3", "v4", "v4"]
+    assert choose_baseline((), conditions, batches) == ["w", "y", "z"]
+    assert choose_baseline(("x", "z", "w"), conditions, batches) == ["x", "z", "w"]
+    refused(lambda: choose_baseline(("q",), conditions, batches), "--baseline", "q", "w, x, y, z")
+    refused(lambda: choose_baseline(("y", "w"), conditions, batches), "y w", "batch v3", "z")
+
+
+def test_training_with_several_batches(trained_samples, sample_h5ad, tmp_path):
+    """Clouds of batches and conditions share no parts; the network leaves proportions alone.
+
+    The Bulk Encoder's file holds composition and mRNA content.
+    """
     cells = anndata.read_h5ad(sample_h5ad)
     batch = cells.obs["donor"].isin(["d1", "d2"]).map({True: "v2", False: "v3"})
     pd.DataFrame({"batch": batch}).to_csv(tmp_path / "batches.csv", index_label="barcode")
     weights = tmp_path / "weights"
     shutil.copytree(trained_samples, weights)  # others read what is trained there
     flags = ["--data", sample_h5ad, "--weights", weights, *OF_SAMPLES]
+    given = ["--batch-key", tmp_path / "batches.csv", "--conditions", "treatment"]
+    done = run_inside("train_decoder.py", *flags, *given, "--epochs", 1, "--n-hidden", 8)
+    assert done.returncode == 0 and "baseline: control; --baseline" in done.stdout, done.stderr
+    states = states_of(load_model(weights / "scDecoder_model.pt", scDecoder)[1])
+    assert states.samples == [f"d{i} {name}" for i in (1, 2, 3) for name in ("control", "treated")]
+    assert states.batches == ["v2"] * 4 + ["v3"] * 2 and states.others == [1, 3, 5]
+    assert states.conditions == ["control", "treated"] * 3 and (states.n_cells == 12).all()
+    shared = torch.minimum(states.weight[:, None], states.weight).sum(dim=3)  # (S, S, K)
+    group = np.array([0, 1, 0, 1, 2, 3])
+    assert shared[group[:, None] != group].max() < 0.2 < shared[group[:, None] == group].min()
     few = ["--steps", 4, "--n-hidden", 8, "--batch-size", 16]
     done = run_inside("train_encoder.py", *flags, *few, "--batch-key", tmp_path / "batches.csv")
     assert done.returncode == 0, done.stderr

@@ -315,7 +315,7 @@ def donors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("donors")
     make_donors().write_h5ad(folder / "cells.h5ad")
     where = ["--data", folder / "cells.h5ad", "--weights", folder / "weights"]
-    where += ["--samples", "sample", "--donors", "donor"]
+    where += ["--samples", "sample", "--donors", "donor", "--conditions", "condition"]
     settings = {script: [*flags, "--batch-size", 32] for script, flags in QUICK.items()}
     train(*where, settings=settings, train_gmvae=["--held-out-donors", "d0", "d1"])
     return where
@@ -331,7 +331,7 @@ def evaluated(donors, tmp_path, monkeypatch):
     out = tmp_path / "evaluation"
 
     def evaluate_donors(*flags):
-        where = [*donors, "--conditions", "condition", "--out", out]
+        where = [*donors, "--out", out]
         done = run_inside("benchmarks/compare_states.py", *where, *FAST, *flags)
         if done.returncode:
             return done, None
@@ -352,7 +352,7 @@ def test_evaluate_compares_cells_of_unseen_donors(evaluated):
     assert "mean ± std over 2 donors" in done.stdout and "proportions of" not in done.stdout
     generated = set(state_methods.GENERATED)
     baseline = {"one factor per gene", "BayesPrism Z", "another donor's profiles"}
-    baseline |= {"training cells of the condition", "decoder, moments of the condition"}
+    baseline |= {"training cells of the condition", "decoder, states of the condition"}
     overall = value.xs("", level="cell_type")
     assert set(overall["fold change Pearson"].index) == generated | baseline | {
         state_methods.EXPECTED

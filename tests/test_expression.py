@@ -1,4 +1,6 @@
-"""Cells of a sample: tilted clouds, shrunk means, what is allotted to types, and the output."""
+"""Cells of a sample: clouds of its state, shrunk means, what is allotted to types, the output."""
+
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -21,121 +23,153 @@ from deconvolution import expression
 from deconvolution.expression import (
     SHARED,
     Allotment,
-    TypeProfiles,
+    SampleProfiles,
     calibration,
     estimate_expression,
     expected_bulk,
-    mean_fractions,
+    type_profiles,
 )
 from distributions.fits import shrink_means
 from generation import Model, generate_cells
 from models import scDecoder
+from states.reading import StateProfiles
+from states.weights import ReferenceStates
 
-# --------------------------------------------------------------------------------- tilted clouds
+# ------------------------------------------------------------------------------ clouds of states
+
+N_CLOUDS, N_PARTS, N_LATENT = 3, 4, 3
 
 
-def cloud(n_types=2, n_parts=3, n_latent=3, seed=0):
-    """scDecoder whose clouds are mixtures of mean 0 and variance 1 in units of their type."""
-    rng = np.random.default_rng(seed)
-    model = scDecoder(n_latent, 8, 5, n_types, "nb", 0.0, n_components=n_parts)
-    weight = rng.dirichlet(np.full(n_parts, 4), n_types)  # (K, C)
-    mean, var = rng.normal(0, 1, (n_types, n_parts, n_latent)), rng.gamma(4, 0.1, n_latent)
+def cloud_model():
+    """Model of three types and of four samples in two batches; most cells of each are in one part.
+
+    The first sample of either batch is its baseline.
+    """
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    decoder = scDecoder(N_LATENT, 32, 60, N_CLOUDS, "nb", 0.0, n_components=N_PARTS)
+    decoder.out.weight.data *= 3  # so that genes follow the latent
+    decoder.log_theta.data.fill_(3.0)
+    decoder.log_library.fill_(float(np.log(20_000)))
+    weight = rng.dirichlet(np.full(N_PARTS, 4), N_CLOUDS)  # (K, C)
+    mean, var = rng.normal(0, 1, (N_CLOUDS, N_PARTS, N_LATENT)), rng.gamma(4, 0.05, N_LATENT)
     mean -= np.einsum("kc,kcd->kd", weight, mean)[:, None]
     scale = np.sqrt(np.einsum("kc,kcd->kd", weight, mean**2) + var)[:, None]  # (K, 1, D)
     parts = {"shape_weight": weight, "shape_mean": mean / scale}
     parts["shape_sd"] = np.broadcast_to(np.sqrt(var) / scale, mean.shape)
-    parts["mu"], parts["var"] = rng.normal(0, 2, (2, n_types, n_latent))
+    parts["mu"], parts["var"] = rng.normal(0, 2, (2, N_CLOUDS, N_LATENT))
     parts["var"] = parts["var"] ** 2 + 0.1
     for name, value in parts.items():
-        getattr(model, name).copy_(torch.tensor(np.ascontiguousarray(value), dtype=torch.float32))
-    return model.eval()
-
-
-def two_parts(distance=1.9, n_latent=4):
-    """scDecoder of one type, whose cloud is two parts of the same size, far apart in a corner."""
-    model = scDecoder(n_latent, 8, 5, 1, "nb", 0.0, n_components=2)
-    half = torch.full((n_latent,), distance / 2)
-    model.shape_mean.copy_(torch.stack([-half, half])[None])
-    model.shape_sd.fill_(float(np.sqrt(1 - distance**2 / 4)))
-    return model.eval()
-
-
-def draw(model, mu, var, n, tilt=None):
-    """n latents of each type of each sample (S, K, n, D)."""
-    (S, K), generator = mu.shape[:2], torch.Generator().manual_seed(0)
-    s, k = (torch.from_numpy(part.ravel()) for part in np.indices((S, K, n))[:2])
-    z = model.sample_latent(mu[s, k], var[s, k], k, generator, tilt, s)
-    return z.view(S, K, n, -1)
-
-
-@pytest.mark.parametrize("far", [0.0, 0.5, 3.0])
-def test_latents_have_the_mean_and_variance_that_are_asked_for(far):
-    """Whether the cloud is tilted or not, and also where no part of it lies."""
-    model = cloud()
-    mu = model.mu + far * model.var.sqrt() * torch.tensor([[[1.0, -0.6, 0.2]], [[-0.3, 0.8, -1.0]]])
-    var = model.var.expand(mu.shape) * (1 + far * torch.tensor([[[0.3]], [[-0.2]]]))
-    tilt = model.tilt_shape(mu, var)
-    assert (tilt is None) == (far == 0)
-    z = draw(model, mu, var, 100_000, tilt)
-    sd = var.sqrt()
-    torch.testing.assert_close((z.mean(dim=2) - mu) / sd, torch.zeros_like(mu), atol=0.02, rtol=0)
-    torch.testing.assert_close(z.var(dim=2) / var, torch.ones_like(mu), atol=0.04, rtol=0)
-
-
-def test_moments_of_one_part_give_cells_of_that_part():
-    model = two_parts()
-    part = model.mu + model.var.sqrt() * model.shape_mean[:, 1]  # (1, D)
-    var = model.shape_sd[:, 1] ** 2 * model.var
-    weight, center, scale = model.tilt_shape(torch.stack([part, -part]), var.expand(2, 1, -1))
-    assert weight[0, 0, 1] > 0.97 and weight[1, 0, 0] > 0.97
-    torch.testing.assert_close(center, torch.stack([part, -part]), atol=0.06, rtol=0)
-    assert (scale < 0.5).all()  # the sd of the cloud is 1, that of the part 0.31
-    even, _, _ = model.tilt_shape(torch.stack([model.mu, part]), model.var.expand(2, 1, -1))
-    torch.testing.assert_close(even[0], model.shape_weight)  # a sample that is as the type
-
-
-def test_generated_cells_are_of_the_tilted_cloud():
-    """A cloud of two parts has hardly a cell at its mean; one of its parts has most there."""
-    model = two_parts()
-    part = (model.mu + model.var.sqrt() * model.shape_mean[:, 1])[None]
-    at_mean = []
-    for mu in (model.mu[None], part):
-        encoded = mu, model.var[None], torch.ones(1, 1)
-        [cells] = generate_cells(model, encoded, 2000, torch.Generator().manual_seed(0))
-        at_mean.append(np.mean(abs(cells.latent[:, 0] - mu[0, 0, 0].item()) < 0.5))
-    assert at_mean[0] < 0.15 and at_mean[1] > 0.3
-
-
-def test_tilted_weights_are_the_best_of_their_penalised_likelihood():
-    """At the maximum the parts' mean misses the sample's by the penalty times the slope alone."""
-    model = cloud(n_types=3, n_parts=4)
-    step = torch.tensor([0.4, -0.3, 0.2])
-    mu = torch.stack([model.mu + f * model.var.sqrt() * step for f in (1.0, -2.0, 6.0)])
-    weight, center, _ = (part.double() for part in model.tilt_shape(mu, model.var.expand(mu.shape)))
-    left = ((mu - model.mu) / model.var.sqrt()).double() - center  # TILT_PENALTY λ
-    shape_mean = model.shape_mean.double()
-    expected = model.shape_weight.double().log() + torch.einsum(
-        "skd,kcd->skc", left / 0.1, shape_mean
+        getattr(decoder, name).copy_(torch.tensor(np.ascontiguousarray(value)))
+    states = ReferenceStates(
+        samples=["a", "b", "c", "d"],
+        conditions=["control", "treated"] * 2,
+        batches=["v2", "v2", "v3", "v3"],
+        baseline=["control"],
+        n_cells=torch.full((4, N_CLOUDS), 60.0),
+        weight=(0.8 * torch.eye(4) + 0.05)[:, None].expand(-1, N_CLOUDS, -1),
     )
-    torch.testing.assert_close(expected.softmax(dim=2), weight, atol=1e-3, rtol=0)
+    card = {"genes": [f"GENE{i}" for i in range(60)], "cell_types": CELL_TYPES}
+    return Model(None, decoder.eval(), card, card | {"states": vars(states)})
 
 
-def test_moments_of_the_types_leave_the_cloud_alone():
-    model = cloud()
-    var = model.var.expand(3, 2, 3)
-    assert model.tilt_shape(model.mu.expand(3, 2, 3), var) is None
-    assert model.tilt_shape(model.mu.expand(3, 2, 3) * (1 + 1e-6), var) is None
-    assert model.tilt_shape(model.mu.expand(3, 2, 3), 1.01 * var) is not None
+def test_moments_of_weights_are_those_of_latents_drawn_with_them():
+    """Those of the type for its own weights, of one part for that part alone."""
+    decoder, n = cloud_model().decoder, 20_000
+    alone = torch.eye(N_PARTS)[1].expand(N_CLOUDS, -1)
+    weight = torch.stack([decoder.shape_weight, alone, (decoder.shape_weight + alone) / 2])
+    mu, var = decoder.moments_of_weights(weight)  # (S, K, D)
+    torch.testing.assert_close(mu[0], decoder.mu)
+    torch.testing.assert_close(var[0], decoder.var)
+    part = decoder.shape_mean[:, 1], decoder.shape_sd[:, 1] ** 2
+    torch.testing.assert_close(mu[1], decoder.mu + decoder.var.sqrt() * part[0])
+    torch.testing.assert_close(var[1], decoder.var * part[1])
+    sample, codes = (torch.from_numpy(v.ravel()) for v in np.indices((3, N_CLOUDS, n))[:2])
+    nowhere = torch.full((len(codes), N_LATENT), torch.nan)  # with weights of no effect
+    generator = torch.Generator().manual_seed(0)
+    z = decoder.sample_latent(nowhere, nowhere, codes, generator, weight, sample)
+    z = z.view(3, N_CLOUDS, n, N_LATENT)
+    torch.testing.assert_close((z.mean(dim=2) - mu) / var.sqrt(), 0 * mu, atol=0.04, rtol=0)
+    torch.testing.assert_close(z.var(dim=2) / var, torch.ones_like(var), atol=0.06, rtol=0)
 
 
-def test_parts_that_are_not_in_use_stay_so():
-    """A type with few cells has fewer parts than others; their weight is 0."""
-    model = cloud()
-    model.shape_weight[0, 2], model.shape_mean[0, 2], model.shape_sd[0, 2] = 0.0, 0.0, 1.0
-    mu = model.mu + model.var.sqrt()
-    weight, center, scale = model.tilt_shape(mu[None], model.var[None])
-    assert weight[0, 0, 2] == 0 and weight[0, 1].min() > 0
-    assert torch.isfinite(center).all() and (scale > 0).all()
+def cells_of_states(model, share, per_bulk, log_factor=None):
+    """Fractions of all counts in generated cells of each type in each bulk (S, K, G)."""
+    parts = torch.from_numpy(model.states.mix(share))
+    pi = torch.full((len(share), N_CLOUDS), 1 / N_CLOUDS)
+    encoded = [*model.decoder.moments_of_weights(parts), pi, parts]
+    sums, generator = np.zeros((len(share), N_CLOUDS, 60)), torch.Generator().manual_seed(0)
+    for cells in generate_cells(model.decoder, encoded, per_bulk, generator, log_factor):
+        np.add.at(sums, (cells.bulk, cells.cell_type), cells.counts.toarray())
+    return sums / sums.sum(axis=2, keepdims=True)
+
+
+def test_profiles_of_states_are_those_of_their_cells():
+    """Cells are drawn from a state's own parts, and moved to the platform of all baselines."""
+    model = cloud_model()
+    share = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.3]])  # of samples b and d
+    profiles = SampleProfiles(model, 4, share)
+    found = profiles[:]
+    assert profiles.shape == found.shape == (4, N_CLOUDS, 60) and found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(axis=2), 1, rtol=1e-5)
+    np.testing.assert_allclose(found[:1], profiles.reference, rtol=1e-5)  # no state
+    np.testing.assert_allclose(profiles[2:3], found[2:3], rtol=1e-5)
+    log_factor = profiles.log_factor(slice(0, 4))
+    assert not log_factor[0].any()
+    error, plain = (
+        abs(np.log((cells_of_states(model, share, 3000, factor) + 1e-4) / (found + 1e-4)))
+        for factor in (torch.from_numpy(log_factor), None)
+    )
+    assert error.mean() < 0.05
+    assert (plain[1:3].mean(axis=(1, 2)) > 2 * error[1:3].mean(axis=(1, 2))).all()
+    # Whose own batch's baseline is that of all has nothing of a platform.
+    own = model.states.states
+    model.states = StateProfiles(replace(own, batches=["v2"] * 4), model.states.parts)
+    assert abs(SampleProfiles(model, 4, share).log_factor(slice(0, 4))).max() < 1e-4
+
+
+def test_expected_sums_are_of_the_states():
+    """Of the types' own clouds, where samples have their weights."""
+    model = cloud_model()
+    decoder, pi = model.decoder, torch.tensor([[0.2, 0.3, 0.5]])
+    expected = expected_bulk(decoder, pi)
+    np.testing.assert_allclose(expected, pi @ decoder.type_means(), rtol=1e-5)
+    own = replace(model.states.states, weight=decoder.shape_weight.expand(4, -1, -1))
+    parts = model.states.parts
+    for states, share, alike in ((own, [0.5, 0.5], True), (model.states.states, [0, 1], False)):
+        model.states = StateProfiles(states, parts)
+        found = expected_bulk(decoder, pi, SampleProfiles(model, 1, np.array([share], float)))
+        assert found.sum() == pytest.approx(expected.sum(), rel=0.01)
+        assert np.allclose(found, expected, rtol=0.2) == alike
+
+
+@pytest.mark.parametrize("calibrate", ["none", "uniform", "types"])
+def test_expression_of_some_samples_is_that_of_all(calibrate, monkeypatch):
+    """Whether all bulks fit into memory or not; and cells add up as the calibration says."""
+    model, rng = cloud_model(), np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(3), 5)[:, :2]
+    profiles, pi = SampleProfiles(model, 5, share), torch.full((5, 3), 1 / 3)
+    platform = rng.lognormal(0, 0.5, 60)
+    bulk = rng.poisson(expected_bulk(model.decoder, pi, profiles) * platform).astype(float)
+    given = pi, bulk, ALL_GENES[:60], profiles, calibrate
+    whole = estimate_expression(model.decoder, *given)
+    monkeypatch.setattr(expression, "SAMPLES_AT_A_TIME", 2)
+    part = whole.part(slice(0, 5))
+    for name in ("profiles", "log_fold_change", "sd", "log_factor"):
+        expected, found = getattr(part, name), getattr(whole, name)
+        assert found.shape == (5, 3, 60)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (part.sd > 0).all() == (calibrate == "types")
+    one_state = estimate_expression(model.decoder, *given[:3], SampleProfiles(model, 5), calibrate)
+    assert (one_state.log_factor is None) == (calibrate == "none")
+    cells = cells_of_states(model, share, 3000, part.log_factor)
+    np.testing.assert_allclose(cells, part.profiles, rtol=0.3, atol=1e-3)
+    of_bulk = bulk / bulk.sum(axis=1, keepdims=True)
+    off = np.sqrt(np.mean(np.log(part.profiles.mean(axis=1) / of_bulk) ** 2))
+    assert off > 0.25 if calibrate == "none" else off < 0.05
+    moved = np.log(profiles[:] / profiles.reference)  # the platform is no change
+    if calibrate != "uniform":
+        assert np.sqrt(np.mean((part.log_fold_change - moved) ** 2)) < 0.3
 
 
 # --------------------------------------------------------------------------------- shrunk means
@@ -412,82 +446,16 @@ def test_uniform_factors_turn_the_expected_sum_into_the_bulk():
 
 
 def test_profiles_of_types_are_those_of_their_generated_cells(trained_samples):
-    """And the expected sum is theirs, in the proportions of the bulk."""
     decoder = Model.load(trained_samples).decoder
-    mu, var = decoder.mu[None], decoder.var[None]
-    profiles = TypeProfiles(decoder, mu, var)[:]
-    np.testing.assert_allclose(profiles.sum(axis=2), 1, rtol=1e-5)
+    profiles = type_profiles(decoder)
+    np.testing.assert_allclose(profiles.sum(axis=1), 1, rtol=1e-5)
     codes = torch.arange(3).repeat_interleave(2000)
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         z = decoder.sample_latent(decoder.mu[codes], decoder.var[codes], codes, generator)
         X = decoder.sample_cells(z, torch.full((6000,), 5000.0), codes, generator)
     share = X.view(3, 2000, -1).mean(dim=1).numpy() / 5000
-    np.testing.assert_allclose(share, profiles[0], rtol=0.2, atol=1e-3)
-    pi = torch.tensor([[0.2, 0.3, 0.5]])
-    np.testing.assert_allclose(
-        expected_bulk(decoder, (mu, var, pi))[0], (pi @ decoder.type_means())[0], rtol=1e-5
-    )
-    moved = mu + 0.05 * var.sqrt()  # next to it, so nearly the same
-    np.testing.assert_allclose(
-        expected_bulk(decoder, (moved, var, pi))[0],
-        expected_bulk(decoder, (mu, var, pi))[0],
-        rtol=0.25,
-    )
-
-
-def drawn_profiles(decoder, mu, var, n):
-    """Means over n draws of z in each type of each sample (S, K, G), the same noise in each."""
-    tilt, profiles = decoder.tilt_shape(mu, var), np.zeros((*mu.shape[:2], 60))
-    for s, k in np.ndindex(*mu.shape[:2]):
-        rows, codes = torch.full((n,), s), torch.full((n,), k)
-        generator = torch.Generator().manual_seed(k)
-        z = decoder.sample_latent(mu[rows, k], var[rows, k], codes, generator, tilt, rows)
-        profiles[s, k] = mean_fractions(decoder, k, z).mean(dim=0)
-    return profiles / profiles.sum(axis=2, keepdims=True)
-
-
-def test_profiles_of_states_are_nearer_to_long_draws_than_short_ones(trained_samples):
-    """In clouds that are moved a little and far, with another variance, and not at all.
-
-    By their mean: of one that is just not far, either may be nearer. Over three seeds and two kinds
-    of CPU, errors are .27 to .62 of those of short draws.
-    """
-    decoder = Model.load(trained_samples).decoder
-    steps = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
-    size = torch.tensor([0.0, 0.05, 0.2, 0.5, 1.0, 1.0])[:, None, None]
-    mu = decoder.mu + size * decoder.var.sqrt() * steps
-    var = decoder.var * torch.tensor([1.0, 1.0, 1.1, 0.8, 1.0, 1.2])[:, None, None]
-    profiles, floor = TypeProfiles(decoder, mu, var), 2e-4
-    with torch.inference_mode():
-        truth, short = (drawn_profiles(decoder, mu, var, n) for n in (8000, 128))
-
-    def error(found):
-        return np.sqrt(np.mean(np.log((found + floor) / (truth + floor)) ** 2, axis=(1, 2)))
-
-    found = profiles[:]
-    np.testing.assert_allclose(found.sum(axis=2), 1, rtol=1e-5)
-    assert error(found).mean() < 0.75 * error(short).mean()
-    np.testing.assert_allclose(profiles[2:4], found[2:4], rtol=1e-5)  # whatever else is asked for
-
-
-def test_expression_of_some_samples_is_that_of_all(trained_samples, monkeypatch):
-    """The same whether all bulks fit into memory or not."""
-    decoder = Model.load(trained_samples).decoder
-    rng = np.random.default_rng(0)
-    step = torch.from_numpy(rng.standard_normal((5, 1, 1))).float()
-    encoded = decoder.mu + 0.3 * step, decoder.var.expand(5, -1, -1), torch.full((5, 3), 1 / 3)
-    bulk = rng.poisson(expected_bulk(decoder, encoded) * 100).astype(float)
-    for calibrate in ("none", "uniform", "types"):
-        whole = estimate_expression(decoder, encoded, bulk, ALL_GENES[:60], calibrate)
-        monkeypatch.setattr(expression, "SAMPLES_AT_A_TIME", 2)
-        for name in ("profiles", "log_fold_change", "sd", "log_factor"):
-            expected = getattr(whole.part(slice(0, 5)), name)
-            found = getattr(whole, name)
-            assert (found is None) == (expected is None)
-            if found is not None:
-                assert found.shape[0] == 5
-                np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(share, profiles, rtol=0.2, atol=1e-3)
 
 
 def test_the_platform_is_read_from_some_of_many_bulks(monkeypatch):
@@ -655,7 +623,7 @@ def test_without_states_nothing_changes_unless_asked(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--calibrate"], ["--calibrate", "too few"]),
+        (["--calibrate"], ["--calibrate", "found no value"]),
         (["--calibrate", "all"], ["--calibrate: found all", "uniform or types"]),
         (["--platform", "other"], ["--platform: found other", "keep or remove"]),
     ],

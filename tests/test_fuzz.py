@@ -31,6 +31,7 @@ import training
 from conftest import ROOT, make_cells, run_inside, write_10x, write_10x_h5, write_labels
 from data import DatasetSettings, TrainingSettings, load_cells
 from distributions.fits import mean_profile
+from generation import Model
 from models import BulkEncoder, scDecoder, scGMVAE
 from readers import lineages
 from readers.bulk import read_bulk
@@ -53,6 +54,8 @@ TOKENS = [
 def prepare(folder):
     """Write a small valid file of every format that is read; returns the folder of weights."""
     cells = make_cells((12, 10, 8), n_genes=24)
+    cells.obs["sample"] = [f"s{i % 5}" for i in range(cells.n_obs)]
+    cells.obs["condition"] = [f"c{i % 5 % 2}" for i in range(cells.n_obs)]
     prepare_cells(folder, cells)
     prepare_bulks(folder)
     prepare_tables(folder, sorted(set(cells.obs["cell_type"])))
@@ -108,6 +111,7 @@ def prepare_weights(folder):
     }
     for script, flags in tiny.items():
         where = ["--data", folder / "sparse.h5ad", "--weights", weights]
+        where += ["--samples", "sample", "--conditions", "condition"]
         with mock.patch.object(training.TrainingRun, "remove_checkpoint"):
             done = run_inside(script, *where, *flags)
         assert done.returncode == 0, done.stderr
@@ -198,6 +202,8 @@ def use_model(path, model_class):
             k = torch.zeros(2, dtype=torch.long)
             z = model.sample_latent(model.mu[k], model.var[k], k)
             model.sample_cells(z, model.sample_library(k), k)
+            states = Model(None, model, {}, card).states
+            states.read(np.ones((1, 24)), np.ones(24, bool), np.ones((1, 3)))
         else:
             model(torch.ones(2, card["config"]["n_genes"]))
 

@@ -1,8 +1,11 @@
 """The networks' shapes and invariances, and the files they are saved in."""
 
+import copy
 import math
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.sparse as sp
@@ -10,7 +13,7 @@ import scipy.stats
 import torch
 
 from conftest import make_cells
-from data import DatasetSettings
+from data import DatasetSettings, Reference
 from deconvolution.encode import encode_bulks
 from deconvolution.expression import calibration
 from deconvolution.fit import bulk_fit, misfit, sum_agreement
@@ -20,6 +23,7 @@ from generation import decode_cells
 from models import BulkEncoder, scDecoder, scGMVAE
 from runtime.errors import InputError
 from runtime.weights import load_mixture, load_model, save_mixture, save_model
+from states.weights import fit_states
 from train_encoder import encoder_losses
 
 G, K, D = 40, 3, 7  # all different, so that swapped axes fail
@@ -178,6 +182,41 @@ def test_latents_are_drawn_in_the_shape_of_each_type():
         # The subpopulation lies around 1.9 sd; 11.5 % of a normal distribution lie beyond 1.2 sd.
         beyond = (z[:, 0] > 3 + 1.2 * 2).float().mean().item()
         assert beyond == pytest.approx(expected, abs=0.03)
+
+
+def test_groups_of_cells_share_no_parts_and_samples_have_weights_of_their_group():
+    """Of three samples, the third is of another group and half of it in a second cluster."""
+    rng = np.random.default_rng(0)
+    sample = np.repeat([0, 1, 2], 60)
+    codes = np.repeat([0, 1, 2], [179, 1, 0])  # of the second type there is one cell alone
+    group = (sample == 2).astype(int)
+    mean = torch.from_numpy(rng.normal(0, 0.5, (180, D))).float()
+    mean[sample == 2, 0] += 6
+    mean[150:, 1] += 6
+    model = scDecoder(D, 32, G, K, "nb", 0.0, n_components=2)
+    model.mu[0], model.var[0] = mean.mean(dim=0), 0.1 + mean.var(dim=0)
+    given = mean, torch.full((180, D), 0.1), torch.from_numpy(codes), 0
+    plain = copy.deepcopy(model)
+    assert torch.equal(plain.fit_shape(*given) >= 0, torch.tensor([[1, 1], [0, 0], [0, 0]]) > 0)
+    owner = model.fit_shape(*given, torch.from_numpy(group))
+    assert owner.tolist() == [[0, 0, 1, 1], [-1] * 4, [-1] * 4]
+    assert model.config["n_components"] == 4 == model.shape_weight.shape[1]
+    weight, center = model.shape_weight, model.shape_mean[0, :, 0]
+    torch.testing.assert_close(weight.sum(dim=1), torch.ones(K))
+    assert center[:2].max() < 0 < center[2:].min()  # each group's parts are where its cells are
+    torch.testing.assert_close(weight[0] @ model.shape_mean[0], torch.zeros(D), atol=1e-5, rtol=0)
+
+    names = pd.Categorical.from_codes(sample, ["a", "b", "c"])
+    obs = pd.DataFrame({"sample": names, "condition": np.array(["x", "y"])[group]})
+    cells = anndata.AnnData(np.zeros((180, 1)), obs=obs.set_axis([str(i) for i in range(180)]))
+    reference = Reference(cells, codes, ["k", "l", "m"], np.zeros(180, bool))
+    states = fit_states(model, mean, reference, group, owner, ["x"])
+    assert (states.samples, states.conditions) == (["a", "b", "c"], ["x", "x", "y"])
+    assert states.n_cells.tolist() == [[60, 0, 0], [60, 0, 0], [59, 1, 0]]
+    torch.testing.assert_close(states.weight.sum(dim=2), torch.ones(3, K))
+    of_type = states.weight[:, 0]
+    assert of_type[:2, :2].sum(dim=1).min() > 0.95 < of_type[2, 2:].sum()
+    assert of_type[2, 2:].tolist() == pytest.approx([0.5, 0.5], abs=0.05)
 
 
 @pytest.mark.parametrize("n_components", [1, 3])
@@ -599,6 +638,47 @@ def test_unusable_weights_are_one_line_errors(tmp_path):
         torch.save(card | {key: value}, path)
         with pytest.raises(InputError, match=words):
             load_model(path, scDecoder)
+
+
+def test_states_of_samples_are_checked(tmp_path):
+    path, states = tmp_path / "model.pt", {"samples": ["s", "t"], "conditions": ["x", "y"]}
+    states |= {"batches": ["all"] * 2, "baseline": ["x"], "n_cells": torch.ones(2, K)}
+    states["weight"] = torch.ones(2, K, 1)
+    save(path, decoder())
+    card = torch.load(path, weights_only=True)
+    torch.save(card | {"states": states}, path)
+    assert load_model(path, scDecoder)[1]["states"].keys() == states.keys()
+    for wrong in (
+        "all", {}, states | {"more": 1}, {k: v for k, v in states.items() if k != "batches"},
+        states | {"samples": ["s"]}, states | {"samples": ["s", "s"]},
+        states | {"conditions": [1, 2]}, states | {"baseline": "x"},
+        states | {"weight": torch.ones(2, K, 2)}, states | {"weight": torch.ones(2, K, 1) / 2},
+        states | {"weight": torch.ones(2, K, 1).double()},
+        states | {"n_cells": torch.full((2, K), torch.nan)},
+        states | {"n_cells": torch.full((2, K), -1.0)}, states | {"n_cells": torch.ones(K, 2)},
+        {name: value[:0] for name, value in states.items()},
+    ):  # fmt: skip
+        torch.save(card | {"states": wrong}, path)
+        with pytest.raises(InputError, match="do not fit together"):
+            load_model(path, scDecoder)
+
+
+def test_states_that_a_bulk_encoder_of_an_earlier_version_had_are_left_out(tmp_path, capsys):
+    """Moments are those of the types, as its heads corrected what states gave."""
+    path, model = tmp_path / "model.pt", encoder()
+    model.mu.normal_()
+    save(path, model)
+    card = torch.load(path, weights_only=True)
+    card["config"]["n_state"] = 4
+    card["state"]["state_mu"] = torch.ones(4, K, D)
+    torch.save(card, path)
+    loaded, _ = load_model(path, BulkEncoder)
+    assert "train again for states" in capsys.readouterr().out
+    bulk = torch.rand(5, G)
+    mu, var, pi = loaded(bulk)
+    torch.testing.assert_close(mu, model.mu.expand(5, -1, -1))
+    torch.testing.assert_close(var, model.var.expand(5, -1, -1))
+    torch.testing.assert_close(pi, model(bulk)[2])
 
 
 def test_weights_never_run_code(tmp_path):

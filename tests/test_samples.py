@@ -1,7 +1,9 @@
-"""References of many samples: readers, donors held out, moments, pseudobulks, states, trainings."""
+"""References of many samples: readers, donors held out, trainings, pseudobulks, states."""
 
+import re
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ import train_encoder
 from conftest import (
     CELL_TYPES,
     OF_SAMPLES,
-    ROOT,
+    TREATED_EVERYWHERE,
     assert_one_line_error,
     make_sample_bulks,
     make_sample_cells,
@@ -26,18 +28,19 @@ from counts.pseudobulks import batch_bulks_of_samples
 from data import (
     Reference,
     TrainingSettings,
-    align_genes,
     choose_held_out,
     load_cells,
 )
+from deconvolution.samples import BulkSamples
 from generation import Model
-from models import BulkEncoder, encode_cells, scGMVAE
+from models import BulkEncoder, scDecoder
+from readers.bulk import read_bulk
 from readers.labels import FOUND_FILE
 from runtime.errors import InputError
 from runtime.weights import load_model
-from states.directions import fit_states, group_bulks
-from states.moments import SampleMoments, mix_moments, sample_moments, shrink_moments
 from states.pseudobulks import BulkCells, draw_from_samples, draw_samples, simulate_bulks
+from states.reading import fractions, read_shares
+from states.weights import ReferenceStates, choose_baseline, weights_of
 from test_distributed import assert_files_close, final_messages, start_two
 from test_interruption import FILE, UNIT, left_behind, same_weights, stop_at
 
@@ -55,12 +58,6 @@ FEW = {
     ],
 }
 STAGES = list(FEW)
-
-
-@pytest.fixture(autouse=True)
-def few_state_bulks(monkeypatch):
-    """States are learned from fewer bulks, a second faster each."""
-    monkeypatch.setattr(train_encoder, "N_STATE_BULKS", 320)
 
 
 def train_few(h5ad, weights, *flags, **extra):
@@ -102,10 +99,7 @@ def load(path, **settings):
 def few(tmp_path_factory, sample_h5ad):
     """Weights after a few steps of the three trainings, donor d2 held out."""
     weights = tmp_path_factory.mktemp("few")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_encoder, "N_STATE_BULKS", 320)
-        named = ["--held-out-donors", "d2"]
-        train_few(sample_h5ad, weights, *OF_SAMPLES, train_gmvae=named)
+    train_few(sample_h5ad, weights, *OF_SAMPLES, train_gmvae=["--held-out-donors", "d2"])
     return weights
 
 
@@ -299,14 +293,16 @@ def test_no_stage_trains_on_a_cell_of_a_held_out_donor(few, sample_h5ad, tmp_pat
         assert card(few, script)["held_out"] == list(cells.obs_names[held_out])
         assert card(few, script)["held_out_fraction"] == 0.25
     names = [f"d{i} {condition}" for i in (1, 3, 4) for condition in ("control", "treated")]
-    assert card(few, "train_gmvae.py")["samples"]["names"] == names
-    really, seen = train_encoder.simulate_test_bulks, []
+    assert card(few, "train_decoder.py")["states"]["samples"] == names
+    really, seen = train_encoder.simulate_bulks, []
 
-    def apart(model, cells, cfg, rng):
-        seen.append(cells)
-        return really(model, cells, cfg, np.random.default_rng(0))
+    def apart(cells, cfg, rng, clean=False):
+        if clean:
+            seen.append(cells)
+            rng = np.random.default_rng(0)
+        return really(cells, cfg, rng, clean)
 
-    monkeypatch.setattr(train_encoder, "simulate_test_bulks", apart)
+    monkeypatch.setattr(train_encoder, "simulate_bulks", apart)
     X = cells.X.toarray()
     X[held_out] = X[held_out][:, ::-1]
     cells.X = sp.csr_matrix(X)
@@ -317,12 +313,11 @@ def test_no_stage_trains_on_a_cell_of_a_held_out_donor(few, sample_h5ad, tmp_pat
             flags = ["--data", data, "--weights", tmp_path / name, *OF_SAMPLES, *FEW[script]]
             flags += ["--held-out-donors", "d2"] * (script == STAGES[0])
             assert run_inside(script, *flags).returncode == 0
-    assert (seen[0].X != seen[1].X).nnz > 0  # or nothing was compared
-    assert not any(cells.mixed for cells in seen)  # so that raw moments are those of one sample
+    assert (seen[0].X != seen[-1].X).nnz > 0  # or nothing was compared
     for script, same in zip(STAGES, (few, few, tmp_path / "same"), strict=True):
         assert equal(card(same, script)["state"], card(tmp_path / "other", script)["state"])
-    moments = [card(folder, STAGES[0])["samples"] for folder in (few, tmp_path / "other")]
-    assert all(torch.equal(moments[0][name], moments[1][name]) for name in ("mu", "var"))
+    states = [card(folder, STAGES[1])["states"] for folder in (few, tmp_path / "other")]
+    assert torch.equal(states[0]["weight"], states[1]["weight"])
 
 
 def test_later_stages_take_the_split_from_the_file(few, sample_h5ad, tmp_path):
@@ -355,23 +350,6 @@ def test_counts_of_several_donors_shrink_the_means_of_genes(few, sample_h5ad, tm
     assert factors[0] < factors[1]
 
 
-def test_stage_3_needs_a_stage_1_of_the_same_samples(few, sample_h5ad, tmp_path):
-    shutil.copytree(few, tmp_path / "w")
-    flags = ["--data", sample_h5ad, "--weights", tmp_path / "w", *FEW[STAGES[2]]]
-    done = run_inside(STAGES[2], *flags, "--samples", "donor")
-    assert_one_line_error(done, "scGMVAE_model.pt", "6 samples", "found 3", "d1, d3, d4")
-    content = card(few, STAGES[0])
-    mu = content["state"]["mu"]
-    torch.save(content | {"state": content["state"] | {"mu": mu + 1}}, tmp_path / "w" / "g.pt")
-    shutil.move(tmp_path / "w" / "g.pt", tmp_path / "w" / "scGMVAE_model.pt")
-    done = run_inside(STAGES[2], *flags, *OF_SAMPLES)
-    assert_one_line_error(done, "scGMVAE_model.pt", "another Gaussian mixture")
-    del content["samples"]
-    torch.save(content, tmp_path / "w" / "scGMVAE_model.pt")
-    done = run_inside(STAGES[2], *flags, *OF_SAMPLES)
-    assert_one_line_error(done, "scGMVAE_model.pt", "trained without --samples")
-
-
 # --------------------------------------------------------------------------- unusual samples
 
 
@@ -389,57 +367,38 @@ def test_one_sample_works_as_none(tmp_path):
     for script in STAGES:
         one, none = card(tmp_path / "with", script), card(tmp_path / "without", script)
         assert equal(one["state"], none["state"]) and one["held_out"] == none["held_out"]
-        assert len(one["held_out"]) == 30 and "n_state" not in one["config"]
-    # Its own moments are the mixture's.
-    stage_1 = card(tmp_path / "with", STAGES[0])
-    samples, state = stage_1["samples"], stage_1["state"]
-    torch.testing.assert_close(samples["mu"][0], state["mu"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(samples["var"][0], state["log_var"].exp(), rtol=1e-3, atol=0)
+        assert len(one["held_out"]) == 30 and "states" not in one
 
 
 def test_two_samples_of_one_donor(tmp_path):
     cells = make_sample_cells(10)
     path = write(tmp_path / "cells.h5ad", cells[(cells.obs["donor"] == "d3").to_numpy()].copy())
-    text = train_few(path, tmp_path / "w", *OF_SAMPLES)
-    assert "2 samples, 1 donors" in text and "samples of one donor: the encoder answers" in text
-    assert "n_state" not in card(tmp_path / "w", STAGES[2])["config"]
-    assert card(tmp_path / "w", STAGES[0])["samples"]["names"] == ["d3 control", "d3 treated"]
+    text = train_few(path, tmp_path / "w", *OF_SAMPLES, "--conditions", "treatment")
+    assert "2 samples, 1 donors" in text and "baseline: control; --baseline" in text
+    assert card(tmp_path / "w", STAGES[1])["states"]["samples"] == ["d3 control", "d3 treated"]
 
 
 def test_one_cell_per_sample_says_nothing_of_states(tmp_path):
-    """Regression: directions were learned from the rounding error of moments that are all equal."""
+    """All samples have nearly the weights of the cloud: a cell counts little against the prior."""
     cells = make_sample_cells(6)
     path = write(tmp_path / "cells.h5ad", with_samples(cells, list(cells.obs_names)))
     text = train_few(path, tmp_path / "w", "--samples", "sample")
     assert "144 samples, 144 donors" in text and "held out: 29 of 144 donors" in text
-    assert "the encoder answers with the cell types' moments" in text
-    assert "n_state" not in card(tmp_path / "w", STAGES[2])["config"]
-    content = card(tmp_path / "w", STAGES[0])
-    assert content["samples"]["mu"].shape == (115, 3, 3)
-    mu = content["state"]["mu"].expand(115, 3, 3)
-    torch.testing.assert_close(content["samples"]["mu"], mu, rtol=1e-4, atol=1e-4)
+    content = card(tmp_path / "w", STAGES[1])
+    weight = content["states"]["weight"]
+    assert weight.shape == (115, 3, 2)
+    assert (weight - content["state"]["shape_weight"]).abs().max() < 0.15
 
 
-def test_five_hundred_samples(tmp_path):
-    cells = make_sample_cells(42)[:1000].copy()
-    names = np.array([f"s{i}" for i in range(500)])[np.arange(1000) % 500]
-    path = write(tmp_path / "cells.h5ad", with_samples(cells, names))
-    text = train_few(path, tmp_path / "w", "--samples", "sample")
-    assert "500 samples" in text and "held out: 100 of 500 donors" in text
-    assert card(tmp_path / "w", STAGES[0])["samples"]["mu"].shape == (400, 3, 3)
-    assert torch.isfinite(card(tmp_path / "w", STAGES[2])["state"]["pi_head.weight"]).all()
-
-
-def test_a_type_that_a_sample_lacks_has_the_moments_of_the_type(tmp_path):
+def test_a_type_that_a_sample_lacks_has_the_weights_of_its_group(tmp_path):
     cells = make_sample_cells(8)
     lacks = (cells.obs["sample"] == "d1 control") & (cells.obs["cell_type"] == CELL_TYPES[2])
     path = write(tmp_path / "cells.h5ad", cells[~lacks.to_numpy()].copy())
     train_few(path, tmp_path / "w", *OF_SAMPLES, train_gmvae=["--held-out-donors", "d3"])
-    content = card(tmp_path / "w", STAGES[0])
-    samples, state = content["samples"], content["state"]
-    assert samples["names"][0] == "d1 control" and samples["n_cells"][0].tolist() == [8, 8, 0]
-    torch.testing.assert_close(samples["mu"][0, 2], state["mu"][2])
-    torch.testing.assert_close(samples["var"][0, 2], state["log_var"][2].exp())
+    content = card(tmp_path / "w", STAGES[1])
+    states, weight = content["states"], content["states"]["weight"]
+    assert states["samples"][0] == "d1 control" and states["n_cells"][0].tolist() == [8, 8, 0]
+    torch.testing.assert_close(weight[0, 2], content["state"]["shape_weight"][2], atol=0.1, rtol=0)
 
 
 def test_types_found_without_labels_go_with_samples(sample_h5ad, tmp_path):
@@ -450,7 +409,7 @@ def test_types_found_without_labels_go_with_samples(sample_h5ad, tmp_path):
     weights = tmp_path / "w"
     text = train_few(sample_h5ad, weights, *OF_SAMPLES, train_gmvae=["--n-types", 1])
     assert "held out: 1 of 4 donors" in text and (weights / FOUND_FILE).exists()
-    assert card(weights, STAGES[0])["samples"]["n_cells"].sum() == 216
+    assert card(weights, STAGES[1])["states"]["n_cells"].sum() == 216
     assert card(weights, STAGES[2])["cell_types"] == card(weights, STAGES[0])["cell_types"]
     assert len(card(weights, STAGES[2])["cell_types"]) == 1
 
@@ -464,9 +423,8 @@ def test_backed_trainings_are_those_in_memory(few, sample_h5ad, tmp_path):
     for script in STAGES:
         assert equal(card(few, script)["state"], card(tmp_path / "w", script)["state"])
         assert same_weights(few, tmp_path / "w", script)
-    samples = [card(folder, STAGES[0])["samples"] for folder in (few, tmp_path / "w")]
-    assert samples[0].pop("names") == samples[1].pop("names")
-    assert equal(*samples)
+    states = [card(folder, STAGES[1])["states"] for folder in (few, tmp_path / "w")]
+    assert torch.equal(states[0]["weight"], states[1]["weight"])
 
 
 @pytest.mark.parametrize(("script", "step"), [(STAGES[0], 11), (STAGES[1], 9), (STAGES[2], 2)])
@@ -485,17 +443,15 @@ def test_stopped_run_resumes_to_the_same_weights(
     done = run_inside(script, *flags)
     assert done.returncode == 0 and f"going on at {UNIT[script]} " in done.stdout
     assert same_weights(weights, few, script) and left_behind(weights) == []
-    if script == STAGES[0]:
-        samples = [card(folder, script)["samples"] for folder in (few, weights)]
-        assert samples[0].pop("names") == samples[1].pop("names") and equal(*samples)
+    if script == STAGES[1]:
+        states = [card(folder, script)["states"]["weight"] for folder in (few, weights)]
+        assert torch.equal(*states)
     assert "nothing left to do" in run_inside(script, *flags).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
-def test_two_processes_train_as_one(few, sample_h5ad, tmp_path, monkeypatch, script):
-    """Each process learns the same states from bulks of its own."""
-    monkeypatch.undo()  # the processes of torchrun learn from as many bulks
+def test_two_processes_train_as_one(few, sample_h5ad, tmp_path, script):
     for name in ("one", "two"):
         shutil.copytree(few, tmp_path / name)
     data = ["--data", sample_h5ad, *OF_SAMPLES, *FEW[script]]
@@ -504,109 +460,56 @@ def test_two_processes_train_as_one(few, sample_h5ad, tmp_path, monkeypatch, scr
     process, _ = start_two(script, *data, "--weights", tmp_path / "two")
     assert final_messages(process) == [] and process.returncode == 0
     assert_files_close(tmp_path / "two", tmp_path / "one", script)
-    if script == STAGES[0]:
-        one, two = (card(tmp_path / name, script)["samples"] for name in ("one", "two"))
-        torch.testing.assert_close(two["mu"], one["mu"], rtol=1e-3, atol=1e-3)
+    if script == STAGES[1]:
+        one, two = (card(tmp_path / name, script)["states"] for name in ("one", "two"))
+        torch.testing.assert_close(two["weight"], one["weight"], rtol=1e-3, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------- moments
+# ------------------------------------------------------------------------- weights of the parts
 
 
-def simulate_samples(n, tau2, rng, n_samples=40, n_latent=6):
-    """Cells of one type in samples whose means vary by tau2, within which cells vary by 1.
-
-    Returns:
-        means of the samples (S, D), and their raw moments and the type's, mu and var (1, D).
-    """
-    truth = rng.normal(0, np.sqrt(tau2), (n_samples, n_latent))
-    sizes = rng.integers(1, 2 * n, n_samples)
-    sample = np.repeat(np.arange(n_samples), sizes)
-    z = truth[sample] + rng.normal(0, np.sqrt(0.9), (len(sample), n_latent))
-    raw = sample_moments(z, np.full_like(z, 0.1), 0 * sample, sample, (n_samples, 1))
-    return truth, raw, z.mean(axis=0)[None], 0.1 + z.var(axis=0)[None]
-
-
-def test_raw_moments_are_the_closed_form_of_the_mixture():
-    """E[m] and E[v] + Var[m] over the cells of a sample and type, as stage 1 has it of types."""
-    rng = np.random.default_rng(0)
-    mean, var = rng.normal(3, 1, (50, 4)), rng.gamma(2, 1, (50, 4))
-    codes, sample = rng.integers(2, size=50), rng.integers(3, size=50)
-    codes[sample == 2] = 0
-    moments = sample_moments(mean, var, codes, sample, (4, 2))
-    for s in range(4):
-        for k in range(2):
-            inside = (sample == s) & (codes == k)
-            assert moments.n_cells[s, k] == inside.sum()
-            if not inside.any():
-                assert not moments.mu[s, k].any() and not moments.var[s, k].any()
-                continue
-            np.testing.assert_allclose(moments.mu[s, k], mean[inside].mean(axis=0))
-            expected = var[inside].mean(axis=0) + mean[inside].var(axis=0)
-            np.testing.assert_allclose(moments.var[s, k], expected)
+def test_weights_of_samples_are_those_their_cells_are_drawn_with():
+    """Of hundreds of cells nearly; of none they are the prior's, and of a few between the two."""
+    rng, truth = np.random.default_rng(0), np.array([0.8, 0.2, 0.0])
+    prior = np.full((3, 1, 3), 1 / 3)
+    sample = np.repeat([0, 1], [600, 4])
+    part = np.r_[rng.choice(3, 600, p=truth), np.zeros(4, int)]
+    seen = part[:, None] + rng.normal(0, 0.2, (604, 1))
+    likelihood = np.exp(-0.5 * (seen - np.arange(3)) ** 2 / 0.04)
+    weight, n_cells = weights_of(likelihood, 0 * sample, sample, prior, 10.0)
+    assert n_cells[:, 0].tolist() == [600, 4, 0]
+    np.testing.assert_allclose(weight[0, 0], truth, atol=0.05)
+    np.testing.assert_allclose(weight[1, 0], np.array([22, 10, 10]) / 42, atol=0.1)
+    assert np.array_equal(weight[2], prior[2])
 
 
-def test_no_cell_gives_the_types_moments_and_thousands_give_their_own():
-    """Regression: with few samples the variances of well-filled ones came out too small."""
-    rng = np.random.default_rng(1)
-    sizes, truth = [5000, 5000, 0, 3], np.array([-2.0, 2.0, 0.0, 1.0])
-    sample = np.repeat(np.arange(4), sizes)
-    z = truth[sample, None] + rng.normal(0, np.where(sample == 0, 0.5, 1.0)[:, None], (10003, 3))
-    raw = sample_moments(z, np.full_like(z, 1e-4), 0 * sample, sample, (4, 1))
-    mu, var = z.mean(axis=0)[None], z.var(axis=0)[None]
-    shrunk = shrink_moments(raw, mu, var)
-    np.testing.assert_allclose(shrunk.mu[:2], raw.mu[:2], atol=0.01)
-    np.testing.assert_allclose(shrunk.var[:2], raw.var[:2], rtol=0.02)
-    np.testing.assert_array_equal(shrunk.mu[2], mu)
-    np.testing.assert_allclose(shrunk.var[2], var)
-    assert (shrunk.var > 0).all()
-    distance = abs(shrunk.mu[3] - raw.mu[3])
-    assert (distance > 0).all()  # three cells are shrunk
+@pytest.mark.parametrize(
+    ("asked", "conditions", "batches", "chosen"),
+    [
+        ([], "aabab", "11111", ["a"]),
+        ([], "bbaa", "1111", ["a"]),  # as many: by name
+        ([], "aabbc", "11122", ["a", "b"]),  # the second batch has no a
+        (["b"], "aabab", "11111", ["b"]),
+        (["b", "c"], "aabc", "1112", ["b", "c"]),
+        (["b"], "aabc", "1112", "batch 2 has none of these, expected one of its conditions (c)"),
+        (["x"], "ab", "11", "found x, expected some of a, b"),
+    ],
+)
+def test_baseline_is_what_is_asked_for_or_most_common(asked, conditions, batches, chosen):
+    if isinstance(chosen, list):
+        assert choose_baseline(asked, list(conditions), list(batches)) == chosen
+    else:
+        with pytest.raises(InputError, match=re.escape(chosen)):
+            choose_baseline(asked, list(conditions), list(batches))
 
 
-def test_samples_that_do_not_differ_have_the_types_means():
-    """Exactly, where sampled cells explain more than all of the difference between them."""
-    cells = np.tile([-1.0, 1.0], 20)[:, None]  # every sample has mean 0
-    sample = np.repeat(np.arange(4), 10)
-    raw = sample_moments(cells, np.full((40, 1), 0.1), 0 * sample, sample, (4, 1))
-    mu, var = np.zeros((1, 1)), np.full((1, 1), 1.1)
-    shrunk = shrink_moments(raw, mu, var)
-    np.testing.assert_array_equal(shrunk.mu, np.zeros((4, 1, 1)))
-    np.testing.assert_allclose(shrunk.var, 1.1, rtol=0.01)
-
-
-@pytest.mark.parametrize(("n", "tau2"), [(3, 0.1), (3, 1.0), (20, 0.1), (20, 1.0)])
-def test_shrunk_means_are_nearer_to_the_truth_than_either(n, tau2):
-    rng = np.random.default_rng(2)
-    truth, raw, mu, var = simulate_samples(n, tau2, rng)
-    shrunk = shrink_moments(raw, mu, var)
-    error = [np.mean((part[:, 0] - truth) ** 2) for part in (shrunk.mu, raw.mu)]
-    constant = np.mean((mu - truth) ** 2)
-    assert error[0] < 0.98 * min(error[1], constant)
-    best = np.mean(tau2 / (1 + tau2 * raw.n_cells))  # of the posterior mean with known variances
-    assert error[0] < 1.4 * best
-
-
-def test_variances_of_few_cells_are_shrunk_too():
-    rng = np.random.default_rng(3)
-    _, raw, mu, var = simulate_samples(4, 0.5, rng)
-    shrunk = shrink_moments(raw, mu, var)
-    error = [np.mean(np.log(part.var) ** 2) for part in (shrunk, raw)]  # the truth is 1
-    assert error[0] < 0.2 * error[1]
-    single = raw.n_cells[:, 0] == 1  # whose raw variance is that of their posterior alone
-    assert single.any() and (shrunk.var[single] > 0.5).all()
-
-
-def test_moments_of_a_mixture_are_those_of_its_cells():
-    rng = np.random.default_rng(4)
-    mean, var = rng.normal(0, 1, (60, 3)), rng.gamma(2, 1, (60, 3))
-    sample, codes = np.repeat([0, 1, 2], [10, 20, 30]), rng.integers(2, size=60)
-    raw = sample_moments(mean, var, codes, sample, (3, 2))
-    used = sample > 0
-    pooled = sample_moments(mean[used], var[used], codes[used], 0 * sample[used], (1, 2))
-    share = raw.n_cells * [[0], [1], [1]]
-    mu, v = mix_moments((share / share.sum(axis=0))[None], raw)
-    np.testing.assert_allclose(mu, pooled.mu)
-    np.testing.assert_allclose(v, pooled.var)
+def test_baseline_samples_are_of_the_first_condition_that_a_batch_has():
+    n, weight = torch.ones(5, 1), torch.ones(5, 1, 1)
+    states = ReferenceStates(list("vwxyz"), list("aabcd"), list("11122"), ["a", "c"], n, weight)
+    assert states.baseline_of("1") == states.baseline_of() == [0, 1]
+    assert states.baseline_of("2") == [3] and states.others == [2, 4]
+    without = replace(states, baseline=[])
+    assert without.baseline_of("2") == [3, 4] and without.others == [0, 1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------- pseudobulks
@@ -617,10 +520,7 @@ def tagged():
     """Cells of three samples and two types, each with a gene of its own; sample 1 lacks type 1."""
     group = np.repeat([0, 1, 2, 4, 5], 8)  # sample * 2 + type
     X = sp.csr_matrix((np.ones(40, np.float32), (np.arange(40), group)), shape=(40, 6))
-    rng = np.random.default_rng(0)
-    n = np.bincount(group, minlength=6).reshape(3, 2)
-    moments = SampleMoments(n, rng.normal(0, 1, (3, 2, 4)), rng.gamma(2, 1, (3, 2, 4)))
-    return BulkCells(X, group % 2, 2, group // 2, moments)
+    return BulkCells(X, group % 2, 2, group // 2)
 
 
 def test_bulks_are_of_one_sample_or_two(tagged):
@@ -637,54 +537,25 @@ def test_bulks_are_of_one_sample_or_two(tagged):
 
 
 @pytest.mark.parametrize("pool", [None, 3])
-def test_targets_of_bulks_are_the_moments_of_their_cells(tagged, pool):
+def test_bulks_are_of_the_cells_of_their_samples(tagged, pool):
     """Counts are of the samples that the bulk claims, and of no type that they lack."""
     rng, n = np.random.default_rng(1), 60
     share = draw_samples(tagged, n, rng)
     pools = None if pool is None else np.full(n, pool)
-    counts, bulks = draw_from_samples(tagged, share, np.full(n, 50), pools, rng)
+    counts, pi = draw_from_samples(tagged, share, np.full(n, 50), pools, rng)
     drawn = counts.reshape(n, 3, 2) / 50  # each gene counts the cells of one sample and type
-    np.testing.assert_allclose(drawn.sum(axis=1), bulks.pi, atol=1e-6)
-    np.testing.assert_allclose(drawn.sum(axis=2), bulks.share, atol=1e-6)
-    assert not drawn[:, 1, 1].any() and (bulks.share[share == 0] == 0).all()
-    for b in range(n):
-        for k in range(2):
-            of_type = drawn[b, :, k]
-            weight = of_type if of_type.any() else bulks.share[b]
-            mu, var = mix_moments(
-                np.broadcast_to((weight / weight.sum())[:, None], (1, 3, 2)), tagged.moments
-            )
-            np.testing.assert_allclose(bulks.mu[b, k], mu[0, k], rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(bulks.var[b, k], var[0, k], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(drawn.sum(axis=1), pi, atol=1e-6)
+    assert not drawn[:, 1, 1].any() and (drawn.sum(axis=2)[share == 0] == 0).all()
 
 
-def test_simulated_bulks_without_samples_have_the_mixture_as_target(tagged):
+def test_simulated_bulks_have_the_mixture_as_target(tagged):
     cfg = train_encoder.Settings(batch_size=8)
-    alone = BulkCells(tagged.X, tagged.codes, 2)
-    bulks = simulate_bulks(alone, cfg, np.random.default_rng(0))
     model = SimpleNamespace(mu=torch.zeros(2, 4), var=torch.ones(2, 4))
-    mu, var, pi = bulks.target(model)
-    assert mu is model.mu and var is model.var and torch.equal(pi, torch.from_numpy(bulks.pi))
-    bulks = simulate_bulks(tagged, cfg, np.random.default_rng(0))
-    assert bulks.target(model)[0].shape == (8, 2, 4) and bulks.counts.shape == (8, 6)
-
-
-def test_held_out_losses_are_over_types_of_samples_that_are_drawn():
-    """Regression: where the one large sample was in no bulk, no type counted, and losses were nan.
-
-    Where it is in one, only its moments are worth a comparison.
-    """
-    sample = np.r_[np.arange(60), np.full(30, 60)]
-    X = sp.csr_matrix(np.ones((90, 5), np.float32))
-    raw = sample_moments(np.zeros((90, 3)), np.ones((90, 3)), 0 * sample, sample, (61, 1))
-    model = SimpleNamespace(mu=torch.zeros(1, 3), var=torch.ones(1, 3))
-    cells = BulkCells(X, 0 * sample, 1, sample, raw, mixed=False)
-    cfg = train_encoder.Settings(batch_size=1)
-    for seed in range(5):
-        test = train_encoder.simulate_test_bulks(model, cells, cfg, np.random.default_rng(seed))
-        assert test.known.any() and np.isfinite(list(test.beside.values())).all()
-        drawn = test.bulks.share.argmax(axis=1)
-        assert test.known[:, 0].tolist() == [60 not in drawn or s == 60 for s in drawn]
+    for cells in (BulkCells(tagged.X, tagged.codes, 2), tagged):
+        bulks = simulate_bulks(cells, cfg, np.random.default_rng(0))
+        mu, var, pi = bulks.target(model)
+        assert mu is model.mu and var is model.var and torch.equal(pi, torch.from_numpy(bulks.pi))
+        assert bulks.counts.shape == (8, 6)
 
 
 def test_state_genes_differ_between_samples_not_between_types():
@@ -705,216 +576,85 @@ def test_state_genes_differ_between_samples_not_between_types():
 # -------------------------------------------------------------------------------------- states
 
 
-def simulate_states(rng, n_donors=10, n_genes=40, noise=0.5):
-    """Log-ratios of bulks that two hidden directions of donors show in, and their moments.
-
-    Returns:
-        ratio (n, G), mu and log_var (n, 2, 3), donor (n).
-    """
-    donor = np.repeat(np.arange(n_donors), 30)
-    hidden = rng.normal(0, 1, (n_donors, 2))[donor] * rng.uniform(0.5, 1.5, (len(donor), 1))
-    ratio = hidden @ rng.normal(0, 0.5, (2, n_genes)) + 0.3
-    ratio += rng.normal(0, noise, ratio.shape)
-    mu = (hidden @ rng.normal(0, 1, (2, 6))).reshape(-1, 2, 3)
-    return ratio, mu, 0.2 * mu, donor
-
-
-def predict(states, ratio):
-    """mu (n, K, D) that States give for log-ratios (n, G)."""
-    return np.einsum("nr,rkd->nkd", (ratio - states.center) @ states.weight, states.mu)
+@pytest.mark.parametrize("seed", range(3))
+def test_states_are_read_beneath_what_platforms_change(seed):
+    """A bulk of no state reads 0, also of another batch; of a mixture, its share."""
+    rng = np.random.default_rng(seed)
+    n, other = 2000, np.exp(rng.normal(0, 0.8, 2000))
+    base = fractions(rng.gamma(0.7, 1, n) + 0.02)
+    effect = np.exp(np.where(rng.random(n) < 0.08, rng.normal(1.5, 0.5, n), 0))
+    moved, batch = fractions((base * effect)[None]), fractions(np.stack([base, base * other]))
+    for share in (0.0, 0.5, 1.0):
+        for platform in (np.exp(rng.normal(0, 0.7, n)), other):
+            bulk = rng.poisson(fractions((base + share * (moved[0] - base)) * platform) * 2e6)
+            found, covariance = read_shares(bulk, base, moved, batch)
+            assert abs(found[0] - share) < 0.2 and 0 < covariance[0, 0] < 0.1
+            assert share or found[0] < 0.02
 
 
-def test_states_are_found_in_noisy_log_ratios():
-    """A linear map of rank 2, learned from eight donors, tells the states of two others."""
-    ratio, mu, log_var, donor = simulate_states(np.random.default_rng(0))
-    known = donor < 8
-    states, left = fit_states(ratio[known], mu[known], log_var[known], donor[known] % 5)
-    assert left < 0.3 and states.weight.shape == (40, 2)
-    error = predict(states, ratio[~known]) - mu[~known]
-    assert np.mean(error**2) < 0.2 * np.mean(mu[~known] ** 2)
-    np.testing.assert_allclose(states.share.sum(axis=0), 1)
-    np.testing.assert_allclose(states.log_var, 0.2 * states.mu, atol=0.02)
-
-
-def test_states_that_no_bulk_shows_are_not_learned():
-    rng = np.random.default_rng(1)
-    ratio, mu, log_var, donor = simulate_states(rng)
-    unrelated = rng.normal(0, 1, (10, 2, 3))[donor]
-    states, left = fit_states(ratio, unrelated, log_var, donor % 5)
-    assert states is None and left >= 1
-    one_group = np.where(donor < 5, 0, -1)  # the others are of several groups
-    states, left = fit_states(ratio, mu, log_var, one_group)
-    assert states is None and np.isnan(left)
-
-
-def test_moments_that_differ_by_rounding_alone_teach_nothing():
-    ratio, mu, log_var, donor = simulate_states(np.random.default_rng(2))
-    assert fit_states(ratio, 1e-7 * mu, log_var, donor % 5)[0] is None
-    assert fit_states(ratio, 0 * mu, 0 * log_var, donor % 5)[0] is None
-
-
-def test_bulks_are_grouped_by_donor():
-    """Two donors are two groups, however many more are held out; a mixture of both is neither."""
-    donor = np.repeat(np.arange(12), 2)  # of each sample
-    share = np.zeros((6, 24))
-    share[[0, 1, 2, 3], [4, 5, 20, 21]] = 1
-    share[4, [4, 5]] = 0.5  # two samples of one donor
-    share[5, [5, 20]] = 0.5
-    for seed in range(200):
-        group = group_bulks(share, donor, np.random.default_rng(seed))
-        assert group[0] == group[1] == group[4] >= 0 and group[2] == group[3] >= 0
-        assert group[0] != group[2] and group[5] == -1
-
-
-# -------------------------------------------------------------------------- the Bulk Encoder
-
-
-@pytest.fixture
-def encoder(trained_samples):
-    """The Bulk Encoder of a reference of samples, bulks of all of them (8, G), and their names."""
-    model, content = load_model(trained_samples / "bulkEncoder_model.pt", BulkEncoder)
-    table = make_sample_bulks(make_sample_cells())
-    bulk = torch.from_numpy(table.loc[content["genes"]].to_numpy().T.copy()).float()
-    return model, bulk, list(table.columns)
+@pytest.mark.parametrize("platform", [0.0, 0.7])
+def test_the_state_of_an_unseen_donor_is_read(trained_samples, platform):
+    """Of the reference's platform and of another one; and cells are of that state."""
+    model, table = Model.load(trained_samples), make_sample_bulks(make_sample_cells())
+    names = ["d4 control", "d4 treated"]
+    factor = np.exp(np.random.default_rng(0).normal(0, platform, len(table)))
+    samples = BulkSamples(read_bulk(table[names].mul(factor, axis=0).T, model.genes), model)
+    assert samples.states.names == ["treated"]
+    control, treated = samples.states.by_condition()[:, 0]
+    assert control < 0.15 and treated > 0.5 and (samples.states.share[:, :2] <= 1).all()
+    assert not {"d4 treated", "d1 control"} & set(samples.states.samples)
+    fit = samples.fit
+    assert (fit["state treated_low"] <= fit["state treated"]).all()
+    assert (fit["state treated"] <= fit["state treated_high"]).all()
+    mu, var, _, weight = samples.encoded
+    assert mu.shape == var.shape == (2, 3, 4) and (var > 0).all()
+    torch.testing.assert_close(weight.sum(dim=2), torch.ones(2, 3))
+    change = samples.profiles[1:2] / samples.profiles[:1]
+    assert np.median(change[0][:, TREATED_EVERYWHERE]) > 2 * np.median(change[0])
 
 
 @torch.no_grad()
-def test_encoder_answers_with_the_state_of_an_unseen_donor(trained_samples, encoder):
-    """Moments of control and treated bulks are nearer to those of their own cells than the types'.
-
-    In units of each type's variance, over the donor that no stage has seen.
-    """
-    model, bulk, names = encoder
-    gmvae, content = load_model(trained_samples / "scGMVAE_model.pt", scGMVAE)
-    cells = make_sample_cells()
-    X, _ = align_genes(cells.X, cells.var_names, content["genes"], "cells")
-    mean, var = (part.numpy() for part in encode_cells(gmvae, X))
-    codes = cells.obs["cell_type"].map(CELL_TYPES.index).to_numpy()
-    sample = cells.obs["sample"].map(names.index).to_numpy()
-    own = sample_moments(mean, var, codes, sample, (8, 3))
-    mu, var, _ = (part.numpy() for part in model(bulk))
-    for s in (names.index("d4 control"), names.index("d4 treated")):
-        error = np.mean((mu[s] - own.mu[s]) ** 2 / model.var.numpy(), axis=1)  # (K)
-        constant = np.mean((model.mu.numpy() - own.mu[s]) ** 2 / model.var.numpy(), axis=1)
-        assert (error < 0.5 * constant).all(), (names[s], error, constant)
-        error, constant = (
-            np.mean((np.log(v) - np.log(own.var[s])) ** 2) for v in (var[s], model.var.numpy())
-        )
-        assert error < constant
+def test_an_encoder_of_version_2_answers_with_the_types_moments(few, tmp_path, capsys):
+    """Its directions of states and what its heads added to them are left out, and that is said."""
+    content = card(few, STAGES[2])
+    old = {"state_center": torch.zeros(len(content["genes"])), "state_mu": torch.ones(2, 3, 3)}
+    old |= {"mu_head.weight": torch.ones_like(content["state"]["mu_head.weight"])}
+    config = content["config"] | {"n_state": 2}
+    torch.save(content | {"config": config, "state": content["state"] | old}, tmp_path / "b.pt")
+    model, _ = load_model(tmp_path / "b.pt", BulkEncoder)
+    assert "of an earlier version, whose states" in capsys.readouterr().out
+    mu, var, _ = model(torch.rand(2, len(content["genes"])))
+    assert torch.equal(mu, model.mu.expand(2, 3, 3)) and torch.equal(var, model.var.expand(2, 3, 3))
 
 
-def test_losses_stand_beside_those_of_the_constant_answer(trained_samples):
-    curve = np.genfromtxt(trained_samples / "bulkEncoder_loss.csv", delimiter=",", names=True)
-    last = curve[-1]
-    for name in ("mu", "var", "pi"):
-        assert 0 < last[f"held_out_{name}"] < 0.5 * last[f"constant_{name}"]
-    assert 0 < last["noise_mu"] < last["constant_mu"]
-
-
-@torch.no_grad()
-def test_absent_genes_do_not_pull_the_state_to_zero(encoder):
-    """With half of what shows a direction, t is about as long as with all of it."""
-    model, bulk, names = encoder
-    treated = np.array([name.endswith("treated") for name in names])
-
-    def contrast(present):
-        fractions = model.normalise(bulk, present)
-        first = model.deconvolve(fractions, present)
-        t = model.state(model.ratio_to(first @ model.signature, fractions, present), present)
-        return (t[treated] - t[~treated]).mean(dim=0)  # (R)
-
-    full, rng = contrast(torch.ones(bulk.shape[1])), np.random.default_rng(0)
-    r = int(full.abs().argmax())
-    lengths, shares = [], []
-    for _ in range(20):
-        half = torch.ones(bulk.shape[1])  # half of those genes that show it best
-        half[model.state_share[:, r].topk(16).indices[rng.permutation(16)[:8]]] = 0
-        lengths.append(float(contrast(half)[r] / full[r]))
-        shares.append(float((half @ model.state_share)[r]))
-    assert np.mean(shares) < 0.65 and 0.85 < np.mean(lengths) < 1.15
-
-
-@torch.no_grad()
-def test_encoder_without_states_is_as_it_was():
-    """Shipped files are from before there were samples: no n_state, no samples, no new tensors."""
-    model, content = load_model(ROOT / "weights" / "bulkEncoder_model.pt", BulkEncoder)
-    assert model.n_state == 0 and "samples" not in content and "n_state" not in content["config"]
-    assert not any(name.startswith("state") for name in model.state_dict())
-    bulk = torch.rand(4, len(content["genes"]), generator=torch.Generator().manual_seed(0))
-    mu, var, _ = model(bulk)
-    x = torch.log1p(model.normalise(bulk, torch.ones_like(model.profile)) * 1e4) - model.center
-    h = model.hidden((x / model.scale).clamp(-6, 6))
-    assert torch.equal(mu, model.mu + model.mu_head(h).view(mu.shape))
-    assert torch.equal(var, model.var * model.var_head(h).view(mu.shape).clamp(-5, 5).exp())
-    with_states = BulkEncoder(**content["config"], n_state=2)
-    with_states.load_state_dict(model.state_dict(), strict=False)
-    for a, b in zip(with_states.eval()(bulk), model(bulk), strict=True):
-        assert torch.equal(a, b)  # directions that lead nowhere
-
-
-@torch.no_grad()
-def test_states_move_means_by_standard_deviations_and_variances_by_factors():
-    """Along each direction, on top of what the heads have learned."""
-    torch.manual_seed(0)
-    model = BulkEncoder(30, 3, 4, n_hidden=8, dropout=0.0, n_state=2).eval()
-    model.signature.copy_(model.scale_signature(torch.rand(3, 30)))
-    model.mu.normal_(), model.var.uniform_(0.5, 2)
-    bulk, present = torch.rand(5, 30), torch.ones(30)
-    plain = model(bulk)
-    assert torch.equal(plain[0], model.mu.expand(5, 3, 4))
-    for name in ("weight", "mu", "log_var"):
-        getattr(model, f"state_{name}").normal_(0, 0.1)
-    fractions = model.normalise(bulk, present)
-    ratio = model.ratio_to(
-        model.deconvolve(fractions, present) @ model.signature, fractions, present
-    )
-    t = ratio @ model.state_weight  # (S, R)
-    mu, var, pi = model(bulk)
-    moved = torch.einsum("sr,rkd->skd", t, model.state_mu) * model.var.sqrt()
-    torch.testing.assert_close(mu, model.mu + moved)
-    factor = torch.einsum("sr,rkd->skd", t, model.state_log_var).exp()
-    torch.testing.assert_close(var, model.var * factor)
-    assert torch.equal(pi, plain[2]) and t.abs().max() > 0.1
-
-
-def broken_samples(samples):
+def broken_states(states):
     """What a file says of its samples, each time wrong in one way."""
-    for name in ("n_cells", "mu", "var"):
-        value = samples[name]
-        yield samples | {name: value[:-1]}
-        yield samples | {name: value[:, :-1]}
-        yield samples | {name: value[..., None]}
-        yield samples | {name: value * torch.nan}
-        yield samples | {name: value * torch.inf}
-        yield samples | {name: value.double()}
-        yield samples | {name: torch.zeros(1).expand(value.shape)[:1].expand(value.shape)}
-        yield samples | {name: value.tolist()}
-        yield {key: part for key, part in samples.items() if key != name}
-    yield samples | {"n_cells": samples["n_cells"] - 100}
-    yield samples | {"var": -samples["var"]}
-    yield samples | {"var": 0 * samples["var"]}
-    yield samples | {"names": ["same"] * len(samples["names"])}
-    yield samples | {"names": samples["names"][:-1]}
-    yield samples | {"names": ["a\0b", *samples["names"][1:]]}
-    yield samples | {"names": list(range(len(samples["names"])))}
-    yield samples | {"names": None}
-    yield {key: part for key, part in samples.items() if key != "names"}
+    for name in ("n_cells", "weight"):
+        value = states[name]
+        for wrong in (value[:-1], value[:, :-1], value[..., None], value * torch.nan, -value - 1):
+            yield states | {name: wrong}
+        for wrong in (value * torch.inf, value.double(), value.tolist()):
+            yield states | {name: wrong}
+        yield {key: part for key, part in states.items() if key != name}
+    yield states | {"weight": 2 * states["weight"]}
+    for name in ("samples", "conditions", "batches"):
+        names = states[name]
+        for wrong in (names[:-1], [*names[1:], "a\0b"], [1] * len(names), None):
+            yield states | {name: wrong}
+    yield states | {"samples": ["same"] * len(states["samples"])}
+    yield states | {"baseline": "control"}
     yield []
     yield "all of them"
 
 
-def test_broken_samples_in_a_file_end_in_one_line(few, sample_h5ad, tmp_path):
-    path, content = tmp_path / "scGMVAE_model.pt", card(few, STAGES[0])
-    for samples in broken_samples(content["samples"]):
-        torch.save(content | {"samples": samples}, path)
-        with pytest.raises(InputError, match="scGMVAE_model.pt: its parts do not fit together"):
-            load_model(path, scGMVAE)
+def test_broken_states_in_a_file_end_in_one_line(few, tmp_path):
+    path, content = tmp_path / "scDecoder_model.pt", card(few, STAGES[1])
+    for states in broken_states(content["states"]):
+        torch.save(content | {"states": states}, path)
+        with pytest.raises(InputError, match="scDecoder_model.pt: its parts do not fit together"):
+            load_model(path, scDecoder)
     torch.save(content, path)
-    assert load_model(path, scGMVAE)[1]["samples"]["names"] == content["samples"]["names"]
-    shutil.copytree(few, tmp_path / "w")
-    torch.save(content | {"samples": {"names": []}}, tmp_path / "w" / path.name)
-    flags = ["--data", sample_h5ad, "--weights", tmp_path / "w", *OF_SAMPLES, *FEW[STAGES[2]]]
-    assert_one_line_error(run_inside(STAGES[2], *flags), path.name, "do not fit together")
+    assert load_model(path, scDecoder)[1]["states"]["samples"] == content["states"]["samples"]
 
 
 def test_bulks_of_reference_cells_are_of_one_sample_each():
