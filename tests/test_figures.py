@@ -34,6 +34,7 @@ from plots import cells as cell_plots
 from plots import states as state_figures
 from plots import training as training_plots
 from plots.style import TYPE_COLORS
+from runtime.errors import InputError
 from runtime.weights import load_model
 
 pytestmark = pytest.mark.draws
@@ -329,9 +330,9 @@ def test_without_a_donor_a_line_says_why(capsys):
 
 def test_of_several_conditions_two_must_be_named(capsys):
     rows = [(f"d1{c}", "d1", c, True) for c in "abc"]
-    with pytest.raises(make_figures.InputError, match="--contrast.*3 conditions"):
+    with pytest.raises(InputError, match="--contrast.*3 conditions"):
         find(rows, capsys)
-    with pytest.raises(make_figures.InputError, match="--contrast.*x"):
+    with pytest.raises(InputError, match="--contrast.*x"):
         find(rows, capsys, contrast=("a", "x"))
     assert find(rows, capsys, contrast=("c", "a"))[0].samples == ("d1c", "d1a")
 
