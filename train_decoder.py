@@ -365,7 +365,6 @@ def main(cfg):
     if gmvae is None:
         order = take_components(cfg, mu, var, cells[train], codes[train], cell_types, rng)
         mu, var = mu[order], var[order]
-
     baseline, group = find_baseline(reference, cfg), group_cells(reference)
     fitted, validation = split_validation(train, codes, cfg)
     plan = plan_training(cfg, len(fitted), PASSES)
@@ -375,8 +374,7 @@ def main(cfg):
         *reference.names,  # type means are shrunk if there are several donors
         baseline,
     )
-    model_file = cfg.weights / "scDecoder_model.pt"
-    if already_finished(cfg, model_file, scDecoder, made_from):
+    if already_finished(cfg, cfg.weights / "scDecoder_model.pt", scDecoder, made_from):
         return
 
     posterior, codes = None, torch.as_tensor(codes)
@@ -385,12 +383,10 @@ def main(cfg):
         posterior = [part.cpu() for part in encode_cells(gmvae, X)]  # (N, D) each
     z_mean, z_var = posterior or (mu[codes], var[codes])  # (N, D) each
     library = torch.from_numpy(library_size(cells.X))  # (N)
-    given = cells.X, library, train, codes, (mu, var), posterior, group, cfg
-    model, owner = start_model(*given)
+    model, owner = start_model(cells.X, library, train, codes, (mu, var), posterior, group, cfg)
     model = model.to(device)
     fast = [] if model.log_theta is None else [model.log_theta]
     optimizer, schedule = two_rate_optimizer(model, fast, plan, cfg.weight_decay)
-
     run = TrainingRun("scDecoder", cfg, plan, model, optimizer, schedule, rng, made_from)
     split = fitted, validation, test
     train_model(run, optimizer, schedule, cells.X, library.float(), split, (z_mean, z_var))
