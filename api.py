@@ -33,7 +33,6 @@ from readers.fingerprint import digest
 from readers.proportions import read_proportions
 from runtime.arguments import check_choice, check_number, check_type, for_python, in_user_terms
 from runtime.cell_writers import kind_of, open_cells
-from runtime.device import pick_device
 from runtime.errors import InputError, one_line, some
 from runtime.processes import wait_for_all
 from runtime.provenance import files_read, run_name
@@ -62,7 +61,7 @@ def load(weights="weights/pbmc", device="auto"):
     """
     check_type("weights", weights, PATH, "a folder of weights")
     check_type("device", device, str, "auto, cpu, cuda or cuda:N")
-    return Model.load(shipped(weights), pick_device(device))
+    return Model.load(shipped(weights), device)
 
 
 @for_python

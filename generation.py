@@ -21,7 +21,6 @@ from deconvolution.encode import check_filled, encode_bulks
 from deconvolution.expression import (
     Expression,
     mean_library,
-    normalise,
     part_profiles,
     parts_of,
 )
@@ -32,7 +31,7 @@ from runtime.arguments import check_type, for_python
 from runtime.device import pick_device
 from runtime.errors import InputError, some
 from runtime.weights import check_cell_types, check_mixture, load_model, save_tensors
-from states.reading import StateProfiles, states_of
+from states.reading import StateProfiles, normalise, states_of
 
 MODEL_FILES = ("bulkEncoder_model.pt", "scDecoder_model.pt")
 CHUNK = 4096  # cells at a time: bounds memory, and is enough for every core

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from runtime.progress import progress
+from states.reading import LIMIT, normalise
 
 N_DRAWS = 384  # of z, for the profiles of the parts of a type's cloud
 # Prior sd of ln expression of a gene between two samples, inside a type; and between two platforms,
@@ -25,7 +26,6 @@ N_PLATFORM_BULKS = 200
 SHARED = 0.8  # correlation of a change between cell types
 STATE_ERROR = 0.15  # of what a state changes, by which it may be wrong
 FLOOR = 2e-6  # added to fractions of all counts: two counts per million
-LIMIT = float(np.log(30))  # of a factor; a NumPy scalar would make float32 wider
 GENES_AT_A_TIME = 500
 SAMPLES_AT_A_TIME = 32
 
@@ -70,9 +70,9 @@ class SampleProfiles:
         if self.share is None:
             n = len(range(*rows.indices(len(self)))) if isinstance(rows, slice) else len(rows)
             return np.broadcast_to(self.reference, (n, *self.shape[1:]))
-        return self.states.profiles(self.share[rows])[0]
+        return self.states.profiles(self.share[rows], self.states.moved)
 
-    def log_factor(self, rows):
+    def log_factor(self, rows, profiles):
         """What cells drawn from the states' parts lack to these profiles, ln (s, K, G) float32.
 
         A state's cells are of its own batch, and its profile is as the baseline's batches are. None
@@ -80,7 +80,7 @@ class SampleProfiles:
         """
         if self.share is None:
             return None
-        profiles, drawn = self.states.profiles(self.share[rows])
+        drawn = self.states.profiles(self.share[rows], self.states.own)
         return np.log((profiles + FLOOR) / (drawn + FLOOR))
 
 
@@ -304,11 +304,6 @@ def calibration(bulk, expected, measured):
     return np.where(measured, np.clip(np.log(p / q), -LIMIT, LIMIT), 0).astype(np.float32)
 
 
-def normalise(profiles):
-    """Profiles (..., G) over their sums, all 0 if that is 0."""
-    return profiles / np.maximum(profiles.sum(axis=-1, keepdims=True), 1e-12)
-
-
 def expected_bulk(decoder, pi, profiles=None):
     """The sum (S, G), a numpy array, that proportions make of each type's mean counts.
 
@@ -362,7 +357,7 @@ class Expression:
         """ExpressionPart of the samples in a slice."""
         start = self.states[rows]
         delta, sd = np.zeros((1, 1, 1), np.float32), np.zeros_like(start)
-        log_factor, P = self.states.log_factor(rows), np.float32(0)
+        log_factor, P = self.states.log_factor(rows, start), np.float32(0)
         if self.factor is not None:
             delta = self.factor[rows, None]
             log_factor = self.factor[rows] if log_factor is None else log_factor + delta

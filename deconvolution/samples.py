@@ -106,7 +106,11 @@ class BulkSamples:
         columns["unknown"] = self.unknown.share
         columns |= {"unknown_low": self.unknown.low, "unknown_high": self.unknown.high}
         if self.states is not None and self.model.states.states.baseline:
-            columns |= self.states.columns()
+            share = self.states.by_condition()
+            values = (share, *normal_interval(share, self.states.sd))
+            for i, name in enumerate(self.states.names):
+                for end, value in zip(("", "_low", "_high"), values, strict=True):
+                    columns[f"state {name}{end}"] = value[:, i]
         return pd.DataFrame(columns, index=self.names)
 
     def add(self, cells, balanced=False):

@@ -26,8 +26,7 @@ RIDGE, SLOPE = 0.0015, 0.003
 BATCH_RIDGE = 1.0
 N_ITERATIONS = 20
 MOST_CELLS = 50  # of a type, beyond which a sample counts no more in a mean over samples
-LIMIT = float(np.log(30))
-Z90 = 1.645  # standard deviations to either side of a 90 % interval
+LIMIT = float(np.log(30))  # of a factor; a NumPy scalar would make float32 wider
 
 
 @dataclass
@@ -48,22 +47,15 @@ class StateReading:
         """Conditions, each once."""
         return list(dict.fromkeys(self.conditions))
 
+    @property
+    def member(self):
+        """Which condition each sample is of (S, conditions), 0 or 1."""
+        rows = [[condition == name for name in self.names] for condition in self.conditions]
+        return np.array(rows, float).reshape(len(self.conditions), len(self.names))
+
     def by_condition(self):
         """Share of each condition (B, conditions)."""
-        member = np.array([[c == name for name in self.names] for c in self.conditions], float)
-        return self.share @ member.reshape(len(self.conditions), len(self.names))
-
-    def columns(self):
-        """Share of each condition in bulks with its 90 % interval: dict name -> values (B)."""
-        result = {}
-        for name, share, sd in zip(self.names, self.by_condition().T, self.sd.T, strict=True):
-            for end, value in (
-                ("", share),
-                ("_low", share - Z90 * sd),
-                ("_high", share + Z90 * sd),
-            ):
-                result[f"state {name}{end}"] = value.clip(0, 1)
-        return result
+        return self.share @ self.member
 
 
 class StateProfiles:
@@ -97,11 +89,11 @@ class StateProfiles:
         self.own = np.array(own).reshape(-1, *self.baseline.shape)
         of_batch = [names.index(states.batches[i]) for i in states.others]
         change = np.log((self.baseline + FLOOR) / (self.batch[of_batch] + FLOOR))
-        self.moved = fractions(self.own * np.exp(change.clip(-LIMIT, LIMIT)))
+        self.moved = normalise(self.own * np.exp(change.clip(-LIMIT, LIMIT)))
 
     def decode(self, weight):
         """Profiles (n, K, G) of clouds whose parts have these weights (n, K, C)."""
-        return fractions(np.einsum("nkc,kcg->nkg", weight, self.parts, optimize=True))
+        return normalise(np.einsum("nkc,kcg->nkg", weight, self.parts, optimize=True))
 
     def mean_of(self, rows):
         """Mean weights (K, C) of some samples, by their cells of each type."""
@@ -116,20 +108,19 @@ class StateProfiles:
                 weight: counts that each type gives to the bulk (B, K), on any scale.
         """
         states, rows = self.states, self.states.others
-        conditions = [states.conditions[i] for i in rows]
-        names = list(dict.fromkeys(conditions))
-        member = np.array([[c == name for name in names] for c in conditions], float)
-        shares, sds = np.zeros((len(bulk), len(rows))), np.zeros((len(bulk), len(names)))
-        if rows:
-            for i in progress(range(len(bulk)), "states", "sample"):
-                given = bulk[i, measured].astype(np.float64)
-                expected = (
-                    fractions(np.tensordot(weight[i], part[..., measured], (0, part.ndim - 2)))
-                    for part in (self.baseline, self.moved, self.batch)
-                )
-                shares[i], covariance = read_shares(given, *expected)
-                sds[i] = np.sqrt(np.einsum("sc,st,tc->c", member, covariance, member))
-        return StateReading([states.samples[i] for i in rows], conditions, shares, sds)
+        named = ([names[i] for i in rows] for names in (states.samples, states.conditions))
+        reading = StateReading(*named, np.zeros((len(bulk), len(rows))), None)
+        reading.sd = np.zeros((len(bulk), len(reading.names)))
+        for i in progress(range(len(bulk) if rows else 0), "states", "sample"):
+            given = bulk[i, measured].astype(np.float64)
+            expected = (
+                normalise(np.tensordot(weight[i], part[..., measured], (0, part.ndim - 2)))
+                for part in (self.baseline, self.moved, self.batch)
+            )
+            reading.share[i], covariance = read_shares(given, *expected)
+            variance = np.einsum("sc,st,tc->c", reading.member, covariance, reading.member)
+            reading.sd[i] = np.sqrt(variance)
+        return reading
 
     def mix(self, share):
         """Weights of the parts of clouds in bulks (B, K, C), float32; share: (B, S)."""
@@ -137,11 +128,13 @@ class StateProfiles:
         mixed = np.einsum("bs,skc->bkc", every.clip(0), self.weight)
         return mixed.astype(np.float32)
 
-    def profiles(self, share):
-        """Expected profiles (B, K, G) float32, and the same of what the parts' profiles give."""
+    def profiles(self, share, of_states):
+        """Profiles of bulks (B, K, G) float32: the baseline's, and own or moved ones of states.
+
+        share: (B, S). of_states: :attr:`moved` or :attr:`own` (S, K, G).
+        """
         rest = (1 - share.sum(axis=1)).clip(0)[:, None, None] * self.baseline
-        moved, own = (rest + np.tensordot(share, part, (1, 0)) for part in (self.moved, self.own))
-        return moved.astype(np.float32), own.astype(np.float32)
+        return (rest + np.tensordot(share, of_states, (1, 0))).astype(np.float32)
 
 
 def filled_weights(states):
@@ -214,9 +207,9 @@ def read_shares(bulk, baseline, moved, batch):
     return x[:S], np.linalg.inv(M)
 
 
-def fractions(values):
-    """Values (..., G) over their sums."""
-    return values / np.maximum(values.sum(axis=-1, keepdims=True), 1e-300)
+def normalise(profiles):
+    """Profiles (..., G) over their sums, all 0 if that is 0."""
+    return profiles / np.maximum(profiles.sum(axis=-1, keepdims=True), 1e-12)
 
 
 def states_of(metadata):

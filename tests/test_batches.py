@@ -12,6 +12,7 @@ import torch
 from conftest import OF_SAMPLES, assert_one_line_error, refused, run_inside
 from counts.genes import choose_marker_genes, choose_state_genes
 from data import Reference
+from deconvolution.proportions import normal_interval
 from models import BulkEncoder, scDecoder
 from runtime.weights import load_model
 from states.pseudobulks import BulkCells, combine_batches, make_folds, mean_of_types
@@ -213,7 +214,7 @@ def test_platforms_are_no_states_and_states_are_read_on_any_platform():
         found = states.read(np.where(measured, bulk, 12345), measured, pi)
         assert found.names == ["treated"] and found.samples == ["b", "d"]
         read[name] = found.by_condition()[:, 0]
-        low, high = (found.columns()[f"state treated{end}"] for end in ("_low", "_high"))
+        low, high = (end[:, 0] for end in normal_interval(found.by_condition(), found.sd))
         assert (low <= read[name]).all() and (high >= read[name]).all() and (high > low).all()
         assert (found.share >= 0).all() and (found.share.sum(axis=1) <= 1 + 1e-9).all()
         np.testing.assert_allclose(states.mix(found.share).sum(axis=2), 1, rtol=1e-5)
@@ -226,8 +227,8 @@ def test_a_reference_of_the_baseline_alone_has_no_states():
     states = make_states(["control"] * 4)
     bulk, pi = bulks_of(states, make_profiles()[1])
     found = states.read(bulk, np.ones(N_GENES, bool), pi)
-    assert found.samples == [] and found.columns() == {} and found.share.shape == (10, 0)
-    moved, own = states.profiles(found.share)
+    assert found.samples == [] and found.names == [] and found.share.shape == (10, 0)
+    moved, own = (states.profiles(found.share, part) for part in (states.moved, states.own))
     np.testing.assert_allclose(moved, np.broadcast_to(states.baseline, moved.shape), rtol=1e-5)
     np.testing.assert_array_equal(moved, own)
     assert states.mix(found.share).shape == (10, N_TYPES, 4)

@@ -114,7 +114,7 @@ def test_profiles_of_states_are_those_of_their_cells():
     np.testing.assert_allclose(found.sum(axis=2), 1, rtol=1e-5)
     np.testing.assert_allclose(found[:1], profiles.reference, rtol=1e-5)  # no state
     np.testing.assert_allclose(profiles[2:3], found[2:3], rtol=1e-5)
-    log_factor = profiles.log_factor(slice(0, 4))
+    log_factor = profiles.log_factor(slice(0, 4), profiles[0:4])
     assert not log_factor[0].any()
     error, plain = (
         abs(np.log((cells_of_states(model, share, 3000, factor) + 1e-4) / (found + 1e-4)))
@@ -125,7 +125,8 @@ def test_profiles_of_states_are_those_of_their_cells():
     # Whose own batch's baseline is that of all has nothing of a platform.
     own = model.states.states
     model.states = StateProfiles(replace(own, batches=["v2"] * 4), model.states.parts)
-    assert abs(SampleProfiles(model, 4, share).log_factor(slice(0, 4))).max() < 1e-4
+    own = SampleProfiles(model, 4, share)
+    assert abs(own.log_factor(slice(0, 4), own[0:4])).max() < 1e-4
 
 
 def test_expected_sums_are_of_the_states():

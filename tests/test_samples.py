@@ -39,7 +39,7 @@ from readers.labels import FOUND_FILE
 from runtime.errors import InputError
 from runtime.weights import load_model
 from states.pseudobulks import BulkCells, draw_from_samples, draw_samples, simulate_bulks
-from states.reading import fractions, read_shares
+from states.reading import normalise, read_shares
 from states.weights import ReferenceStates, choose_baseline, weights_of
 from test_distributed import assert_files_close, final_messages, start_two
 from test_interruption import FILE, UNIT, left_behind, same_weights, stop_at
@@ -581,12 +581,12 @@ def test_states_are_read_beneath_what_platforms_change(seed):
     """A bulk of no state reads 0, also of another batch; of a mixture, its share."""
     rng = np.random.default_rng(seed)
     n, other = 2000, np.exp(rng.normal(0, 0.8, 2000))
-    base = fractions(rng.gamma(0.7, 1, n) + 0.02)
+    base = normalise(rng.gamma(0.7, 1, n) + 0.02)
     effect = np.exp(np.where(rng.random(n) < 0.08, rng.normal(1.5, 0.5, n), 0))
-    moved, batch = fractions((base * effect)[None]), fractions(np.stack([base, base * other]))
+    moved, batch = normalise((base * effect)[None]), normalise(np.stack([base, base * other]))
     for share in (0.0, 0.5, 1.0):
         for platform in (np.exp(rng.normal(0, 0.7, n)), other):
-            bulk = rng.poisson(fractions((base + share * (moved[0] - base)) * platform) * 2e6)
+            bulk = rng.poisson(normalise((base + share * (moved[0] - base)) * platform) * 2e6)
             found, covariance = read_shares(bulk, base, moved, batch)
             assert abs(found[0] - share) < 0.2 and 0 < covariance[0, 0] < 0.1
             assert share or found[0] < 0.02
