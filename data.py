@@ -65,11 +65,9 @@ class DatasetSettings(CellSettings):
 
 
 @dataclass
-class TrainingSettings(DatasetSettings):
-    """What the three trainings share; each adds how long it takes, its batches and its rate."""
+class RunSettings(DatasetSettings):
+    """What train.py shares with the three trainings."""
 
-    n_genes: int = 2000
-    """Highly variable genes that scGMVAE and the Bulk Encoder read (scDecoder writes all genes)."""
     held_out: float | None = None
     """Fraction of the cells of each type kept out of all training; with --samples, fraction of the
     donors. Chosen once, by the first training (0.2 if not given), saved with the models, and read
@@ -88,8 +86,6 @@ class TrainingSettings(DatasetSettings):
     batch_key: str | None = None
     """Dataset or protocol of each cell, given as --samples is. What batches differ by at their
     baselines is no state, and the Bulk Encoder learns from it how platforms differ."""
-    batch_size: int | None = None
-    lr: float = 1e-3
     resume: bool = False
     """Go on with an interrupted run from its checkpoint in --weights, and end as it would have; a
     run that has ended is left as it is."""
@@ -101,18 +97,9 @@ class TrainingSettings(DatasetSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, ("n_genes", "epochs", "steps", "batch_size"))
         if not 0 <= self.checkpoint_every < float("inf"):
             found = self.checkpoint_every
             raise InputError(f"--checkpoint-every: found {found}, expected 0 or more seconds")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"--lr: found {self.lr}, expected a positive number")
-        for name, low, high in (("dropout", 0, 1), ("weight_decay", 0, np.inf)):
-            found = getattr(self, name, 0)  # not every training has them
-            if not low <= found < high:
-                raise InputError(
-                    f"{flag(name)}: found {found}, expected {low} or more, below {high}"
-                )
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise InputError(f"--held-out: found {self.held_out}, expected 0 or more, below 1")
         for name in ("donors", "held_out_donors", "conditions", "batch_key"):
@@ -122,6 +109,28 @@ class TrainingSettings(DatasetSettings):
             raise InputError("--baseline: found no --conditions, expected them as well")
         if self.held_out_donors and self.held_out is not None:
             raise InputError("--held-out-donors: found --held-out as well, expected one of them")
+
+
+@dataclass
+class TrainingSettings(RunSettings):
+    """What the three trainings share; each adds how long it takes, its batches and its rate."""
+
+    n_genes: int = 2000
+    """Highly variable genes that scGMVAE and the Bulk Encoder read (scDecoder writes all genes)."""
+    batch_size: int | None = None
+    lr: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, ("n_genes", "epochs", "steps", "batch_size"))
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"--lr: found {self.lr}, expected a positive number")
+        for name, low, high in (("dropout", 0, 1), ("weight_decay", 0, np.inf)):
+            found = getattr(self, name, 0)  # not every training has them
+            if not low <= found < high:
+                raise InputError(
+                    f"{flag(name)}: found {found}, expected {low} or more, below {high}"
+                )
 
 
 def shipped(path):
